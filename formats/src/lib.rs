@@ -1,0 +1,17 @@
+//! Bytes to typed tensors and back: GGUF files, Hugging Face checkpoint folders, ggml block codecs.
+//!
+//! Enters: files nobody has checked. Leaves: headers, tensor views and packed blocks that have been.
+//! Knows nothing of scales, searches or networks: choosing codes is the caller's business.
+
+pub mod block;
+pub mod dtype;
+mod error;
+pub mod ggml_type;
+pub mod limits;
+
+pub use dtype::Dtype;
+pub use error::{Error, ErrorKind, Place};
+pub use ggml_type::GgmlType;
+
+/// A result whose error names the file, tensor and offset at fault.
+pub type Result<T> = std::result::Result<T, Error>;

@@ -1,0 +1,3 @@
+//! Converts NVIDIA Nemotron-H hybrids into quantized artifacts, with proof that they are right.
+
+pub use nemoconv_formats as formats;

@@ -1,0 +1,3 @@
+//! Parse, run, print the error, choose the exit code.
+
+fn main() {}
