@@ -2,4 +2,6 @@
 //!
 //! Enters: rows, a target type, column importance. Leaves: packed blocks and what did not fit.
 
+pub mod affine;
 pub mod lanes;
+pub mod super_block;
