@@ -1,7 +1,7 @@
 //! Which tensor type each tensor gets under a named file type, by llama.cpp's rules.
 //!
 //! Enters: tensor names and shapes in llama-quantize's order. Leaves: one type per tensor, before shapes
-//! are checked against block sizes ([`super::fallback`]). Knows no weights.
+//! are checked against block sizes ([`super::types`]). Knows no weights.
 //!
 //! Source: llama.cpp b11434 `src/llama-quant.cpp` (`llama_tensor_get_type`), restated for the two
 //! architectures written here. Names keep the meaning that users know from llama-quantize.
@@ -71,13 +71,14 @@ impl Mix {
     ///
     /// Call it in llama-quantize's order (non-block tensors by name, then blocks numerically, names
     /// bytewise inside a block): some rules count the tensors seen so far.
-    pub fn next(&mut self, name: &str, is_stacked: bool) -> GgmlType {
+    /// `columns`: row length; `is_stacked`: whether it holds the experts of a block.
+    pub fn next(&mut self, name: &str, columns: usize, is_stacked: bool) -> GgmlType {
         let base = self.file_type.base();
         let category = Category::of(name);
         let is_output = category == Category::Output
             || (category == Category::TokenEmbd && !self.traits.has_output);
         if is_output {
-            return self.output();
+            return self.output(columns);
         }
         if self.file_type == FileType::MXFP4_MOE {
             return if is_stacked { GgmlType::MXFP4 } else { GgmlType::Q8_0 };
@@ -92,9 +93,11 @@ impl Mix {
         }
     }
 
-    fn output(&self) -> GgmlType {
+    fn output(&self, columns: usize) -> GgmlType {
+        let fits = columns.is_multiple_of(self.file_type.base().block_elements());
         match self.file_type {
             FileType::MXFP4_MOE | FileType::Q8_0 => GgmlType::Q8_0,
+            _ if !fits => GgmlType::Q8_0,
             _ => GgmlType::Q6_K,
         }
     }
@@ -213,7 +216,7 @@ mod tests {
         let blocks: Vec<_> = (0..16).map(|i| 2 * i + 1).collect();
         let high: Vec<_> = blocks
             .into_iter()
-            .filter(|b| mix.next(&format!("blk.{b}.ffn_down.weight"), false) == GgmlType::Q6_K)
+            .filter(|b| mix.next(&format!("blk.{b}.ffn_down.weight"), 256, false) == GgmlType::Q6_K)
             .collect();
         assert_eq!(high, [1, 3, 5, 7, 13, 19, 25, 31]);
     }
@@ -221,14 +224,14 @@ mod tests {
     #[test]
     fn tied_embeddings_follow_the_output() {
         let mut mix = Mix::new(FileType::Q4_K_M, ModelTraits { has_output: false, ..DENSE }, 0);
-        assert_eq!(mix.next("token_embd.weight", false), GgmlType::Q6_K);
+        assert_eq!(mix.next("token_embd.weight", 256, false), GgmlType::Q6_K);
     }
 
     #[test]
     fn only_expert_stacks_become_mxfp4() {
         let mut mix = Mix::new(FileType::MXFP4_MOE, DENSE, 0);
-        assert_eq!(mix.next("blk.1.ffn_up_exps.weight", true), GgmlType::MXFP4);
-        assert_eq!(mix.next("blk.1.ffn_up_shexp.weight", false), GgmlType::Q8_0);
+        assert_eq!(mix.next("blk.1.ffn_up_exps.weight", 256, true), GgmlType::MXFP4);
+        assert_eq!(mix.next("blk.1.ffn_up_shexp.weight", 256, false), GgmlType::Q8_0);
     }
 
     #[test]
