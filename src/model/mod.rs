@@ -1,0 +1,5 @@
+//! What a Nemotron-H checkpoint is: its sizes, its block pattern, its tensors by name and role.
+
+pub mod config;
+pub mod hybrid_pattern;
+pub mod nemotron_h;
