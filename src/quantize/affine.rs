@@ -2,12 +2,17 @@
 //!
 //! Enters: a problem. Leaves: the f16 scales `d` and `dmin`, each sub-block's small whole `sc` and
 //! `m`, and the codes `q`. Knows no block layout.
+//!
+//! ggml fits each sub-block with any step and offset (`make_qkx2_quants`, `make_qkx3_quants`), rounds
+//! both to whole multiples and stops there. Here the multiples are then chosen anew, by the error that
+//! the stored weights really have, and `d` and `dmin` refitted; only improvements are kept.
 
+use half::f16;
 use pulp::Simd;
 
 use super::{
-    lanes::Lanes,
-    super_block::{Problem, SUPER_BLOCK},
+    lanes::{Lanes, Mask, unload_codes},
+    super_block::{Problem, SUPER_BLOCK, Sweep, saturates},
 };
 
 /// What tells the affine types apart.
@@ -17,40 +22,276 @@ pub struct AffineGrid {
     pub codes: f32,
     /// Largest `sc` and `m`.
     pub scales: f32,
-    /// First fits of a sub-block that start at its minimum.
+    /// First fits from the least weight up: steps in the range, less `codes`.
     pub plain: Sweep,
-    /// First fits of a sub-block, each starting at the best offset so far.
+    /// First fits from the best offset so far up: steps in the range, less `codes`.
     pub drift: Sweep,
-    /// Descents at the level of the super-block.
+    /// Values of `d` and `dmin`: multiples in the largest step or offset, less `scales`.
+    pub factors: Sweep,
+    /// How often scales and codes are fitted to each other in the end.
     pub rounds: usize,
-    pub wide: usize,
-    pub share: f32,
-    pub always: bool,
-    pub factors: usize,
-    pub factor_step: f32,
 }
 
 /// What an affine search found, with `SUBS` sub-blocks in a super-block.
 pub struct AffineSolution<S: Simd, const SUBS: usize> {
-    /// Scale of the scales, in units of the original weights.
-    pub d: Lanes<S>,
-    /// Scale of the offsets, in units of the original weights.
-    pub dmin: Lanes<S>,
-    /// Scale of each sub-block, in units of `d`.
-    pub scales: [Lanes<S>; SUBS],
-    /// Offset of each sub-block, in units of `dmin`.
-    pub mins: [Lanes<S>; SUBS],
-    /// Code of each weight.
-    pub codes: [Lanes<S>; SUPER_BLOCK],
-}
-
-/// Scales as far as they are chosen, in units of the problem.
-#[derive(Clone, Copy)]
-struct Scales<S: Simd, const SUBS: usize> {
+    /// In units of the original weights.
     d: Lanes<S>,
+    /// In units of the original weights.
     dmin: Lanes<S>,
     scales: [Lanes<S>; SUBS],
     mins: [Lanes<S>; SUBS],
+    codes: [Lanes<S>; SUPER_BLOCK],
+}
+
+/// One lane of an affine solution, as blocks are packed from.
+pub struct AffineLane<const SUBS: usize> {
+    /// Scale of the scales.
+    pub d: f16,
+    /// Scale of the offsets.
+    pub dmin: f16,
+    /// `sc` of each sub-block.
+    pub scales: [u8; SUBS],
+    /// `m` of each sub-block.
+    pub mins: [u8; SUBS],
+    /// `q` of each weight.
+    pub codes: [u8; SUPER_BLOCK],
+    /// How many of the f16 scales were cut to the largest f16.
+    pub saturated: u64,
+}
+
+impl<S: Simd, const SUBS: usize> AffineSolution<S, SUBS> {
+    /// One lane.
+    #[inline(always)]
+    pub fn lane(&self, lane: usize) -> AffineLane<SUBS> {
+        let (d, dmin) = (self.d.as_slice()[lane], self.dmin.as_slice()[lane]);
+        let mut result = AffineLane {
+            d: f16::from_f32(d),
+            dmin: f16::from_f32(dmin),
+            scales: [0; SUBS],
+            mins: [0; SUBS],
+            codes: [0; SUPER_BLOCK],
+            saturated: saturates(d) + saturates(dmin),
+        };
+        unload_codes(&self.scales, lane, &mut result.scales);
+        unload_codes(&self.mins, lane, &mut result.mins);
+        unload_codes(&self.codes, lane, &mut result.codes);
+        result
+    }
+}
+
+/// Chooses scales and codes of least weighted squared error.
+#[inline(always)]
+pub fn search<S: Simd, const SUBS: usize>(
+    simd: S,
+    problem: &Problem<S>,
+    grid: &AffineGrid,
+) -> AffineSolution<S, SUBS> {
+    let best = choose_scales::<S, SUBS>(simd, problem, grid);
+    let mut codes = problem.x;
+    for (j, codes) in codes.chunks_exact_mut(SUPER_BLOCK / SUBS).enumerate() {
+        let (step, offset) = best.of(j);
+        let inverse = step.recip_or_zero();
+        for x in codes {
+            *x = code(*x, offset, inverse, grid);
+        }
+    }
+    AffineSolution {
+        d: problem.in_original_units(best.d),
+        dmin: problem.in_original_units(best.dmin),
+        scales: best.scales,
+        mins: best.mins,
+        codes,
+    }
+}
+
+#[inline(always)]
+fn choose_scales<S: Simd, const SUBS: usize>(
+    simd: S,
+    problem: &Problem<S>,
+    grid: &AffineGrid,
+) -> Scales<S, SUBS> {
+    let mut fits = [Fit::zero(simd); SUBS];
+    let mut seconds = fits;
+    for j in 0..SUBS {
+        let (xs, ws) = problem.sub_block::<SUBS>(j);
+        (fits[j], seconds[j]) = two_fits(xs, ws, grid);
+    }
+    let mut scales = Scales::nearest(problem, &fits, grid);
+    let mut best = scales;
+    let mut least = Lanes::splat(simd, f32::INFINITY);
+    for round in 0..=grid.rounds {
+        let mut moments = [Moments::zero(simd); SUBS];
+        let mut error = Lanes::zero(simd);
+        for j in 0..SUBS {
+            let (xs, ws) = problem.sub_block::<SUBS>(j);
+            moments[j] = Moments::of(xs, ws, scales.of(j), grid);
+            error += moments[j].error;
+        }
+        let better = error.lt(least);
+        least = better.select(error, least);
+        best = best.or_where(better, &scales);
+        if round == 0 {
+            scales.look_around(problem, &seconds, &mut moments, grid);
+        }
+        if round < grid.rounds {
+            scales.descend(problem, &mut moments, grid);
+        }
+    }
+    best
+}
+
+/// The code nearest to `x` among `step q - offset`, where `inverse` is `1 / step`.
+#[inline(always)]
+fn code<S: Simd>(x: Lanes<S>, offset: Lanes<S>, inverse: Lanes<S>, grid: &AffineGrid) -> Lanes<S> {
+    ((x + offset) * inverse)
+        .max(x.like(0.0))
+        .min(x.like(grid.codes))
+        .round()
+}
+
+/// A sub-block stored as `step q - offset` with any step and offset.
+#[derive(Clone, Copy)]
+struct Fit<S: Simd> {
+    step: Lanes<S>,
+    offset: Lanes<S>,
+    /// How much of the weighted energy around the mean it explains.
+    gain: Lanes<S>,
+    /// Sum of weight (q - mean q)^2: what an error of the step costs.
+    stiffness: Lanes<S>,
+    /// Sum of weight: what an error of the offset costs.
+    w: Lanes<S>,
+}
+
+/// The best of all fits, and the best from the other of two starts: least weight or drifting offset.
+#[inline(always)]
+fn two_fits<S: Simd>(xs: &[Lanes<S>], ws: &[Lanes<S>], grid: &AffineGrid) -> (Fit<S>, Fit<S>) {
+    let range = Range::of(xs, ws);
+    let bottom = range.whole(grid);
+    let mut plain = bottom;
+    let per_range = (range.high - range.low).recip_or_zero();
+    for k in 0..grid.plain.tries {
+        let inverse = per_range * per_range.like(grid.codes + grid.plain.at(k));
+        let fit = range.fit(xs, ws, bottom.offset, inverse, grid);
+        plain = plain.or_where(fit.gain.gt(plain.gain), &fit);
+    }
+    let mut drift = bottom;
+    for k in 0..grid.drift.tries {
+        let per_range = (range.high + drift.offset).recip_or_zero();
+        let inverse = per_range * per_range.like(grid.codes + grid.drift.at(k));
+        let fit = range.fit(xs, ws, drift.offset, inverse, grid);
+        drift = drift.or_where(fit.gain.gt(drift.gain), &fit);
+    }
+    let better = drift.gain.gt(plain.gain);
+    (
+        plain.or_where(better, &drift),
+        drift.or_where(better, &plain),
+    )
+}
+
+/// What no choice of codes changes in a sub-block.
+struct Range<S: Simd> {
+    /// At most 0.
+    low: Lanes<S>,
+    high: Lanes<S>,
+    w: Lanes<S>,
+    per_w: Lanes<S>,
+    mean: Lanes<S>,
+}
+
+impl<S: Simd> Range<S> {
+    #[inline(always)]
+    fn of(xs: &[Lanes<S>], ws: &[Lanes<S>]) -> Self {
+        let zero = xs[0].like(0.0);
+        let (mut low, mut high, mut w, mut wx) = (zero, xs[0], zero, zero);
+        for (&x, &weight) in xs.iter().zip(ws) {
+            low = low.min(x);
+            high = high.max(x);
+            w += weight;
+            wx += weight * x;
+        }
+        let per_w = w.recip_or_zero();
+        Self {
+            low,
+            high,
+            w,
+            per_w,
+            mean: wx * per_w,
+        }
+    }
+
+    /// The grid from end to end, which every fit beats.
+    #[inline(always)]
+    fn whole(&self, grid: &AffineGrid) -> Fit<S> {
+        Fit {
+            step: (self.high - self.low) * self.w.like(1.0 / grid.codes),
+            offset: -self.low,
+            gain: self.w.like(f32::NEG_INFINITY),
+            stiffness: self.w.like(0.0),
+            w: self.w,
+        }
+    }
+
+    /// Rounds to the codes of some step and offset, then fits both to them by weighted least squares,
+    /// the offset not below zero.
+    #[inline(always)]
+    fn fit(
+        &self,
+        xs: &[Lanes<S>],
+        ws: &[Lanes<S>],
+        offset: Lanes<S>,
+        inverse: Lanes<S>,
+        grid: &AffineGrid,
+    ) -> Fit<S> {
+        let zero = offset.like(0.0);
+        let (mut q, mut qq, mut qx) = (zero, zero, zero);
+        for (&x, &w) in xs.iter().zip(ws) {
+            let code = code(x, offset, inverse, grid);
+            let wq = w * code;
+            q += wq;
+            qq += wq * code;
+            qx += wq * (x - self.mean);
+        }
+        let center = q * self.per_w;
+        let stiffness = qq - q * center;
+        let free = (qx * center).gt(self.mean * stiffness);
+        let numerator = free.select(qx, qx + self.mean * q);
+        let step = numerator * free.select(stiffness, qq).recip_or_zero();
+        let gain = step * numerator - free.select(zero, self.w * self.mean * self.mean);
+        Fit {
+            step,
+            offset: free.select(step * center - self.mean, zero),
+            gain: stiffness
+                .gt(zero)
+                .select(gain, zero.like(f32::NEG_INFINITY)),
+            stiffness,
+            w: self.w,
+        }
+    }
+}
+
+impl<S: Simd> Fit<S> {
+    #[inline(always)]
+    fn zero(simd: S) -> Self {
+        let zero = Lanes::zero(simd);
+        Self {
+            step: zero,
+            offset: zero,
+            gain: zero,
+            stiffness: zero,
+            w: zero,
+        }
+    }
+
+    #[inline(always)]
+    fn or_where(self, mask: Mask<S>, other: &Self) -> Self {
+        Self {
+            step: mask.select(other.step, self.step),
+            offset: mask.select(other.offset, self.offset),
+            gain: mask.select(other.gain, self.gain),
+            stiffness: mask.select(other.stiffness, self.stiffness),
+            w: self.w,
+        }
+    }
 }
 
 /// Sums over a sub-block whose weights `x` are stored as `step q - offset`, with `r` what is left.
@@ -70,218 +311,39 @@ struct Moments<S: Simd> {
     qq: Lanes<S>,
 }
 
-/// Chooses scales and codes of least weighted squared error.
-#[inline(always)]
-pub fn search<S: Simd, const SUBS: usize>(
-    simd: S,
-    problem: &Problem<S>,
-    grid: &AffineGrid,
-) -> AffineSolution<S, SUBS> {
-    let best = choose_scales::<S, SUBS>(simd, problem, grid);
-    let mut codes = problem.x;
-    for j in 0..SUBS {
-        let (step, offset) = best.of(j);
-        let inverse = step.recip_or_zero();
-        for x in &mut codes[j * (SUPER_BLOCK / SUBS)..][..SUPER_BLOCK / SUBS] {
-            *x = code(*x, inverse, offset, grid);
-        }
-    }
-    AffineSolution {
-        d: problem.in_original_units(best.d),
-        dmin: problem.in_original_units(best.dmin),
-        scales: best.scales,
-        mins: best.mins,
-        codes,
-    }
-}
-
-/// The code nearest to `x` among `step q - offset`.
-#[inline(always)]
-fn code<S: Simd>(x: Lanes<S>, inverse: Lanes<S>, offset: Lanes<S>, grid: &AffineGrid) -> Lanes<S> {
-    ((x + offset) * inverse).max(x.like(0.0)).min(x.like(grid.codes)).round()
-}
-
-#[inline(always)]
-fn choose_scales<S: Simd, const SUBS: usize>(
-    simd: S,
-    problem: &Problem<S>,
-    grid: &AffineGrid,
-) -> Scales<S, SUBS> {
-    let zero = Lanes::zero(simd);
-    let mut fits = [Fit { step: zero, offset: zero, gain: zero, stiffness: zero }; SUBS];
-    let mut others = fits;
-    let mut weights = [zero; SUBS];
-    for j in 0..SUBS {
-        let (xs, ws) = problem.sub_block::<SUBS>(j);
-        let spread = Spread::of(xs, ws);
-        let plain = spread.sweep::<false>(xs, ws, &grid.plain, grid);
-        let drift = spread.sweep::<true>(xs, ws, &grid.drift, grid);
-        let better = drift.gain.gt(plain.gain);
-        fits[j] = plain.or_where(better, &drift);
-        others[j] = drift.or_where(better, &plain);
-        weights[j] = spread.w;
-    }
-    let mut scales = Scales::nearest(problem, &fits, &weights, grid);
-    let mut best = scales;
-    let mut least = zero.like(f32::INFINITY);
-    for round in 0..=grid.rounds {
-        let mut moments = [Moments::zero(simd); SUBS];
-        let mut error = zero;
-        for j in 0..SUBS {
-            let (xs, ws) = problem.sub_block::<SUBS>(j);
-            let (step, offset) = scales.of(j);
-            moments[j] = Moments::of(xs, ws, step, offset, grid);
-            error += moments[j].error;
-        }
-        let better = error.lt(least);
-        least = better.select(error, least);
-        best = best.or_where(better, &scales);
-        if round < grid.rounds {
-            if round < grid.wide { scales.look_around(problem, &mut moments, (round == 0).then_some(&others), grid); }
- scales = scales.descend(problem, moments, grid);
-        }
-    }
-    best
-}
-
-/// A sub-block stored as `step q - offset` with any step and offset.
-#[derive(Clone, Copy)]
-struct Fit<S: Simd> {
-    step: Lanes<S>,
-    offset: Lanes<S>,
-    /// How much of the weighted energy around the mean it explains.
-    gain: Lanes<S>,
-    /// Sum of weight q^2 around the mean: how much an error of the step costs.
-    stiffness: Lanes<S>,
-}
-
-/// Numbers of steps in a sub-block's range to try, as distances from the largest code.
-#[derive(Clone, Copy, Debug)]
-pub struct Sweep {
-    /// The first distance.
-    pub first: f32,
-    /// From one distance to the next.
-    pub step: f32,
-    /// How many.
-    pub tries: usize,
-}
-
-impl<S: Simd> Fit<S> {
-    #[inline(always)]
-    fn or_where(self, mask: super::lanes::Mask<S>, other: &Self) -> Self {
-        Self {
-            step: mask.select(other.step, self.step),
-            offset: mask.select(other.offset, self.offset),
-            gain: mask.select(other.gain, self.gain),
-            stiffness: mask.select(other.stiffness, self.stiffness),
-        }
-    }
-}
-
-/// Sums over a sub-block that no choice of codes changes.
-#[derive(Clone, Copy)]
-struct Spread<S: Simd> {
-    low: Lanes<S>,
-    high: Lanes<S>,
-    w: Lanes<S>,
-    per_w: Lanes<S>,
-    mean: Lanes<S>,
-}
-
-impl<S: Simd> Spread<S> {
-    #[inline(always)]
-    fn of(xs: &[Lanes<S>], ws: &[Lanes<S>]) -> Self {
-        let zero = xs[0].like(0.0);
-        let (mut low, mut high, mut w, mut wx) = (zero, xs[0], zero, zero);
-        for (&x, &weight) in xs.iter().zip(ws) {
-            low = low.min(x);
-            high = high.max(x);
-            w += weight;
-            wx += weight * x;
-        }
-        let per_w = w.recip_or_zero();
-        Self { low, high, w, per_w, mean: wx * per_w }
-    }
-
-    #[inline(always)]
-    fn start(&self, grid: &AffineGrid) -> Fit<S> {
-        let zero = self.low.like(0.0);
-        Fit {
-            step: (self.high - self.low) * zero.like(1.0 / grid.codes),
-            offset: -self.low,
-            gain: zero.like(f32::NEG_INFINITY),
-            stiffness: zero,
-        }
-    }
-
-    #[inline(always)]
-    fn sweep<const DRIFT: bool>(&self, xs: &[Lanes<S>], ws: &[Lanes<S>], sweep: &Sweep, grid: &AffineGrid) -> Fit<S> {
-        let mut best = self.start(grid);
-        let mut per_range = (self.high - self.low).recip_or_zero();
-        let mut base = -self.low;
-        for k in 0..sweep.tries {
-            if DRIFT {
-                per_range = (self.high + best.offset).recip_or_zero();
-                base = best.offset;
-            }
-            let inverse = per_range * base.like(grid.codes + sweep.first + sweep.step * k as f32);
-            let fit = self.fit(xs, ws, base, inverse, grid);
-            best = best.or_where(fit.gain.gt(best.gain), &fit);
-        }
-        best
-    }
-
-    /// Rounds to codes and fits step and offset to them by weighted least squares, the offset not below zero.
-    #[inline(always)]
-    fn fit(&self, xs: &[Lanes<S>], ws: &[Lanes<S>], base: Lanes<S>, inverse: Lanes<S>, grid: &AffineGrid) -> Fit<S> {
-        let zero = base.like(0.0);
-        let (mut q1, mut qq, mut qx) = (zero, zero, zero);
-        for (&x, &w) in xs.iter().zip(ws) {
-            let q = code(x, inverse, base, grid);
-            let wq = w * q;
-            q1 += wq;
-            qq += wq * q;
-            qx += wq * (x - self.mean);
-        }
-        let center = q1 * self.per_w;
-        let spread = qq - q1 * center;
-        let free = (qx * center).gt(self.mean * spread);
-        let num = free.select(qx, qx + self.mean * q1);
-        let den = free.select(spread, qq);
-        let step = num * den.recip_or_zero();
-        let gain = step * num;
-        Fit {
-            step,
-            offset: free.select(step * center - self.mean, zero),
-            gain: spread.gt(zero).select(free.select(gain, gain - self.w * self.mean * self.mean), zero.like(f32::NEG_INFINITY)),
-            stiffness: spread,
-        }
-    }
-}
-
-impl<S: Simd> Problem<S> {
-    /// Weights and error weights of sub-block `j` of `SUBS`.
-    #[inline(always)]
-    fn sub_block<const SUBS: usize>(&self, j: usize) -> (&[Lanes<S>], &[Lanes<S>]) {
-        let len = SUPER_BLOCK / SUBS;
-        (&self.x[j * len..][..len], &self.weight[j * len..][..len])
-    }
-}
-
 impl<S: Simd> Moments<S> {
     #[inline(always)]
     fn zero(simd: S) -> Self {
         let zero = Lanes::zero(simd);
-        Self { error: zero, r: zero, rq: zero, w: zero, q: zero, qq: zero }
+        Self {
+            error: zero,
+            r: zero,
+            rq: zero,
+            w: zero,
+            q: zero,
+            qq: zero,
+        }
     }
 
     #[inline(always)]
-    fn of(xs: &[Lanes<S>], ws: &[Lanes<S>], step: Lanes<S>, offset: Lanes<S>, grid: &AffineGrid) -> Self {
+    fn of(
+        xs: &[Lanes<S>],
+        ws: &[Lanes<S>],
+        (step, offset): (Lanes<S>, Lanes<S>),
+        grid: &AffineGrid,
+    ) -> Self {
         let zero = step.like(0.0);
         let inverse = step.recip_or_zero();
-        let mut sums = Self { error: zero, r: zero, rq: zero, w: zero, q: zero, qq: zero };
+        let mut sums = Self {
+            error: zero,
+            r: zero,
+            rq: zero,
+            w: zero,
+            q: zero,
+            qq: zero,
+        };
         for (&x, &w) in xs.iter().zip(ws) {
-            let q = code(x, inverse, offset, grid);
+            let q = code(x, offset, inverse, grid);
             let r = x + offset - step * q;
             let (wr, wq) = (w * r, w * q);
             sums.error += wr * r;
@@ -295,7 +357,7 @@ impl<S: Simd> Moments<S> {
     }
 
     #[inline(always)]
-    fn or_where(self, mask: super::lanes::Mask<S>, other: &Self) -> Self {
+    fn or_where(self, mask: Mask<S>, other: &Self) -> Self {
         Self {
             error: mask.select(other.error, self.error),
             r: mask.select(other.r, self.r),
@@ -306,7 +368,7 @@ impl<S: Simd> Moments<S> {
         }
     }
 
-    /// The same codes under another step and offset.
+    /// The same codes where the step has grown by `step` and the offset by `offset`.
     #[inline(always)]
     fn moved(self, step: Lanes<S>, offset: Lanes<S>) -> Self {
         Self {
@@ -317,62 +379,152 @@ impl<S: Simd> Moments<S> {
         }
     }
 
-    /// The error if the step grew by `step` and the offset by `offset`.
     #[inline(always)]
-    fn error_moved(self, step: Lanes<S>, offset: Lanes<S>) -> Lanes<S> {
+    fn error_moved(&self, step: Lanes<S>, offset: Lanes<S>) -> Lanes<S> {
         let two = step.like(2.0);
-        self.error + step * (step * self.qq - two * self.rq)
+        self.error
+            + step * (step * self.qq - two * self.rq)
             + offset * (offset * self.w + two * (self.r - step * self.q))
     }
 }
 
+/// Scales as far as they are chosen, in units of the problem.
+#[derive(Clone, Copy)]
+struct Scales<S: Simd, const SUBS: usize> {
+    d: Lanes<S>,
+    dmin: Lanes<S>,
+    scales: [Lanes<S>; SUBS],
+    mins: [Lanes<S>; SUBS],
+}
+
 impl<S: Simd, const SUBS: usize> Scales<S, SUBS> {
+    /// The `d` and `dmin` whose whole multiples come nearest to the fits.
+    #[inline(always)]
+    fn nearest(problem: &Problem<S>, fits: &[Fit<S>; SUBS], grid: &AffineGrid) -> Self {
+        let zero = fits[0].step.like(0.0);
+        let (mut steps, mut stiffness) = ([zero; SUBS], [zero; SUBS]);
+        let (mut offsets, mut weights) = ([zero; SUBS], [zero; SUBS]);
+        for (j, fit) in fits.iter().enumerate() {
+            (steps[j], stiffness[j]) = (fit.step, fit.stiffness);
+            (offsets[j], weights[j]) = (fit.offset, fit.w);
+        }
+        let d = common_factor(problem, &steps, &stiffness, grid);
+        let dmin = common_factor(problem, &offsets, &weights, grid);
+        let (per_d, per_dmin) = (d.recip_or_zero(), dmin.recip_or_zero());
+        for j in 0..SUBS {
+            steps[j] = grid.whole(steps[j] * per_d);
+            offsets[j] = grid.whole(offsets[j] * per_dmin);
+        }
+        Self {
+            d,
+            dmin,
+            scales: steps,
+            mins: offsets,
+        }
+    }
+
+    /// Step and offset of sub-block `j`.
     #[inline(always)]
     fn of(&self, j: usize) -> (Lanes<S>, Lanes<S>) {
         (self.d * self.scales[j], self.dmin * self.mins[j])
     }
 
-    /// The grid that just reaches the largest step and offset.
     #[inline(always)]
-    fn nearest(
-        problem: &Problem<S>,
-        fits: &[Fit<S>; SUBS],
-        weights: &[Lanes<S>; SUBS],
-        grid: &AffineGrid,
-    ) -> Self {
-        let (mut steps, mut offsets, mut stiffness) = (*weights, *weights, *weights);
+    fn or_where(mut self, mask: Mask<S>, other: &Self) -> Self {
+        self.d = mask.select(other.d, self.d);
+        self.dmin = mask.select(other.dmin, self.dmin);
         for j in 0..SUBS {
-            (steps[j], offsets[j], stiffness[j]) = (fits[j].step, fits[j].offset, fits[j].stiffness);
+            self.scales[j] = mask.select(other.scales[j], self.scales[j]);
+            self.mins[j] = mask.select(other.mins[j], self.mins[j]);
         }
-        let (d, scales) = whole_multiples(problem, &steps, &stiffness, grid);
-        let (dmin, mins) = whole_multiples(problem, &offsets, weights, grid);
-        Self { d, dmin, scales, mins }
+        self
     }
 
+    /// Tries, with codes chosen anew, each sub-block's second fit, the scales next to its own with the
+    /// middle kept, and the offsets about a third of a step away with the top kept: other local minima.
     #[inline(always)]
-    fn or_where(self, mask: super::lanes::Mask<S>, other: &Self) -> Self {
-        let mut result = self;
-        result.d = mask.select(other.d, self.d);
-        result.dmin = mask.select(other.dmin, self.dmin);
+    fn look_around(
+        &mut self,
+        problem: &Problem<S>,
+        seconds: &[Fit<S>; SUBS],
+        moments: &mut [Moments<S>; SUBS],
+        grid: &AffineGrid,
+    ) {
+        const THIRD: f32 = 0.35;
+        let (per_d, per_dmin) = (self.d.recip_or_zero(), self.dmin.recip_or_zero());
         for j in 0..SUBS {
-            result.scales[j] = mask.select(other.scales[j], self.scales[j]);
-            result.mins[j] = mask.select(other.mins[j], self.mins[j]);
+            let second = &seconds[j];
+            self.accept(
+                j,
+                second.step * per_d,
+                second.offset * per_dmin,
+                problem,
+                moments,
+                grid,
+            );
+            let (scale, min) = (self.scales[j], self.mins[j]);
+            let middle = moments[j].q * moments[j].w.recip_or_zero() * self.d * per_dmin;
+            for shift in [-1.0, 1.0] {
+                let other = grid.whole(scale + scale.like(shift));
+                self.accept(
+                    j,
+                    other,
+                    min + (other - scale) * middle,
+                    problem,
+                    moments,
+                    grid,
+                );
+            }
+            let (scale, min) = (self.scales[j], self.mins[j]);
+            let per_code = self.dmin * per_d * per_d.like(1.0 / grid.codes);
+            for share in [-THIRD, THIRD] {
+                let other = grid.whole(min + self.d * scale * per_dmin * min.like(share));
+                self.accept(
+                    j,
+                    scale + (other - min) * per_code,
+                    other,
+                    problem,
+                    moments,
+                    grid,
+                );
+            }
         }
-        result
+    }
+
+    /// Takes the nearest whole scales for sub-block `j` where they leave less error.
+    #[inline(always)]
+    fn accept(
+        &mut self,
+        j: usize,
+        scale: Lanes<S>,
+        min: Lanes<S>,
+        problem: &Problem<S>,
+        moments: &mut [Moments<S>; SUBS],
+        grid: &AffineGrid,
+    ) {
+        let (scale, min) = (grid.whole(scale), grid.whole(min));
+        let (xs, ws) = problem.sub_block::<SUBS>(j);
+        let other = Moments::of(xs, ws, (self.d * scale, self.dmin * min), grid);
+        let better = other.error.lt(moments[j].error);
+        self.scales[j] = better.select(scale, self.scales[j]);
+        self.mins[j] = better.select(min, self.mins[j]);
+        moments[j] = moments[j].or_where(better, &other);
     }
 
     /// With the codes as they are, moves every sub-block to its best whole scales, then `d` and `dmin`
     /// to their weighted least squares.
     #[inline(always)]
-    fn descend(mut self, problem: &Problem<S>, mut moments: [Moments<S>; SUBS], grid: &AffineGrid) -> Self {
+    fn descend(
+        &mut self,
+        problem: &Problem<S>,
+        moments: &mut [Moments<S>; SUBS],
+        grid: &AffineGrid,
+    ) {
         let zero = self.d.like(0.0);
         let (mut dd, mut dm, mut mm, mut rd, mut rm) = (zero, zero, zero, zero, zero);
         for j in 0..SUBS {
-            let (scale, min) = self.best_whole(j, &moments[j], grid);
-            moments[j] =
-                moments[j].moved(self.d * (scale - self.scales[j]), self.dmin * (min - self.mins[j]));
-            (self.scales[j], self.mins[j]) = (scale, min);
-            let sums = &moments[j];
+            self.descend_sub_block(j, &mut moments[j], grid);
+            let (scale, min, sums) = (self.scales[j], self.mins[j], &moments[j]);
             dd += scale * scale * sums.qq;
             dm += scale * min * sums.q;
             mm += min * min * sums.w;
@@ -381,115 +533,73 @@ impl<S: Simd, const SUBS: usize> Scales<S, SUBS> {
         }
         let determinant = dd * mm - dm * dm;
         let both = determinant.gt(zero);
-        let scale = determinant.recip_or_zero();
-        let d = both.select((rd * mm - rm * dm) * scale, rd * dd.recip_or_zero());
-        let dmin = both.select((rd * dm - rm * dd) * scale, zero);
+        let inverse = determinant.recip_or_zero();
+        let d = both.select((rd * mm - rm * dm) * inverse, rd * dd.recip_or_zero());
+        let dmin = both.select((rd * dm - rm * dd) * inverse, zero);
         self.d = problem.round_to_f16((self.d + d).max(zero));
         self.dmin = problem.round_to_f16((self.dmin + dmin).max(zero));
-        self
     }
 
-    /// Tries the scales next to each sub-block's own, with codes chosen anew.
+    /// The best `sc` for each `m` near.
     #[inline(always)]
-    fn look_around(&mut self, problem: &Problem<S>, moments: &mut [Moments<S>; SUBS], others: Option<&[Fit<S>; SUBS]>, grid: &AffineGrid) {
-        let per_d = self.d.recip_or_zero();
-        let zero = self.d.like(0.0);
-        let limit = zero.like(grid.scales);
-        let per_dmin = self.dmin.recip_or_zero();
-        for j in 0..SUBS {
-            let (xs, ws) = problem.sub_block::<SUBS>(j);
-            let (mut scale, mut min, mut sums) = (self.scales[j], self.mins[j], moments[j]);
-            let center = sums.q * sums.w.recip_or_zero();
-            if let Some(others) = others {
-                let other_scale = (others[j].step * per_d).min(limit).round();
-                let other_min = (others[j].offset * per_dmin).min(limit).round();
-                let other = Moments::of(xs, ws, self.d * other_scale, self.dmin * other_min, grid);
-                let better = other.error.lt(sums.error);
-                scale = better.select(other_scale, scale);
-                min = better.select(other_min, min);
-                sums = sums.or_where(better, &other);
-            }
-            for shift in [-1.0, 1.0f32] {
-                let other_scale = (self.scales[j] + zero.like(shift)).max(zero).min(limit);
-                let shift_min = self.d * (other_scale - self.scales[j]) * center * per_dmin;
-                let other_min = (self.mins[j] + shift_min).max(zero).min(limit).round();
-                let other = Moments::of(xs, ws, self.d * other_scale, self.dmin * other_min, grid);
-                let better = other.error.lt(sums.error);
-                scale = better.select(other_scale, scale);
-                min = better.select(other_min, min);
-                sums = sums.or_where(better, &other);
-            }
-            if others.is_some() || grid.always {
-            for share in [-grid.share, grid.share] {
-                let shift = (self.d * self.scales[j] * zero.like(share) * per_dmin).round();
-                let other_min = (self.mins[j] + shift).max(zero).min(limit);
-                let other_scale = (self.scales[j] + self.dmin * (other_min - self.mins[j]) * per_d * zero.like(1.0 / grid.codes)).max(zero).min(limit).round();
-                let other = Moments::of(xs, ws, self.d * other_scale, self.dmin * other_min, grid);
-                let better = other.error.lt(sums.error);
-                scale = better.select(other_scale, scale);
-                min = better.select(other_min, min);
-                sums = sums.or_where(better, &other);
-            }
-            }
-            self.scales[j] = scale;
-            self.mins[j] = min;
-            moments[j] = sums;
-        }
-    }
-
-    #[inline(always)]
-    fn best_whole(&self, j: usize, sums: &Moments<S>, grid: &AffineGrid) -> (Lanes<S>, Lanes<S>) {
-        let zero = self.d.like(0.0);
-        let limit = zero.like(grid.scales);
-        let per_step = (self.d * sums.qq).recip_or_zero();
-        let (mut scale, mut min, mut least) = (self.scales[j], self.mins[j], sums.error);
-        for shift in [0.0, -1.0, 1.0, -2.0, 2.0f32] {
-            let other_min = (self.mins[j] + zero.like(shift)).max(zero).min(limit);
-            let offset = self.dmin * (other_min - self.mins[j]);
-            let wanted = (sums.rq + offset * sums.q) * per_step;
-            let other_scale = (self.scales[j] + wanted).max(zero).min(limit).round();
-            let error = sums.error_moved(self.d * (other_scale - self.scales[j]), offset);
+    fn descend_sub_block(&mut self, j: usize, sums: &mut Moments<S>, grid: &AffineGrid) {
+        let (scale, min) = (self.scales[j], self.mins[j]);
+        let per_scale = (self.d * sums.qq).recip_or_zero();
+        let mut least = sums.error;
+        for shift in [0.0, -1.0, 1.0, -2.0, 2.0] {
+            let other_min = grid.whole(min + min.like(shift));
+            let offset = self.dmin * (other_min - min);
+            let other_scale = grid.whole(scale + (sums.rq + offset * sums.q) * per_scale);
+            let error = sums.error_moved(self.d * (other_scale - scale), offset);
             let better = error.lt(least);
             least = better.select(error, least);
-            scale = better.select(other_scale, scale);
-            min = better.select(other_min, min);
+            self.scales[j] = better.select(other_scale, self.scales[j]);
+            self.mins[j] = better.select(other_min, self.mins[j]);
         }
-        (scale, min)
+        *sums = sums.moved(
+            self.d * (self.scales[j] - scale),
+            self.dmin * (self.mins[j] - min),
+        );
     }
 }
 
-/// A common f16 factor of some values that are not negative, and the nearest whole multiples.
+impl AffineGrid {
+    /// The nearest `sc` or `m`.
+    #[inline(always)]
+    fn whole<S: Simd>(&self, scale: Lanes<S>) -> Lanes<S> {
+        scale
+            .max(scale.like(0.0))
+            .min(scale.like(self.scales))
+            .round()
+    }
+}
+
+/// The f16 factor whose whole multiples come nearest to some values that are not negative.
 #[inline(always)]
-fn whole_multiples<S: Simd, const SUBS: usize>(
+fn common_factor<S: Simd, const SUBS: usize>(
     problem: &Problem<S>,
     values: &[Lanes<S>; SUBS],
     weights: &[Lanes<S>; SUBS],
     grid: &AffineGrid,
-) -> (Lanes<S>, [Lanes<S>; SUBS]) {
-    let limit = values[0].like(grid.scales);
-    let zero = limit.like(0.0);
+) -> Lanes<S> {
+    let zero = values[0].like(0.0);
     let mut largest = zero;
     for &value in values {
         largest = largest.max(value);
     }
-    let mut best = zero;
-    let mut least = zero.like(f32::INFINITY);
-    for k in 0..grid.factors {
-        let factor = problem.round_to_f16(largest / (limit + zero.like(grid.factor_step * (k as f32 - grid.factors as f32 * 0.5 + 0.5))));
+    let (mut best, mut least) = (zero, zero.like(f32::INFINITY));
+    for k in 0..grid.factors.tries {
+        let reach = zero.like(1.0 / (grid.scales + grid.factors.at(k)));
+        let factor = problem.round_to_f16(largest * reach);
         let inverse = factor.recip_or_zero();
         let mut error = zero;
         for (&value, &weight) in values.iter().zip(weights) {
-            let r = value - factor * (value * inverse).min(limit).round();
+            let r = value - factor * grid.whole(value * inverse);
             error += weight * r * r;
         }
         let better = error.lt(least);
         least = better.select(error, least);
         best = better.select(factor, best);
     }
-    let inverse = best.recip_or_zero();
-    let mut multiples = *values;
-    for value in &mut multiples {
-        *value = (*value * inverse).min(limit).round();
-    }
-    (best, multiples)
+    best
 }

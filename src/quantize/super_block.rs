@@ -3,9 +3,13 @@
 //! Enters: rows and column importance. Leaves: whole packed super-blocks, the same bytes however the
 //! rows are batched. Knows no type: what a search minimizes and packs is the type's business.
 
+use bytemuck::Pod;
 use pulp::{Arch, Simd, WithSimd};
 
-use super::lanes::{F16_MAX, Lanes, load};
+use super::{
+    ScaleOverflow,
+    lanes::{F16_MAX, Lanes, load},
+};
 
 /// Weights in a super-block (ggml `QK_K`).
 pub const SUPER_BLOCK: usize = 256;
@@ -45,10 +49,29 @@ pub enum ImportanceWeighting {
     },
 }
 
+/// Evenly spaced values to try.
+#[derive(Clone, Copy, Debug)]
+pub struct Sweep {
+    /// The first value.
+    pub first: f32,
+    /// From one value to the next.
+    pub step: f32,
+    /// How many.
+    pub tries: usize,
+}
+
+impl Sweep {
+    /// Value `k`.
+    #[inline(always)]
+    pub fn at(&self, k: usize) -> f32 {
+        self.first + self.step * k as f32
+    }
+}
+
 /// A type made of super-blocks.
 pub trait SuperBlockType {
-    /// Bytes of one super-block.
-    const BYTES: usize;
+    /// The packed super-block.
+    type Block: Pod;
     /// Weights of errors without importance (ggml `quantize_row_*_ref`).
     const WEIGHTING: Weighting;
     /// Weights of errors with importance (ggml `quantize_row_*_impl`).
@@ -60,18 +83,21 @@ pub trait SuperBlockType {
     /// Chooses scales and codes.
     fn search<S: Simd>(simd: S, problem: &Problem<S>) -> Self::Solution<S>;
 
-    /// The f16 scales of one lane, in units of the original weights.
-    fn f16_scales<S: Simd>(solution: &Self::Solution<S>, lane: usize) -> [f32; 2];
-
-    /// Packs one lane into `BYTES` bytes.
-    fn pack<S: Simd>(solution: &Self::Solution<S>, lane: usize, block: &mut [u8]);
+    /// Packs one lane; also how many of its f16 scales were cut to the largest f16.
+    fn pack<S: Simd>(solution: &Self::Solution<S>, lane: usize) -> (Self::Block, u64);
 }
 
-/// Quantizes rows of whole super-blocks; returns how many super-blocks have a scale beyond f16 or a
-/// weight that is not finite.
+/// 1 for a scale that had to be cut to the largest f16, else 0.
+#[inline(always)]
+pub fn saturates(scale: f32) -> u64 {
+    u64::from(scale.abs() >= F16_MAX)
+}
+
+/// Quantizes rows of whole super-blocks; every super-block gives the same bytes alone and in company.
 ///
-/// `rows`: row-major, `row_len` a multiple of 256; `importance`: `row_len` values; `out`: `T::BYTES`
-/// for every 256 weights.
+/// `rows`: row-major, `row_len` a multiple of 256; `importance`: [`row_len`], at least zero; `out`: one
+/// block for every 256 weights. Counted in the result: f16 scales cut to the largest f16, and
+/// super-blocks with a NaN or an infinity, which is stored as if it were zero.
 ///
 /// # Panics
 /// If the lengths do not fit each other.
@@ -80,53 +106,83 @@ pub fn quantize<T: SuperBlockType>(
     row_len: usize,
     importance: Option<&[f32]>,
     out: &mut [u8],
-) -> u64 {
-    assert!(row_len > 0 && row_len.is_multiple_of(SUPER_BLOCK), "a row is whole super-blocks");
-    assert!(rows.len().is_multiple_of(row_len), "rows are whole");
-    assert!(importance.is_none_or(|values| values.len() == row_len), "an importance per column");
-    assert_eq!(out.len(), rows.len() / SUPER_BLOCK * T::BYTES, "a super-block per 256 weights");
-    Arch::new().dispatch(Run::<T> { rows, row_len, importance, out, ty: std::marker::PhantomData })
+) -> ScaleOverflow {
+    Arch::new().dispatch(Run::<T>::new(rows, row_len, importance, out))
 }
 
-pub(super) struct Run<'a, T> {
-    pub rows: &'a [f32],
-    pub row_len: usize,
-    pub importance: Option<&'a [f32]>,
-    pub out: &'a mut [u8],
-    pub ty: std::marker::PhantomData<T>,
+/// The quantization of some rows, for any CPU.
+pub(super) struct Run<'a, T: SuperBlockType> {
+    rows: &'a [f32],
+    row_len: usize,
+    importance: Option<&'a [f32]>,
+    blocks: &'a mut [T::Block],
+}
+
+impl<'a, T: SuperBlockType> Run<'a, T> {
+    pub(super) fn new(
+        rows: &'a [f32],
+        row_len: usize,
+        importance: Option<&'a [f32]>,
+        out: &'a mut [u8],
+    ) -> Self {
+        assert!(
+            row_len > 0
+                && row_len.is_multiple_of(SUPER_BLOCK)
+                && rows.len().is_multiple_of(row_len),
+            "rows of whole super-blocks"
+        );
+        assert!(
+            importance.is_none_or(|values| values.len() == row_len),
+            "an importance per column"
+        );
+        let blocks: &mut [T::Block] = bytemuck::cast_slice_mut(out);
+        assert_eq!(
+            blocks.len(),
+            rows.len() / SUPER_BLOCK,
+            "a block per 256 weights"
+        );
+        Self {
+            rows,
+            row_len,
+            importance,
+            blocks,
+        }
+    }
 }
 
 impl<T: SuperBlockType> WithSimd for Run<'_, T> {
-    type Output = u64;
+    type Output = ScaleOverflow;
 
     #[inline(always)]
-    fn with_simd<S: Simd>(self, simd: S) -> u64 {
+    fn with_simd<S: Simd>(self, simd: S) -> ScaleOverflow {
         let lanes = Lanes::<S>::COUNT;
         let mut problem = Problem::empty(simd);
-        let mut misfits = 0;
-        let batches = self.rows.chunks(lanes * SUPER_BLOCK).zip(self.out.chunks_mut(lanes * T::BYTES));
-        for (batch, (rows, out)) in batches.enumerate() {
+        let mut overflow = ScaleOverflow(0);
+        let batches = self
+            .rows
+            .chunks(lanes * SUPER_BLOCK)
+            .zip(self.blocks.chunks_mut(lanes));
+        let mut column = 0;
+        for (rows, blocks) in batches {
             problem.load(simd, rows);
             match self.importance {
                 None => problem.weigh::<T>(),
                 Some(importance) => {
-                    let first = batch * lanes * SUPER_BLOCK;
-                    let columns = (0..rows.len() / SUPER_BLOCK).map(|block| {
-                        let column = (first + block * SUPER_BLOCK) % self.row_len;
-                        &importance[column..column + SUPER_BLOCK]
-                    });
+                    let starts =
+                        (0..blocks.len()).map(|b| (column + b * SUPER_BLOCK) % self.row_len);
+                    let columns = starts.map(|start| &importance[start..start + SUPER_BLOCK]);
                     problem.weigh_by_importance::<T>(simd, columns);
                 }
             }
             let solution = T::search(simd, &problem);
-            for (lane, block) in out.chunks_exact_mut(T::BYTES).enumerate() {
-                T::pack(&solution, lane, block);
-                let saturated = T::f16_scales(&solution, lane).iter().any(|d| d.abs() >= F16_MAX);
-                let nonfinite = problem.nonfinite.as_slice()[lane] != 0.0;
-                misfits += u64::from(saturated || nonfinite);
+            for (lane, block) in blocks.iter_mut().enumerate() {
+                let saturated;
+                (*block, saturated) = T::pack(&solution, lane);
+                overflow.0 += saturated + u64::from(problem.nonfinite.as_slice()[lane] != 0.0);
             }
+            column = (column + lanes * SUPER_BLOCK) % self.row_len;
         }
-        misfits
+        overflow
     }
 }
 
@@ -134,7 +190,19 @@ impl<S: Simd> Problem<S> {
     #[inline(always)]
     fn empty(simd: S) -> Self {
         let zero = Lanes::zero(simd);
-        Self { x: [zero; SUPER_BLOCK], weight: [zero; SUPER_BLOCK], unit: zero, nonfinite: zero }
+        Self {
+            x: [zero; SUPER_BLOCK],
+            weight: [zero; SUPER_BLOCK],
+            unit: zero,
+            nonfinite: zero,
+        }
+    }
+
+    /// Weights and error weights of sub-block `j` of `SUBS`.
+    #[inline(always)]
+    pub fn sub_block<const SUBS: usize>(&self, j: usize) -> (&[Lanes<S>], &[Lanes<S>]) {
+        let len = SUPER_BLOCK / SUBS;
+        (&self.x[j * len..][..len], &self.weight[j * len..][..len])
     }
 
     /// The nearest f16 to a scale of `x`, in the same units.
@@ -183,7 +251,11 @@ impl<S: Simd> Problem<S> {
                 }
             }
             Weighting::MagnitudePlusRms => {
-                for (weights, xs) in self.weight.chunks_exact_mut(32).zip(self.x.chunks_exact(32)) {
+                for (weights, xs) in self
+                    .weight
+                    .chunks_exact_mut(32)
+                    .zip(self.x.chunks_exact(32))
+                {
                     let rms = mean_square(xs).sqrt();
                     for (weight, x) in weights.iter_mut().zip(xs) {
                         *weight = rms + x.abs();
@@ -204,14 +276,19 @@ impl<S: Simd> Problem<S> {
         let zero = Lanes::zero(simd);
         let mut largest = zero;
         for weight in &mut self.weight {
-            *weight = weight.gt(zero).select(*weight, zero).min(zero.like(f32::MAX));
+            *weight = weight
+                .gt(zero)
+                .select(*weight, zero)
+                .min(zero.like(f32::MAX));
             largest = largest.max(*weight);
         }
         let inverse = zero.like(1.0) / power_of_two_of(largest);
         let floor = (largest * inverse).max(zero.like(f32::MIN_POSITIVE)) * zero.like(1e-6);
         let energy = match T::IMPORTANCE_WEIGHTING {
             ImportanceWeighting::Plain => None,
-            ImportanceWeighting::Energy { factor } => Some(mean_square(&self.x) * zero.like(factor)),
+            ImportanceWeighting::Energy { factor } => {
+                Some(mean_square(&self.x) * zero.like(factor))
+            }
         };
         for (weight, &x) in self.weight.iter_mut().zip(&self.x) {
             let importance = (*weight * inverse).max(floor);
@@ -227,7 +304,10 @@ impl<S: Simd> Problem<S> {
 #[inline(always)]
 fn power_of_two_of<S: Simd>(magnitude: Lanes<S>) -> Lanes<S> {
     let one = magnitude.like(1.0);
-    let clamped = magnitude.power_of_two().max(one.like(2f32.powi(-126))).min(one.like(2f32.powi(126)));
+    let clamped = magnitude
+        .power_of_two()
+        .max(one.like(2f32.powi(-126)))
+        .min(one.like(2f32.powi(126)));
     magnitude.gt(magnitude.like(0.0)).select(clamped, one)
 }
 

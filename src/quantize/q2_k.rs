@@ -1,0 +1,73 @@
+//! Q2_K: 2-bit codes, 4-bit scale and offset per 16.
+//!
+//! Enters: rows. Leaves: blocks. The search is `affine`'s, the layout `formats::block`'s.
+
+use pulp::Simd;
+
+use super::{
+    ScaleOverflow,
+    affine::{AffineGrid, AffineSolution, search},
+    super_block::{self, ImportanceWeighting, Problem, SuperBlockType, Sweep, Weighting},
+};
+use crate::formats::block::BlockQ2K;
+
+/// Quantizes rows to Q2_K (see [`super_block::quantize`]).
+///
+/// Errors count as in ggml's `quantize_row_q2_k_ref` and `quantize_row_q2_k_impl`.
+pub fn quantize(
+    rows: &[f32],
+    row_len: usize,
+    importance: Option<&[f32]>,
+    out: &mut [u8],
+) -> ScaleOverflow {
+    super_block::quantize::<Q2K>(rows, row_len, importance, out)
+}
+
+pub(super) struct Q2K;
+
+const GRID: AffineGrid = AffineGrid {
+    codes: 3.0,
+    scales: 15.0,
+    plain: Sweep {
+        first: -0.6,
+        step: 0.3,
+        tries: 5,
+    },
+    drift: Sweep {
+        first: -0.9,
+        step: 0.3,
+        tries: 7,
+    },
+    factors: Sweep {
+        first: -4.0,
+        step: 0.25,
+        tries: 33,
+    },
+    rounds: 3,
+};
+
+impl SuperBlockType for Q2K {
+    type Block = BlockQ2K;
+    const WEIGHTING: Weighting = Weighting::Magnitude;
+    const IMPORTANCE_WEIGHTING: ImportanceWeighting = ImportanceWeighting::Energy { factor: 1.0 };
+
+    type Solution<S: Simd> = AffineSolution<S, 16>;
+
+    #[inline(always)]
+    fn search<S: Simd>(simd: S, problem: &Problem<S>) -> Self::Solution<S> {
+        search(simd, problem, &GRID)
+    }
+
+    #[inline(always)]
+    fn pack<S: Simd>(solution: &Self::Solution<S>, lane: usize) -> (BlockQ2K, u64) {
+        let found = solution.lane(lane);
+        let block = BlockQ2K::pack(
+            found.d,
+            found.dmin,
+            &found.scales,
+            &found.mins,
+            &found.codes,
+        );
+        (block, found.saturated)
+    }
+}
