@@ -122,10 +122,10 @@ fn choose_scales<S: Simd, const SUBS: usize>(
     for round in 0..=grid.rounds {
         let mut moments = [Moments::zero(simd); SUBS];
         let mut error = Lanes::zero(simd);
-        for j in 0..SUBS {
+        for (j, sums) in moments.iter_mut().enumerate() {
             let (xs, ws) = problem.sub_block::<SUBS>(j);
-            moments[j] = Moments::of(xs, ws, scales.of(j), grid);
-            error += moments[j].error;
+            *sums = Moments::of(xs, ws, scales.of(j), grid);
+            error += sums.error;
         }
         let better = error.lt(least);
         least = better.select(error, least);
@@ -522,9 +522,9 @@ impl<S: Simd, const SUBS: usize> Scales<S, SUBS> {
     ) {
         let zero = self.d.like(0.0);
         let (mut dd, mut dm, mut mm, mut rd, mut rm) = (zero, zero, zero, zero, zero);
-        for j in 0..SUBS {
-            self.descend_sub_block(j, &mut moments[j], grid);
-            let (scale, min, sums) = (self.scales[j], self.mins[j], &moments[j]);
+        for (j, sums) in moments.iter_mut().enumerate() {
+            self.descend_sub_block(j, sums, grid);
+            let (scale, min) = (self.scales[j], self.mins[j]);
             dd += scale * scale * sums.qq;
             dm += scale * min * sums.q;
             mm += min * min * sums.w;

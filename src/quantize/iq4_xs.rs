@@ -5,54 +5,27 @@
 use pulp::Simd;
 
 use super::{
-    ScaleOverflow,
     lanes::Lanes,
-    super_block::{self, ImportanceWeighting, Problem, SuperBlockType, Sweep, Weighting},
+    super_block::{ImportanceWeighting, Problem, SuperBlockType, Sweep, Weighting},
     symmetric::{Codebook, SymmetricGrid, SymmetricSolution, search},
 };
 use crate::formats::block::{BlockIQ4XS, IQ4_NL_VALUES};
 
-/// Quantizes rows to IQ4_XS (see [`super_block::quantize`]).
-///
 /// Errors count as in ggml's `quantize_row_iq4_nl_impl`.
-pub fn quantize(
-    rows: &[f32],
-    row_len: usize,
-    importance: Option<&[f32]>,
-    out: &mut [u8],
-) -> ScaleOverflow {
-    super_block::quantize::<IQ4XS>(rows, row_len, importance, out)
-}
-
-pub(super) struct IQ4XS;
+#[allow(non_camel_case_types, reason = "the name is ggml's")]
+pub(super) struct IQ4_XS;
 
 const GRID: SymmetricGrid = SymmetricGrid {
     scales: 32.0,
-    first: Sweep {
-        first: -6.0,
-        step: 2.0,
-        tries: 7,
-    },
-    last: Sweep {
-        first: -4.0,
-        step: 4.0,
-        tries: 3,
-    },
-    around: Sweep {
-        first: 0.0,
-        step: 0.0,
-        tries: 1,
-    },
-    factors: Sweep {
-        first: -4.0,
-        step: 0.25,
-        tries: 33,
-    },
+    first: Sweep::new(-6.0, 2.0, 7),
+    last: Sweep::new(-4.0, 4.0, 3),
+    around: Sweep::new(0.0, 0.0, 1),
+    factors: Sweep::new(-4.0, 0.25, 33),
     reach: 1,
     rounds: 2,
 };
 
-impl SuperBlockType for IQ4XS {
+impl SuperBlockType for IQ4_XS {
     type Block = BlockIQ4XS;
     const WEIGHTING: Weighting = Weighting::Square;
     const IMPORTANCE_WEIGHTING: ImportanceWeighting = ImportanceWeighting::Energy { factor: 2.0 };

@@ -5,53 +5,26 @@
 use pulp::Simd;
 
 use super::{
-    ScaleOverflow,
-    super_block::{self, ImportanceWeighting, Problem, SuperBlockType, Sweep, Weighting},
+    super_block::{ImportanceWeighting, Problem, SuperBlockType, Sweep, Weighting},
     symmetric::{SymmetricGrid, SymmetricSolution, Whole, search},
 };
 use crate::formats::block::BlockQ3K;
 
-/// Quantizes rows to Q3_K (see [`super_block::quantize`]).
-///
 /// Errors count as in ggml's `quantize_row_q3_K_ref` and `quantize_row_q3_K_impl`.
-pub fn quantize(
-    rows: &[f32],
-    row_len: usize,
-    importance: Option<&[f32]>,
-    out: &mut [u8],
-) -> ScaleOverflow {
-    super_block::quantize::<Q3K>(rows, row_len, importance, out)
-}
-
-pub(super) struct Q3K;
+#[allow(non_camel_case_types, reason = "the name is ggml's")]
+pub(super) struct Q3_K;
 
 const GRID: SymmetricGrid = SymmetricGrid {
     scales: 32.0,
-    first: Sweep {
-        first: -0.9,
-        step: 0.2,
-        tries: 10,
-    },
-    last: Sweep {
-        first: -0.6,
-        step: 0.2,
-        tries: 7,
-    },
-    around: Sweep {
-        first: -0.05,
-        step: 0.05,
-        tries: 3,
-    },
-    factors: Sweep {
-        first: -4.0,
-        step: 0.25,
-        tries: 33,
-    },
+    first: Sweep::new(-0.9, 0.2, 10),
+    last: Sweep::new(-0.6, 0.2, 7),
+    around: Sweep::new(-0.05, 0.05, 3),
+    factors: Sweep::new(-4.0, 0.25, 33),
     reach: 2,
     rounds: 3,
 };
 
-impl SuperBlockType for Q3K {
+impl SuperBlockType for Q3_K {
     type Block = BlockQ3K;
     const WEIGHTING: Weighting = Weighting::Square;
     const IMPORTANCE_WEIGHTING: ImportanceWeighting = ImportanceWeighting::Energy { factor: 2.0 };

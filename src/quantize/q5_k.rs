@@ -5,48 +5,25 @@
 use pulp::Simd;
 
 use super::{
-    ScaleOverflow,
     affine::{AffineGrid, AffineSolution, search},
-    super_block::{self, ImportanceWeighting, Problem, SuperBlockType, Sweep, Weighting},
+    super_block::{ImportanceWeighting, Problem, SuperBlockType, Sweep, Weighting},
 };
 use crate::formats::block::BlockQ5K;
 
-/// Quantizes rows to Q5_K (see [`super_block::quantize`]).
-///
-/// Errors count as in ggml's `quantize_row_q5_k_ref` and `quantize_row_q5_k_impl`.
-pub fn quantize(
-    rows: &[f32],
-    row_len: usize,
-    importance: Option<&[f32]>,
-    out: &mut [u8],
-) -> ScaleOverflow {
-    super_block::quantize::<Q5K>(rows, row_len, importance, out)
-}
-
-pub(super) struct Q5K;
+/// Errors count as in ggml's `quantize_row_q5_K_ref` and `quantize_row_q5_K_impl`.
+#[allow(non_camel_case_types, reason = "the name is ggml's")]
+pub(super) struct Q5_K;
 
 const GRID: AffineGrid = AffineGrid {
     codes: 31.0,
     scales: 63.0,
-    plain: Sweep {
-        first: -0.6,
-        step: 0.3,
-        tries: 5,
-    },
-    drift: Sweep {
-        first: -0.9,
-        step: 0.3,
-        tries: 7,
-    },
-    factors: Sweep {
-        first: -4.0,
-        step: 0.25,
-        tries: 33,
-    },
+    plain: Sweep::new(-0.6, 0.3, 5),
+    drift: Sweep::new(-0.9, 0.3, 7),
+    factors: Sweep::new(-4.0, 0.25, 33),
     rounds: 3,
 };
 
-impl SuperBlockType for Q5K {
+impl SuperBlockType for Q5_K {
     type Block = BlockQ5K;
     const WEIGHTING: Weighting = Weighting::MagnitudePlusRms;
     const IMPORTANCE_WEIGHTING: ImportanceWeighting = ImportanceWeighting::Energy { factor: 2.0 };

@@ -5,53 +5,26 @@
 use pulp::Simd;
 
 use super::{
-    ScaleOverflow,
-    super_block::{self, ImportanceWeighting, Problem, SuperBlockType, Sweep, Weighting},
+    super_block::{ImportanceWeighting, Problem, SuperBlockType, Sweep, Weighting},
     symmetric::{SymmetricGrid, SymmetricSolution, Whole, search},
 };
 use crate::formats::block::BlockQ6K;
 
-/// Quantizes rows to Q6_K (see [`super_block::quantize`]).
-///
 /// Errors count as in ggml's `quantize_row_q6_K_ref` and `quantize_row_q6_K_impl`.
-pub fn quantize(
-    rows: &[f32],
-    row_len: usize,
-    importance: Option<&[f32]>,
-    out: &mut [u8],
-) -> ScaleOverflow {
-    super_block::quantize::<Q6K>(rows, row_len, importance, out)
-}
-
-pub(super) struct Q6K;
+#[allow(non_camel_case_types, reason = "the name is ggml's")]
+pub(super) struct Q6_K;
 
 const GRID: SymmetricGrid = SymmetricGrid {
     scales: 128.0,
-    first: Sweep {
-        first: -0.6,
-        step: 0.6,
-        tries: 3,
-    },
-    last: Sweep {
-        first: 0.0,
-        step: 0.0,
-        tries: 0,
-    },
-    around: Sweep {
-        first: 0.0,
-        step: 0.0,
-        tries: 0,
-    },
-    factors: Sweep {
-        first: 0.0,
-        step: 0.0,
-        tries: 1,
-    },
+    first: Sweep::new(-0.6, 0.6, 3),
+    last: Sweep::NONE,
+    around: Sweep::NONE,
+    factors: Sweep::new(0.0, 0.0, 1),
     reach: 6,
     rounds: 2,
 };
 
-impl SuperBlockType for Q6K {
+impl SuperBlockType for Q6_K {
     type Block = BlockQ6K;
     const WEIGHTING: Weighting = Weighting::Square;
     const IMPORTANCE_WEIGHTING: ImportanceWeighting = ImportanceWeighting::Plain;

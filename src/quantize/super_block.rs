@@ -52,15 +52,21 @@ pub enum ImportanceWeighting {
 /// Evenly spaced values to try.
 #[derive(Clone, Copy, Debug)]
 pub struct Sweep {
-    /// The first value.
-    pub first: f32,
-    /// From one value to the next.
-    pub step: f32,
+    first: f32,
+    step: f32,
     /// How many.
     pub tries: usize,
 }
 
 impl Sweep {
+    /// No values.
+    pub const NONE: Self = Self::new(0.0, 0.0, 0);
+
+    /// `tries` values from `first` on, `step` apart.
+    pub const fn new(first: f32, step: f32, tries: usize) -> Self {
+        Self { first, step, tries }
+    }
+
     /// Value `k`.
     #[inline(always)]
     pub fn at(&self, k: usize) -> f32 {

@@ -144,10 +144,10 @@ fn choose_scales<S: Simd, C: Codebook, const SUBS: usize>(
     for round in 0..=grid.rounds {
         let mut moments = [Moments::zero(simd); SUBS];
         let mut error = zero;
-        for j in 0..SUBS {
+        for (j, sums) in moments.iter_mut().enumerate() {
             let (xs, ws) = problem.sub_block::<SUBS>(j);
-            moments[j] = Moments::of::<C>(xs, ws, scales.of(j));
-            error += moments[j].error;
+            *sums = Moments::of::<C>(xs, ws, scales.of(j));
+            error += sums.error;
         }
         let better = error.lt(least);
         least = better.select(error, least);
@@ -349,16 +349,16 @@ impl<S: Simd, const SUBS: usize> Scales<S, SUBS> {
         moments: &mut [Moments<S>; SUBS],
         grid: &SymmetricGrid,
     ) {
-        for j in 0..SUBS {
+        for (j, sums) in moments.iter_mut().enumerate() {
             let (xs, ws) = problem.sub_block::<SUBS>(j);
             let own = self.scales[j];
             for k in 1..=grid.reach {
                 for shift in [-(k as f32), k as f32] {
                     let scale = grid.whole(own + own.like(shift));
                     let other = Moments::of::<C>(xs, ws, self.d * scale);
-                    let better = other.error.lt(moments[j].error);
+                    let better = other.error.lt(sums.error);
                     self.scales[j] = better.select(scale, self.scales[j]);
-                    moments[j] = moments[j].or_where(better, &other);
+                    *sums = sums.or_where(better, &other);
                 }
             }
         }

@@ -28,6 +28,7 @@ impl BlockIQ4NL {
     pub const ELEMENTS: usize = 32;
 
     /// `codes`: 0 to 15.
+    #[inline(always)]
     pub fn pack(d: f16, codes: &[u8; 32]) -> Self {
         Self {
             d: d.to_le_bytes(),

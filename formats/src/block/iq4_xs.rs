@@ -27,6 +27,7 @@ impl BlockIQ4XS {
     pub const ELEMENTS: usize = 256;
 
     /// `scales`: -32 to 31, per 32; `codes`: 0 to 15.
+    #[inline(always)]
     pub fn pack(d: f16, scales: &[i8; 8], codes: &[u8; 256]) -> Self {
         let (mut scales_h, mut scales_l) = (0u16, [0; 4]);
         for (b, scale) in scales.iter().enumerate() {

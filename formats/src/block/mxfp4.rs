@@ -36,6 +36,7 @@ impl BlockMXFP4 {
     pub const ELEMENTS: usize = 32;
 
     /// `codes`: 0 to 15.
+    #[inline(always)]
     pub fn pack(e: u8, codes: &[u8; 32]) -> Self {
         Self {
             e,

@@ -33,6 +33,7 @@ impl BlockNVFP4 {
     pub const ELEMENTS: usize = 64;
 
     /// `d`: a scale per 16; `codes`: 0 to 15.
+    #[inline(always)]
     pub fn pack(d: &[u8; 4], codes: &[u8; 64]) -> Self {
         Self {
             d: *d,

@@ -20,6 +20,7 @@ impl BlockQ1_0 {
     pub const ELEMENTS: usize = 128;
 
     /// `codes`: 1 for `d`, 0 for `-d`.
+    #[inline(always)]
     pub fn pack(d: f16, codes: &[u8; 128]) -> Self {
         let mut qs = [0; 16];
         for (byte, codes) in qs.iter_mut().zip(codes.as_chunks::<8>().0) {

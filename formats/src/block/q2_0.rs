@@ -20,6 +20,7 @@ impl BlockQ2_0 {
     pub const ELEMENTS: usize = 64;
 
     /// `codes`: 0 to 3.
+    #[inline(always)]
     pub fn pack(d: f16, codes: &[u8; 64]) -> Self {
         let mut qs = [0; 16];
         for (byte, codes) in qs.iter_mut().zip(codes.as_chunks::<4>().0) {

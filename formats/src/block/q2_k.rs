@@ -26,6 +26,7 @@ impl BlockQ2K {
     pub const ELEMENTS: usize = 256;
 
     /// `scales`, `mins`: 0 to 15, per 16; `codes`: 0 to 3.
+    #[inline(always)]
     pub fn pack(d: f16, dmin: f16, scales: &[u8; 16], mins: &[u8; 16], codes: &[u8; 256]) -> Self {
         let mut both = [0; 16];
         for ((byte, scale), min) in both.iter_mut().zip(scales).zip(mins) {

@@ -26,6 +26,7 @@ impl BlockQ3K {
     pub const ELEMENTS: usize = 256;
 
     /// `scales`: -32 to 31, per 16; `codes`: 0 to 7.
+    #[inline(always)]
     pub fn pack(d: f16, scales: &[i8; 16], codes: &[u8; 256]) -> Self {
         let scales = scales.map(|scale| scale.wrapping_add(32) as u8);
         let mut packed = [0; 12];

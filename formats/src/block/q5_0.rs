@@ -24,6 +24,7 @@ impl BlockQ5_0 {
     pub const ELEMENTS: usize = 32;
 
     /// `codes`: 0 to 31.
+    #[inline(always)]
     pub fn pack(d: f16, codes: &[u8; 32]) -> Self {
         Self {
             d: d.to_le_bytes(),
@@ -52,11 +53,13 @@ impl BlockQ5_0 {
 /// Bit `j` is the fifth bit of code `j`.
 #[inline(always)]
 pub(super) fn pack_fifth_bits(codes: &[u8; 32]) -> [u8; 4] {
-    let mut qh = 0u32;
-    for (j, code) in codes.iter().enumerate() {
-        qh |= u32::from((code >> 4) & 1) << j;
+    let mut qh = [0; 4];
+    for (byte, codes) in qh.iter_mut().zip(codes.as_chunks().0) {
+        let bits = (u64::from_le_bytes(*codes) >> 4) & 0x0101_0101_0101_0101;
+        // Moves bit 8i to bit 56 + i.
+        *byte = (bits.wrapping_mul(0x0102_0408_1020_4080) >> 56) as u8;
     }
-    qh.to_le_bytes()
+    qh
 }
 
 /// Joins nibbles and fifth bits.

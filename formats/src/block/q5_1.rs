@@ -27,6 +27,7 @@ impl BlockQ5_1 {
     pub const ELEMENTS: usize = 32;
 
     /// `codes`: 0 to 31.
+    #[inline(always)]
     pub fn pack(d: f16, m: f16, codes: &[u8; 32]) -> Self {
         Self {
             d: d.to_le_bytes(),

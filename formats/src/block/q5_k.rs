@@ -29,6 +29,7 @@ impl BlockQ5K {
     pub const ELEMENTS: usize = 256;
 
     /// `scales`, `mins`: 0 to 63, per 32; `codes`: 0 to 31.
+    #[inline(always)]
     pub fn pack(d: f16, dmin: f16, scales: &[u8; 8], mins: &[u8; 8], codes: &[u8; 256]) -> Self {
         Self {
             d: d.to_le_bytes(),

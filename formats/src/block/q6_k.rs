@@ -26,6 +26,7 @@ impl BlockQ6K {
     pub const ELEMENTS: usize = 256;
 
     /// `scales`: per 16; `codes`: 0 to 63.
+    #[inline(always)]
     pub fn pack(d: f16, scales: &[i8; 16], codes: &[u8; 256]) -> Self {
         Self {
             ql: planes::pack_nibbles::<64, 128>(codes),

@@ -20,6 +20,7 @@ impl BlockQ8_0 {
     pub const ELEMENTS: usize = 32;
 
     /// `codes`: -127 to 127 (-128 is legal).
+    #[inline(always)]
     pub fn pack(d: f16, codes: &[i8; 32]) -> Self {
         Self {
             d: d.to_le_bytes(),

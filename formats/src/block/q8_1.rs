@@ -22,6 +22,7 @@ impl BlockQ8_1 {
     pub const ELEMENTS: usize = 32;
 
     /// `s`: `d` times the sum of `codes`.
+    #[inline(always)]
     pub fn pack(d: f16, s: f16, codes: &[i8; 32]) -> Self {
         Self {
             d: d.to_le_bytes(),

@@ -21,6 +21,7 @@ impl BlockQ8K {
     pub const ELEMENTS: usize = 256;
 
     /// `codes`: any; their sums are added.
+    #[inline(always)]
     pub fn pack(d: f32, codes: &[i8; 256]) -> Self {
         let mut bsums = [[0; 2]; 16];
         for (sum, codes) in bsums.iter_mut().zip(codes.as_chunks::<16>().0) {

@@ -22,6 +22,7 @@ impl BlockTQ1_0 {
     pub const ELEMENTS: usize = 256;
 
     /// `codes`: 0 to 2.
+    #[inline(always)]
     pub fn pack(d: f16, codes: &[u8; 256]) -> Self {
         let mut qs = [0; 48];
         let mut qh = [0; 4];

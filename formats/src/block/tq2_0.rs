@@ -22,6 +22,7 @@ impl BlockTQ2_0 {
     pub const ELEMENTS: usize = 256;
 
     /// `codes`: 0 to 2 (3 is legal and means `2 d`).
+    #[inline(always)]
     pub fn pack(d: f16, codes: &[u8; 256]) -> Self {
         Self {
             qs: planes::pack::<2, 32, 64>(codes, 0),
