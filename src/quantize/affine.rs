@@ -166,19 +166,25 @@ struct Fit<S: Simd> {
 #[inline(always)]
 fn two_fits<S: Simd>(xs: &[Lanes<S>], ws: &[Lanes<S>], grid: &AffineGrid) -> (Fit<S>, Fit<S>) {
     let range = Range::of(xs, ws);
+    let mut wxs = [range.mean; SUPER_BLOCK / 8];
+    let wxs = &mut wxs[..xs.len()];
+    for ((wx, &x), &w) in wxs.iter_mut().zip(xs).zip(ws) {
+        *wx = w * (x - range.mean);
+    }
+    let wxs = &*wxs;
     let bottom = range.whole(grid);
     let mut plain = bottom;
     let per_range = (range.high - range.low).recip_or_zero();
     for k in 0..grid.plain.tries {
         let inverse = per_range * per_range.like(grid.codes + grid.plain.at(k));
-        let fit = range.fit(xs, ws, bottom.offset, inverse, grid);
+        let fit = range.fit(xs, ws, wxs, bottom.offset, inverse, grid);
         plain = plain.or_where(fit.gain.gt(plain.gain), &fit);
     }
     let mut drift = bottom;
     for k in 0..grid.drift.tries {
         let per_range = (range.high + drift.offset).recip_or_zero();
         let inverse = per_range * per_range.like(grid.codes + grid.drift.at(k));
-        let fit = range.fit(xs, ws, drift.offset, inverse, grid);
+        let fit = range.fit(xs, ws, wxs, drift.offset, inverse, grid);
         drift = drift.or_where(fit.gain.gt(drift.gain), &fit);
     }
     let better = drift.gain.gt(plain.gain);
@@ -238,18 +244,19 @@ impl<S: Simd> Range<S> {
         &self,
         xs: &[Lanes<S>],
         ws: &[Lanes<S>],
+        wxs: &[Lanes<S>],
         offset: Lanes<S>,
         inverse: Lanes<S>,
         grid: &AffineGrid,
     ) -> Fit<S> {
         let zero = offset.like(0.0);
         let (mut q, mut qq, mut qx) = (zero, zero, zero);
-        for (&x, &w) in xs.iter().zip(ws) {
+        for ((&x, &w), &wx) in xs.iter().zip(ws).zip(wxs) {
             let code = code(x, offset, inverse, grid);
             let wq = w * code;
             q += wq;
             qq += wq * code;
-            qx += wq * (x - self.mean);
+            qx += wx * code;
         }
         let center = q * self.per_w;
         let stiffness = qq - q * center;
