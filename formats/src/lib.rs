@@ -4,6 +4,7 @@
 //! Knows nothing of scales, searches or networks: choosing codes is the caller's business.
 
 pub mod block;
+pub mod checkpoint;
 pub mod dtype;
 mod error;
 pub mod ggml_type;
