@@ -19,7 +19,11 @@ pub fn parse(text: &str) -> Result<Value> {
     serde_json::from_str(&quoted).map_err(|error| {
         let at = offset_of(&quoted, &error);
         // Each word before the fault has gained two quotes.
-        let gained = words_at.iter().filter(|&&word_at| word_at < at).count().saturating_mul(2);
+        let gained = words_at
+            .iter()
+            .filter(|&&word_at| word_at < at)
+            .count()
+            .saturating_mul(2);
         Error::malformed(describe(&error)).at(at.saturating_sub(gained) as u64)
     })
 }
@@ -41,7 +45,11 @@ fn quote_words(text: &str) -> (String, Vec<usize>) {
                 word.len()
             }
             None => {
-                let end = if token.starts_with('"') { string_bytes(token) } else { 1 };
+                let end = if token.starts_with('"') {
+                    string_bytes(token)
+                } else {
+                    1
+                };
                 quoted.push_str(token.get(..end).unwrap_or(token));
                 end
             }
@@ -54,7 +62,8 @@ fn quote_words(text: &str) -> (String, Vec<usize>) {
 
 /// Whether `text` begins with `word` and no letter or digit follows.
 fn is_whole_word(text: &str, word: &str) -> bool {
-    text.strip_prefix(word).is_some_and(|rest| !rest.starts_with(|c: char| c.is_alphanumeric() || c == '_'))
+    text.strip_prefix(word)
+        .is_some_and(|rest| !rest.starts_with(|c: char| c.is_alphanumeric() || c == '_'))
 }
 
 /// Length of the string literal that `text` begins with, quotes included; all of `text` if it does not end.
@@ -74,14 +83,20 @@ fn string_bytes(text: &str) -> usize {
 /// What serde_json complains of, without its line and column.
 pub(super) fn describe(error: &serde_json::Error) -> String {
     let text = error.to_string();
-    text.rsplit_once(" at line ").map_or(text.as_str(), |(what, _)| what).to_owned()
+    text.rsplit_once(" at line ")
+        .map_or(text.as_str(), |(what, _)| what)
+        .to_owned()
 }
 
 /// Where in `text` serde_json stopped, in bytes.
 pub(super) fn offset_of(text: &str, error: &serde_json::Error) -> usize {
-    let lines_before = text.split_inclusive('\n').take(error.line().saturating_sub(1));
+    let lines_before = text
+        .split_inclusive('\n')
+        .take(error.line().saturating_sub(1));
     let line_start = lines_before.map(str::len).fold(0, usize::saturating_add);
-    line_start.saturating_add(error.column().saturating_sub(1)).min(text.len())
+    line_start
+        .saturating_add(error.column().saturating_sub(1))
+        .min(text.len())
 }
 
 #[cfg(test)]
@@ -101,15 +116,27 @@ mod tests {
 
     #[test]
     fn bare_words_become_strings() {
-        check(r#"{"time_step_limit": [0.0, Infinity]}"#, json!({"time_step_limit": [0.0, "Infinity"]}));
-        check("[-Infinity,NaN,\n-1,-0.5]", json!(["-Infinity", "NaN", -1, -0.5]));
+        check(
+            r#"{"time_step_limit": [0.0, Infinity]}"#,
+            json!({"time_step_limit": [0.0, "Infinity"]}),
+        );
+        check(
+            "[-Infinity,NaN,\n-1,-0.5]",
+            json!(["-Infinity", "NaN", -1, -0.5]),
+        );
         check("Infinity", json!("Infinity"));
     }
 
     #[test]
     fn strings_stay_as_they_are() {
-        check(r#"{"NaN": "a NaN, \"Infinity\" -Infinity \\"}"#, json!({"NaN": "a NaN, \"Infinity\" -Infinity \\"}));
-        check(r#"["ä Infinity", "\u00e4", Infinity]"#, json!(["ä Infinity", "ä", "Infinity"]));
+        check(
+            r#"{"NaN": "a NaN, \"Infinity\" -Infinity \\"}"#,
+            json!({"NaN": "a NaN, \"Infinity\" -Infinity \\"}),
+        );
+        check(
+            r#"["ä Infinity", "\u00e4", Infinity]"#,
+            json!(["ä Infinity", "ä", "Infinity"]),
+        );
     }
 
     #[test]

@@ -33,12 +33,20 @@ pub fn parse(text: &str) -> Result<Index> {
         if !seen.insert(tensor.as_str()) {
             return Err(Error::malformed("index names the tensor twice").in_tensor(tensor));
         }
-        if Path::new(shard).file_name().is_none_or(|name| name != shard.as_str()) || shard.contains('\\') {
-            return Err(Error::malformed(format!("index places it in `{shard}`, which is not a plain file name"))
-                .in_tensor(tensor));
+        if Path::new(shard)
+            .file_name()
+            .is_none_or(|name| name != shard.as_str())
+            || shard.contains('\\')
+        {
+            return Err(Error::malformed(format!(
+                "index places it in `{shard}`, which is not a plain file name"
+            ))
+            .in_tensor(tensor));
         }
     }
-    Ok(Index { weight_map: raw.weight_map.0 })
+    Ok(Index {
+        weight_map: raw.weight_map.0,
+    })
 }
 
 /// A JSON object with its keys in order, repeated ones included.
@@ -59,7 +67,10 @@ impl<'de, V: Deserialize<'de>> Visitor<'de> for EntriesVisitor<V> {
         f.write_str("an object")
     }
 
-    fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> std::result::Result<Self::Value, A::Error> {
+    fn visit_map<A: MapAccess<'de>>(
+        self,
+        mut map: A,
+    ) -> std::result::Result<Self::Value, A::Error> {
         let mut entries = Vec::new();
         while let Some(entry) = map.next_entry()? {
             entries.push(entry);
@@ -74,19 +85,36 @@ mod tests {
 
     #[test]
     fn names_keep_their_order() {
-        let index = parse(r#"{"metadata": {"total_size": 1}, "weight_map": {"b": "2.safetensors", "a": "1"}}"#).unwrap();
-        let expected = [("b", "2.safetensors"), ("a", "1")].map(|(t, s)| (t.to_owned(), s.to_owned()));
+        let index = parse(
+            r#"{"metadata": {"total_size": 1}, "weight_map": {"b": "2.safetensors", "a": "1"}}"#,
+        )
+        .unwrap();
+        let expected =
+            [("b", "2.safetensors"), ("a", "1")].map(|(t, s)| (t.to_owned(), s.to_owned()));
         assert_eq!(index.weight_map, expected);
     }
 
     #[test]
     fn lies_are_refused() {
-        let check = |text: &str, expected: &str| assert_eq!(parse(text).unwrap_err().to_string(), expected);
+        let check =
+            |text: &str, expected: &str| assert_eq!(parse(text).unwrap_err().to_string(), expected);
         check("{}", "missing field `weight_map` (at 0x1)");
-        check("[1", "invalid type: integer `1`, expected an object (at 0x1)");
-        check(r#"{"weight_map": {"a": 3}}"#, "invalid type: integer `3`, expected a string (at 0x15)");
-        check(r#"{"weight_map": {}, "weight_map": {}}"#, "duplicate field `weight_map` (at 0x1e)");
-        check(r#"{"weight_map": {"a": "x", "a": "x"}}"#, "`a`: index names the tensor twice");
+        check(
+            "[1",
+            "invalid type: integer `1`, expected an object (at 0x1)",
+        );
+        check(
+            r#"{"weight_map": {"a": 3}}"#,
+            "invalid type: integer `3`, expected a string (at 0x15)",
+        );
+        check(
+            r#"{"weight_map": {}, "weight_map": {}}"#,
+            "duplicate field `weight_map` (at 0x1e)",
+        );
+        check(
+            r#"{"weight_map": {"a": "x", "a": "x"}}"#,
+            "`a`: index names the tensor twice",
+        );
         for shard in ["", ".", "..", "../x", "/etc/passwd", "a/b", "a\\\\b", "x/"] {
             let printed = shard.replace("\\\\", "\\");
             check(

@@ -46,18 +46,33 @@ pub(super) fn locate(path: &Path) -> Result<Files> {
         false => path.to_owned(),
     };
     let (shards, index) = shards(&folder)?;
-    Ok(Files { revision: revision(&folder), folder, shards, index })
+    Ok(Files {
+        revision: revision(&folder),
+        folder,
+        shards,
+        index,
+    })
 }
 
 fn single_file(path: &Path) -> Result<Files> {
-    if path.extension().is_none_or(|extension| extension != "safetensors") {
-        return Err(Error::unsupported("expected a model folder or a `.safetensors` file").in_file(path));
+    if path
+        .extension()
+        .is_none_or(|extension| extension != "safetensors")
+    {
+        return Err(
+            Error::unsupported("expected a model folder or a `.safetensors` file").in_file(path),
+        );
     }
     let folder = match path.parent() {
         Some(parent) if parent != Path::new("") => parent.to_owned(),
         _ => PathBuf::from("."),
     };
-    Ok(Files { revision: revision(&folder), folder, shards: vec![path.to_owned()], index: None })
+    Ok(Files {
+        revision: revision(&folder),
+        folder,
+        shards: vec![path.to_owned()],
+        index: None,
+    })
 }
 
 /// The commit that a folder of the hub's cache is named after.
@@ -76,7 +91,11 @@ fn shards(folder: &Path) -> Result<(Vec<PathBuf>, Option<Index>)> {
     let index_path = folder.join(INDEX_FILE);
     if let Some(text) = read_text(&index_path)? {
         let index = index_json::parse(&text).map_err(|e| e.in_file(&index_path))?;
-        let names: BTreeSet<&str> = index.weight_map.iter().map(|(_, shard)| shard.as_str()).collect();
+        let names: BTreeSet<&str> = index
+            .weight_map
+            .iter()
+            .map(|(_, shard)| shard.as_str())
+            .collect();
         let shards: Vec<PathBuf> = names.iter().map(|name| folder.join(name)).collect();
         check_complete(&shards)?;
         return Ok((shards, Some(index)));
@@ -91,15 +110,19 @@ fn shards(folder: &Path) -> Result<(Vec<PathBuf>, Option<Index>)> {
 fn check_complete(shards: &[PathBuf]) -> Result<()> {
     match shards.iter().find(|shard| !shard.exists()) {
         None => Ok(()),
-        Some(shard) => Err(Error::missing("the index names this shard, but it is not there")
-            .in_file(shard)
-            .hint("the download may be incomplete: fetch the checkpoint again")),
+        Some(shard) => Err(
+            Error::missing("the index names this shard, but it is not there")
+                .in_file(shard)
+                .hint("the download may be incomplete: fetch the checkpoint again"),
+        ),
     }
 }
 
 fn no_shards(folder: &Path) -> Error {
     let error = Error::missing("no safetensors file in this folder").in_file(folder);
-    match folder.join("pytorch_model.bin").exists() || folder.join("pytorch_model.bin.index.json").exists() {
+    match folder.join("pytorch_model.bin").exists()
+        || folder.join("pytorch_model.bin.index.json").exists()
+    {
         true => error.hint("it has PyTorch weights: save them as safetensors first"),
         false => error,
     }
@@ -112,7 +135,10 @@ fn safetensors_files(folder: &Path) -> Result<Vec<PathBuf>> {
         .map_err(|e| Error::from(e).in_file(folder))?
         .into_iter()
         .map(|entry| entry.path())
-        .filter(|path| path.extension().is_some_and(|extension| extension == "safetensors"))
+        .filter(|path| {
+            path.extension()
+                .is_some_and(|extension| extension == "safetensors")
+        })
         .collect();
     files.sort();
     Ok(files)
@@ -126,19 +152,26 @@ fn snapshot(entry: &Path, revision: Option<&str>) -> Result<PathBuf> {
         let folder = snapshots.join(name);
         return match is_plain(name) && folder.is_dir() {
             true => Ok(folder),
-            false => Err(Error::missing(format!("no snapshot of revision `{name}`")).in_file(entry)),
+            false => {
+                Err(Error::missing(format!("no snapshot of revision `{name}`")).in_file(entry))
+            }
         };
     }
     let entries = fs::read_dir(&snapshots).and_then(Iterator::collect::<io::Result<Vec<_>>>);
-    let mut found: Vec<PathBuf> =
-        entries.map_err(|e| Error::from(e).in_file(&snapshots))?.iter().map(fs::DirEntry::path).collect();
+    let mut found: Vec<PathBuf> = entries
+        .map_err(|e| Error::from(e).in_file(&snapshots))?
+        .iter()
+        .map(fs::DirEntry::path)
+        .collect();
     found.retain(|path| path.is_dir());
     match found.pop() {
         None => Err(Error::missing("no snapshot in this cache entry").in_file(entry)),
         Some(only) if found.is_empty() => Ok(only),
-        Some(_) => Err(Error::missing("several snapshots and no `refs/main` to choose one")
-            .in_file(entry)
-            .hint("give the folder of one snapshot")),
+        Some(_) => Err(
+            Error::missing("several snapshots and no `refs/main` to choose one")
+                .in_file(entry)
+                .hint("give the folder of one snapshot"),
+        ),
     }
 }
 
@@ -169,9 +202,16 @@ pub fn resolve_hub_id(id: &str) -> Result<PathBuf> {
 }
 
 fn resolve_in(cache: Option<PathBuf>, id: &str) -> Result<PathBuf> {
-    let (repository, revision) = id.split_once('@').map_or((id, None), |(id, revision)| (id, Some(revision)));
-    let Some((org, name)) = repository.split_once('/').filter(|(org, name)| is_plain(org) && is_plain(name)) else {
-        return Err(Error::malformed(format!("`{id}` is neither a path nor a hub id of the form `org/name[@revision]`")));
+    let (repository, revision) = id
+        .split_once('@')
+        .map_or((id, None), |(id, revision)| (id, Some(revision)));
+    let Some((org, name)) = repository
+        .split_once('/')
+        .filter(|(org, name)| is_plain(org) && is_plain(name))
+    else {
+        return Err(Error::malformed(format!(
+            "`{id}` is neither a path nor a hub id of the form `org/name[@revision]`"
+        )));
     };
     let fetch = match revision {
         None => format!("fetch it with `hf download {repository}`"),
@@ -188,7 +228,11 @@ fn resolve_in(cache: Option<PathBuf>, id: &str) -> Result<PathBuf> {
 
 /// The hub's cache folder, from environment variables.
 fn hub_cache(variable: impl Fn(&str) -> Option<OsString>) -> Option<PathBuf> {
-    let folder = |name: &str| variable(name).filter(|value| !value.is_empty()).map(PathBuf::from);
+    let folder = |name: &str| {
+        variable(name)
+            .filter(|value| !value.is_empty())
+            .map(PathBuf::from)
+    };
     let home = || folder("HOME").or_else(|| folder("USERPROFILE"));
     let cache = || folder("XDG_CACHE_HOME").or_else(|| Some(home()?.join(".cache")));
     folder("HF_HUB_CACHE")
@@ -213,7 +257,9 @@ fn read_capped(path: &Path, limit: u64) -> Result<Option<String>> {
         return Err(Error::unsupported(format!("file is longer than {limit} bytes")).in_file(path));
     }
     String::from_utf8(bytes).map(Some).map_err(|e| {
-        Error::malformed("text is not UTF-8").at(e.utf8_error().valid_up_to() as u64).in_file(path)
+        Error::malformed("text is not UTF-8")
+            .at(e.utf8_error().valid_up_to() as u64)
+            .in_file(path)
     })
 }
 
@@ -244,7 +290,10 @@ mod tests {
         let root = cache.path().display().to_string();
         match (found, expected) {
             (Ok(folder), Ok(name)) => {
-                assert_eq!(folder, cache.path().join("models--org--name/snapshots").join(name));
+                assert_eq!(
+                    folder,
+                    cache.path().join("models--org--name/snapshots").join(name)
+                );
             }
             (Err(error), Err((message, hint))) => {
                 assert_eq!(error.to_string().replace(&root, "CACHE"), message);
@@ -270,7 +319,10 @@ mod tests {
         check(
             &one,
             "org/other",
-            Err(("`org/other` is not in the hub's cache (CACHE)", "fetch it with `hf download org/other`")),
+            Err((
+                "`org/other` is not in the hub's cache (CACHE)",
+                "fetch it with `hf download org/other`",
+            )),
         );
         check(
             &one,
@@ -283,7 +335,10 @@ mod tests {
         check(
             &cache(&["aaa"], Some("gone")),
             "org/name",
-            Err(("no snapshot of revision `gone` (CACHE/models--org--name)", "fetch it with `hf download org/name`")),
+            Err((
+                "no snapshot of revision `gone` (CACHE/models--org--name)",
+                "fetch it with `hf download org/name`",
+            )),
         );
     }
 
@@ -291,22 +346,34 @@ mod tests {
     fn what_is_no_hub_id_is_refused() {
         let one = cache(&["aaa"], Some("../../.."));
         for id in ["name", "a/b/c", "../name", "org/..", "/name", "org/", ""] {
-            let message = format!("`{id}` is neither a path nor a hub id of the form `org/name[@revision]`");
+            let message =
+                format!("`{id}` is neither a path nor a hub id of the form `org/name[@revision]`");
             check(&one, id, Err((&message, "")));
         }
         let hint = "fetch it with `hf download org/name`";
-        check(&one, "org/name", Err(("no snapshot of revision `../../..` (CACHE/models--org--name)", hint)));
+        check(
+            &one,
+            "org/name",
+            Err((
+                "no snapshot of revision `../../..` (CACHE/models--org--name)",
+                hint,
+            )),
+        );
     }
 
     #[test]
     fn the_cache_follows_the_environment() {
         let check = |variables: &[(&str, &str)], expected: Option<&str>| {
-            let found = hub_cache(|name| Some(variables.iter().find(|(n, _)| *n == name)?.1.into()));
+            let found =
+                hub_cache(|name| Some(variables.iter().find(|(n, _)| *n == name)?.1.into()));
             assert_eq!(found, expected.map(PathBuf::from));
         };
         check(&[], None);
         check(&[("HOME", "/h")], Some("/h/.cache/huggingface/hub"));
-        check(&[("HOME", "/h"), ("XDG_CACHE_HOME", "/x")], Some("/x/huggingface/hub"));
+        check(
+            &[("HOME", "/h"), ("XDG_CACHE_HOME", "/x")],
+            Some("/x/huggingface/hub"),
+        );
         check(&[("HOME", "/h"), ("HF_HOME", "/f")], Some("/f/hub"));
         check(&[("HF_HUB_CACHE", "/c"), ("HF_HOME", "/f")], Some("/c"));
         check(&[("HF_HUB_CACHE", ""), ("HF_HOME", "/f")], Some("/f/hub"));
@@ -316,6 +383,11 @@ mod tests {
     fn several_snapshots_need_a_choice() {
         let two = cache(&["aaa", "bbb"], None);
         let error = locate(&two.path().join("models--org--name")).unwrap_err();
-        assert!(error.to_string().starts_with("several snapshots and no `refs/main`"), "{error}");
+        assert!(
+            error
+                .to_string()
+                .starts_with("several snapshots and no `refs/main`"),
+            "{error}"
+        );
     }
 }
