@@ -408,7 +408,7 @@ mod tests {
 
     #[test]
     fn lies_of_offsets() {
-        // The header is 107 bytes long, so the data begins at 0x73.
+        // The header is 112 bytes long, so the data begins at 0x78.
         let two = |a: [u64; 2], b: [u64; 2]| {
             let entry = |[begin, end]: [u64; 2]| {
                 let length = end - begin;
@@ -416,27 +416,27 @@ mod tests {
             };
             format!(r#"{{"a":{},"b":{}}}"#, entry(a), entry(b))
         };
-        let check = |a, b, expected: &str| check(&format!("{:107}", two(a, b)), expected);
+        let check = |a, b, expected: &str| check(&format!("{:112}", two(a, b)), expected);
         check([0, 8], [8, 24], "");
         check([8, 24], [0, 8], "");
         check(
             [0, 8],
             [9, 25],
-            "`b`: file is truncated: expected 140 bytes, found 139 (at 0x41)",
+            "`b`: file is truncated: expected 145 bytes, found 144 (at 0x41)",
         );
-        check([0, 8], [7, 24], "`b`: data overlaps `a` (at 0x7a)");
-        check([0, 8], [0, 24], "`b`: data overlaps `a` (at 0x73)");
-        check([0, 24], [0, 24], "`b`: data overlaps `a` (at 0x73)");
+        check([0, 8], [7, 24], "`b`: data overlaps `a` (at 0x7f)");
+        check([0, 8], [0, 24], "`b`: data overlaps `a` (at 0x78)");
+        check([0, 24], [0, 24], "`b`: data overlaps `a` (at 0x78)");
         check(
             [0, 8],
             [9, 24],
-            "`b`: data leaves a gap after `a` (at 0x7c)",
+            "`b`: data leaves a gap after `a` (at 0x81)",
         );
         check(
             [1, 8],
             [8, 24],
-            "`a`: data leaves a gap after the header (at 0x74)",
+            "`a`: data leaves a gap after the header (at 0x79)",
         );
-        check([0, 8], [8, 23], "1 bytes belong to no tensor (at 0x8a)");
+        check([0, 8], [8, 23], "1 bytes belong to no tensor (at 0x8f)");
     }
 }
