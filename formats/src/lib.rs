@@ -7,6 +7,7 @@ pub mod block;
 pub mod checkpoint;
 pub mod dtype;
 mod error;
+pub mod float;
 pub mod ggml_type;
 pub mod gguf;
 pub mod limits;
