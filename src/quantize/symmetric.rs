@@ -139,16 +139,10 @@ fn choose_scales<S: Simd, C: Codebook, const SUBS: usize>(
         (steps[j], stiffness[j]) = (fit.step, fit.stiffness);
     }
     let mut scales = Scales::nearest(problem, &steps, &stiffness, grid);
-    let mut best = scales;
-    let mut least = zero.like(f32::INFINITY);
+    let mut best = Scales::by_extremes::<C>(simd, problem, grid);
+    let (_, mut least) = best.moments::<C>(simd, problem);
     for round in 0..=grid.rounds {
-        let mut moments = [Moments::zero(simd); SUBS];
-        let mut error = zero;
-        for (j, sums) in moments.iter_mut().enumerate() {
-            let (xs, ws) = problem.sub_block::<SUBS>(j);
-            *sums = Moments::of::<C>(xs, ws, scales.of(j));
-            error += sums.error;
-        }
+        let (mut moments, error) = scales.moments::<C>(simd, problem);
         let better = error.lt(least);
         least = better.select(error, least);
         best = best.or_where(better, &scales);
@@ -177,11 +171,7 @@ impl<S: Simd> Fit<S> {
     #[inline(always)]
     fn best<C: Codebook>(xs: &[Lanes<S>], ws: &[Lanes<S>], grid: &SymmetricGrid) -> Self {
         let zero = xs[0].like(0.0);
-        let mut largest = zero;
-        for &x in xs {
-            largest = x.abs().gt(largest.abs()).select(x, largest);
-        }
-        let per_largest = largest.recip_or_zero();
+        let per_largest = largest(xs).recip_or_zero();
         let mut best = Self {
             step: zero,
             gain: zero,
@@ -304,6 +294,39 @@ impl<S: Simd, const SUBS: usize> Scales<S, SUBS> {
         self
     }
 
+    /// What plain rounding would take: each sub-block's largest weight at the first value, the largest
+    /// step at the first scale.
+    #[inline(always)]
+    fn by_extremes<C: Codebook>(simd: S, problem: &Problem<S>, grid: &SymmetricGrid) -> Self {
+        let mut scales = [Lanes::zero(simd); SUBS];
+        for (j, step) in scales.iter_mut().enumerate() {
+            *step = largest(problem.sub_block::<SUBS>(j).0) * step.like(1.0 / C::FIRST);
+        }
+        let d = problem.round_to_f16(largest(&scales) * Lanes::splat(simd, -1.0 / grid.scales));
+        let inverse = d.recip_or_zero();
+        for scale in &mut scales {
+            *scale = grid.whole(*scale * inverse);
+        }
+        Self { d, scales }
+    }
+
+    /// What the scales leave of each sub-block, and the weighted squared error of the super-block.
+    #[inline(always)]
+    fn moments<C: Codebook>(
+        &self,
+        simd: S,
+        problem: &Problem<S>,
+    ) -> ([Moments<S>; SUBS], Lanes<S>) {
+        let mut moments = [Moments::zero(simd); SUBS];
+        let mut error = Lanes::zero(simd);
+        for (j, sums) in moments.iter_mut().enumerate() {
+            let (xs, ws) = problem.sub_block::<SUBS>(j);
+            *sums = Moments::of::<C>(xs, ws, self.of(j));
+            error += sums.error;
+        }
+        (moments, error)
+    }
+
     /// The f16 factor whose whole multiples come nearest to the steps.
     #[inline(always)]
     fn nearest(
@@ -313,10 +336,7 @@ impl<S: Simd, const SUBS: usize> Scales<S, SUBS> {
         grid: &SymmetricGrid,
     ) -> Self {
         let zero = steps[0].like(0.0);
-        let mut largest = zero;
-        for &step in steps {
-            largest = step.abs().gt(largest.abs()).select(step, largest);
-        }
+        let largest = largest(steps);
         let (mut best, mut least) = (zero, zero.like(f32::INFINITY));
         for end in [-grid.scales, grid.scales - 1.0] {
             for k in 0..grid.factors.tries {
@@ -395,4 +415,14 @@ impl SymmetricGrid {
             .min(scale.like(self.scales - 1.0))
             .round()
     }
+}
+
+/// The value of largest magnitude, the first of equals.
+#[inline(always)]
+fn largest<S: Simd>(values: &[Lanes<S>]) -> Lanes<S> {
+    let mut largest = values[0];
+    for &value in values {
+        largest = value.abs().gt(largest.abs()).select(value, largest);
+    }
+    largest
 }
