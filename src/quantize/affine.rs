@@ -610,3 +610,117 @@ fn common_factor<S: Simd, const SUBS: usize>(
     }
     best
 }
+
+#[cfg(test)]
+mod tests {
+    use pulp::Scalar;
+
+    use super::*;
+
+    const GRID: AffineGrid = AffineGrid {
+        codes: 15.0,
+        scales: 63.0,
+        plain: Sweep::NONE,
+        drift: Sweep::NONE,
+        factors: Sweep::NONE,
+        rounds: 0,
+    };
+
+    fn lanes(values: &[f32]) -> Vec<Lanes<Scalar>> {
+        values
+            .iter()
+            .map(|&value| Lanes::splat(Scalar, value))
+            .collect()
+    }
+
+    fn bits(value: Lanes<Scalar>) -> u32 {
+        value.as_slice()[0].to_bits()
+    }
+
+    /// 32 weights around `middle`, and what errors count.
+    fn sub_block(middle: f32) -> (Vec<f32>, Vec<f32>) {
+        let xs = (0..32).map(|i| ((i * 37 % 32) as f32 * 0.7).sin() + middle);
+        (
+            xs.collect(),
+            (0..32).map(|i| 0.1 + (i * 11 % 7) as f32).collect(),
+        )
+    }
+
+    fn nearest_code(x: f32, offset: f32, inverse: f32) -> f32 {
+        ((x + offset) * inverse)
+            .clamp(0.0, GRID.codes)
+            .round_ties_even()
+    }
+
+    #[test]
+    fn a_fit_has_the_bits_of_plain_loops() {
+        for (middle, offset, fitted_free) in
+            [(0.0, 1.1, true), (-2.0, 3.1, true), (1.5, -0.3, false)]
+        {
+            let (xs, ws) = sub_block(middle);
+            let w: f32 = ws.iter().fold(0.0, |sum, w| sum + w);
+            let wx = xs.iter().zip(&ws).fold(0.0, |sum, (x, w)| sum + w * x);
+            let mean = wx * (1.0 / w);
+            let inverse = 6.5;
+            let (mut q, mut qq, mut qx) = (0f32, 0f32, 0f32);
+            for (x, w) in xs.iter().zip(&ws) {
+                let code = nearest_code(*x, offset, inverse);
+                q += w * code;
+                qq += w * code * code;
+                qx += w * (x - mean) * code;
+            }
+            let center = q * (1.0 / w);
+            let stiffness = qq - q * center;
+            let free = qx * center > mean * stiffness;
+            let (numerator, denominator) = if free {
+                (qx, stiffness)
+            } else {
+                (qx + mean * q, qq)
+            };
+            let step = numerator * (1.0 / denominator);
+
+            let (xs, ws) = (lanes(&xs), lanes(&ws));
+            let range = Range::of(&xs, &ws);
+            let wxs: Vec<_> = xs
+                .iter()
+                .zip(&ws)
+                .map(|(&x, &w)| w * (x - range.mean))
+                .collect();
+            let like = |value| Lanes::splat(Scalar, value);
+            let fit = range.fit(&xs, &ws, &wxs, like(offset), like(inverse), &GRID);
+            assert_eq!(bits(fit.step), step.to_bits());
+            let fitted_offset = if free { step * center - mean } else { 0.0 };
+            assert_eq!(bits(fit.offset), fitted_offset.to_bits());
+            assert_eq!(free, fitted_free, "both kinds of fit are seen");
+        }
+    }
+
+    #[test]
+    fn moments_foresee_the_error_of_other_scales() {
+        let (xs, ws) = sub_block(0.2);
+        let (step, offset, more_step, more_offset) = (0.13f32, 0.9f32, 0.01f32, -0.03f32);
+        let like = |value| Lanes::splat(Scalar, value);
+        let scales = (like(step), like(offset));
+        let sums = Moments::of(&lanes(&xs), &lanes(&ws), scales, &GRID);
+        let error = |step: f32, offset: f32, inverse: f32, code_offset: f32| -> f64 {
+            let errors = xs.iter().zip(&ws).map(|(&x, &w)| {
+                let q = nearest_code(x, code_offset, inverse);
+                f64::from(w) * f64::from(x + offset - step * q).powi(2)
+            });
+            errors.sum()
+        };
+        let (now, then) = (
+            error(step, offset, 1.0 / step, offset),
+            error(step + more_step, offset + more_offset, 1.0 / step, offset),
+        );
+        let moved = sums.moved(like(more_step), like(more_offset));
+        for (found, expected) in [(sums.error, now), (moved.error, then)] {
+            let found = f64::from(found.as_slice()[0]);
+            assert!(
+                (found / expected - 1.0).abs() < 1e-5,
+                "{found}, expected {expected}"
+            );
+        }
+        assert!(then > now, "the test moves away from the optimum");
+    }
+}

@@ -424,26 +424,32 @@ mod tests {
     }
 
     #[test]
-    fn one_lane_gives_the_same_bytes() {
-        fn run<T: SuperBlockType>(rows: &[f32], importance: Option<&[f32]>, out: &mut [u8]) {
-            let _ = Scalar.vectorize(Run::<T>::new(rows, ROW_LEN, importance, out));
+    fn one_lane_and_eight_give_the_same_bytes() {
+        fn check<T: SuperBlockType>(context: &str, rows: &[f32], importance: Option<&[f32]>) {
+            let bytes = rows.len() / SUPER_BLOCK * size_of::<T::Block>();
+            let mut expected = vec![0; bytes];
+            let _ = quantize::<T>(rows, ROW_LEN, importance, &mut expected);
+            let mut out = vec![0; bytes];
+            let _ = Scalar.vectorize(Run::<T>::new(rows, ROW_LEN, importance, &mut out));
+            assert!(out == expected, "one lane, {context}");
+            #[cfg(target_arch = "x86_64")]
+            if let Some(avx2) = pulp::x86::V3::try_new() {
+                out.fill(0);
+                let _ = Simd::vectorize(avx2, Run::<T>::new(rows, ROW_LEN, importance, &mut out));
+                assert!(out == expected, "eight lanes, {context}");
+            }
         }
         for_all(|ty, name, rows, importance| {
-            let (expected, _) = bytes_of(ty, rows, importance);
-            let mut out = vec![0; expected.len()];
-            match ty {
-                GgmlType::Q2_K => run::<Q2_K>(rows, importance, &mut out),
-                GgmlType::Q3_K => run::<Q3_K>(rows, importance, &mut out),
-                GgmlType::Q4_K => run::<Q4_K>(rows, importance, &mut out),
-                GgmlType::Q5_K => run::<Q5_K>(rows, importance, &mut out),
-                GgmlType::Q6_K => run::<Q6_K>(rows, importance, &mut out),
-                _ => run::<IQ4_XS>(rows, importance, &mut out),
-            }
-            assert!(
-                out == expected,
-                "{ty}, {name}, importance: {}",
-                importance.is_some()
-            );
+            let context = format!("{ty}, {name}, importance: {}", importance.is_some());
+            let check = match ty {
+                GgmlType::Q2_K => check::<Q2_K>,
+                GgmlType::Q3_K => check::<Q3_K>,
+                GgmlType::Q4_K => check::<Q4_K>,
+                GgmlType::Q5_K => check::<Q5_K>,
+                GgmlType::Q6_K => check::<Q6_K>,
+                _ => check::<IQ4_XS>,
+            };
+            check(&context, rows, importance);
         });
     }
 

@@ -426,3 +426,69 @@ fn largest<S: Simd>(values: &[Lanes<S>]) -> Lanes<S> {
     }
     largest
 }
+
+#[cfg(test)]
+mod tests {
+    use pulp::Scalar;
+
+    use super::{super::iq4_xs::Iq4Values, *};
+    use crate::formats::block::IQ4_NL_VALUES;
+
+    fn lane(value: f32) -> Lanes<Scalar> {
+        Lanes::splat(Scalar, value)
+    }
+
+    fn value(lanes: Lanes<Scalar>) -> f32 {
+        lanes.as_slice()[0]
+    }
+
+    #[test]
+    fn the_nearest_value_is_nearest() {
+        fn check<C: Codebook>(values: &[f32]) {
+            for i in -300..=300 {
+                let x = values[0] * i as f32 / 251.0;
+                let nearest = value(C::nearest(lane(x)));
+                let code = value(C::code(lane(x))) as usize;
+                let least = values
+                    .iter()
+                    .map(|v| (v - x).abs())
+                    .fold(f32::MAX, f32::min);
+                assert_eq!((nearest - x).abs(), least, "{x}");
+                assert_eq!(values[code], nearest, "{x}");
+            }
+            assert_eq!((C::FIRST, C::LAST), (values[0], values[values.len() - 1]));
+        }
+        let whole = |half: i32| -> Vec<f32> { (-half..half).map(|v| v as f32).collect() };
+        check::<Whole<4>>(&whole(4));
+        check::<Whole<32>>(&whole(32));
+        check::<Iq4Values>(&IQ4_NL_VALUES);
+    }
+
+    #[test]
+    fn sums_have_the_bits_of_plain_loops() {
+        let xs: Vec<f32> = (0..16).map(|i| (i as f32 * 1.7).sin()).collect();
+        let ws: Vec<f32> = (0..16).map(|i| 0.1 + (i * 11 % 7) as f32).collect();
+        let (mut error, mut rq, mut qq, mut qx) = (0f32, 0f32, 0f32, 0f32);
+        let step = -0.2f32;
+        for (x, w) in xs.iter().zip(&ws) {
+            let q = (x * (1.0 / step)).clamp(-4.0, 3.0).round_ties_even();
+            let r = x - step * q;
+            error += w * r * r;
+            rq += w * r * q;
+            qq += w * q * q;
+            qx += w * q * x;
+        }
+        let lanes = |values: &[f32]| -> Vec<_> { values.iter().map(|&v| lane(v)).collect() };
+        let (xs, ws) = (lanes(&xs), lanes(&ws));
+        let sums = Moments::of::<Whole<4>>(&xs, &ws, lane(step));
+        assert_eq!(
+            (value(sums.error), value(sums.rq), value(sums.qq)),
+            (error, rq, qq)
+        );
+        let fit = Fit::to::<Whole<4>>(&xs, &ws, lane(1.0 / step));
+        assert_eq!(
+            (value(fit.step), value(fit.stiffness)),
+            (qx * (1.0 / qq), qq)
+        );
+    }
+}
