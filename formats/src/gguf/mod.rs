@@ -3,7 +3,6 @@
 //! Enters: files nobody has checked, or keys and shapes to be written. Leaves: checked headers and views of tensor
 //! data, or a layout to stream into. Knows no key's meaning but the alignment's.
 
-pub(crate) mod cursor;
 mod header;
 mod layout;
 mod metadata;

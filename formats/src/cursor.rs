@@ -24,6 +24,11 @@ impl<'a> Cursor<'a> {
         self.at as u64
     }
 
+    /// Whether every byte has been read.
+    pub fn is_at_end(&self) -> bool {
+        self.at == self.bytes.len()
+    }
+
     /// The next `count` bytes, borrowed.
     pub fn take(&mut self, count: u64) -> Result<&'a [u8]> {
         let taken = usize::try_from(count)
