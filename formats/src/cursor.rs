@@ -2,6 +2,17 @@
 //!
 //! Enters: the start of a file. Leaves: little-endian numbers and UTF-8 strings, or the offset where they end early.
 
+#![cfg_attr(
+    not(test),
+    deny(
+        clippy::indexing_slicing,
+        clippy::arithmetic_side_effects,
+        clippy::cast_possible_truncation,
+        clippy::unwrap_used,
+        reason = "the bytes read here are untrusted"
+    )
+)]
+
 use crate::{
     Error, ErrorKind, Result,
     limits::{GGUF_MAX_ARRAY_ELEMENTS, GGUF_MAX_STRING_BYTES},

@@ -3,6 +3,17 @@
 //! Enters: a file of llama-imatrix, GGUF or the older `.dat`, unchecked. Leaves: the mean square of every input, per
 //! weight (llama.cpp, common/imatrix-loader.cpp and tools/quantize/quantize.cpp, `load_imatrix`). Knows no weighting.
 
+#![cfg_attr(
+    not(test),
+    deny(
+        clippy::indexing_slicing,
+        clippy::arithmetic_side_effects,
+        clippy::cast_possible_truncation,
+        clippy::unwrap_used,
+        reason = "the bytes read here are untrusted"
+    )
+)]
+
 use crate::{
     Error, GgmlType, MappedFile, Result,
     cursor::Cursor,

@@ -2,6 +2,11 @@
 //!
 //! Enters: metadata and shapes. Leaves: bytes to write first, and where each tensor goes. Touches no file.
 
+#![allow(
+    clippy::indexing_slicing,
+    reason = "indices are the caller's, see the panics of each"
+)]
+
 use super::{
     Array, Metadata, Value,
     header::{MAGIC, VERSION, align, alignment, check_key, past_u64},
@@ -140,8 +145,12 @@ fn put_string(out: &mut Vec<u8>, text: &str) {
 
 fn put_tensor(out: &mut Vec<u8>, tensor: &NewTensor, offset: u64) {
     put_string(out, &tensor.name);
-    // At most 4, as `place` has checked.
-    out.extend_from_slice(&(tensor.dims.len() as u32).to_le_bytes());
+    #[allow(
+        clippy::cast_possible_truncation,
+        reason = "at most 4, as `place` has checked"
+    )]
+    let dim_count = tensor.dims.len() as u32;
+    out.extend_from_slice(&dim_count.to_le_bytes());
     for dim in &tensor.dims {
         out.extend_from_slice(&dim.to_le_bytes());
     }
