@@ -9,10 +9,10 @@
 
 use super::{
     Array, Metadata, Value,
-    header::{MAGIC, VERSION, align, alignment, check_key, past_u64},
+    header::{ALIGNMENT_KEY, MAGIC, VERSION, align, alignment, check_key, past_u64},
     tensor_info::{check_name, checked_bytes},
 };
-use crate::{Error, GgmlType, Result};
+use crate::{Error, GgmlType, Result, cursor::within, limits::GGUF_MAX_WRITTEN_ALIGNMENT};
 use std::collections::HashSet;
 
 /// A tensor to be written.
@@ -46,10 +46,12 @@ impl Layout {
     /// Lays out a file with these keys and tensors, both in the order given, aligned to `general.alignment` or 32.
     ///
     /// # Errors
-    /// What no reader would accept: an empty key, an alignment that is not a u32 power of two, a tensor name over 63
+    /// What no reader would accept: an empty key, an alignment that is not a u32 power of two of at most 2 MiB, a tensor name over 63
     /// bytes or there twice, more than 4 dimensions, rows that do not fill blocks, sizes beyond 2^63.
     pub fn new(metadata: Metadata, tensors: Vec<NewTensor>) -> Result<Self> {
         let alignment = alignment(&metadata)?;
+        let limit = u64::from(GGUF_MAX_WRITTEN_ALIGNMENT);
+        within("alignment", limit, alignment.into()).map_err(|e| e.in_tensor(ALIGNMENT_KEY))?;
         let (mut places, data_bytes) = place(&tensors, alignment)?;
         let mut header = Vec::new();
         header.extend_from_slice(MAGIC);
@@ -372,6 +374,11 @@ mod tests {
             with("general.alignment", Value::U32(48)),
             vec![],
             "`general.alignment`: alignment must be a power of two, found 48",
+        );
+        refused(
+            with("general.alignment", Value::U32(1 << 31)),
+            vec![],
+            "`general.alignment`: alignment is 2147483648, the limit is 2097152",
         );
         refused(
             with("general.alignment", Value::U64(32)),
