@@ -16,8 +16,12 @@ const BYTES_PER_BYTE: usize = 256;
 /// Runs `read` with memory for what `input` can fill honestly; a reader that believes a count aborts.
 pub fn bounded<T>(input: &[u8], read: impl FnOnce() -> T) -> T {
     let limit = ALLOCATOR.allocated() + BASE_BYTES + BYTES_PER_BYTE * input.len();
-    ALLOCATOR.set_limit(limit).expect("the limit is above what is allocated");
+    ALLOCATOR
+        .set_limit(limit)
+        .expect("the limit is above what is allocated");
     let result = read();
-    ALLOCATOR.set_limit(usize::MAX).expect("no limit is above all");
+    ALLOCATOR
+        .set_limit(usize::MAX)
+        .expect("no limit is above all");
     result
 }

@@ -46,8 +46,9 @@ impl Layout {
     /// Lays out a file with these keys and tensors, both in the order given, aligned to `general.alignment` or 32.
     ///
     /// # Errors
-    /// What no reader would accept: an empty key, an alignment that is not a u32 power of two of at most 2 MiB, a tensor name over 63
-    /// bytes or there twice, more than 4 dimensions, rows that do not fill blocks, sizes beyond 2^63.
+    /// What no reader would accept: an empty key, an alignment that is not a u32 power of two, a tensor name over 63
+    /// bytes or there twice, more than 4 dimensions, rows that do not fill blocks, sizes beyond 2^63. Besides, an
+    /// alignment above [`GGUF_MAX_WRITTEN_ALIGNMENT`].
     pub fn new(metadata: Metadata, tensors: Vec<NewTensor>) -> Result<Self> {
         let alignment = alignment(&metadata)?;
         let limit = u64::from(GGUF_MAX_WRITTEN_ALIGNMENT);

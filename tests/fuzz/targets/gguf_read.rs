@@ -18,11 +18,16 @@ fn layout(header: &Header) -> Layout {
 }
 
 fuzz_target!(|bytes: &[u8]| {
-    let Ok(header) = bounded(bytes, || Header::parse(bytes)) else { return };
+    let Ok(header) = bounded(bytes, || Header::parse(bytes)) else {
+        return;
+    };
     for tensor in &header.tensors {
         let end = header.data_offset + tensor.offset + tensor.bytes();
         assert!(end <= bytes.len() as u64);
-        assert_eq!(tensor.elements(), tensor.rows() * tensor.dims.first().copied().unwrap_or(1));
+        assert_eq!(
+            tensor.elements(),
+            tensor.rows() * tensor.dims.first().copied().unwrap_or(1)
+        );
     }
     if header.alignment > MAX_ALIGNMENT {
         return;

@@ -10,7 +10,8 @@ use safetensors::SafeTensors;
 /// What only we refuse: types we have no use for, names that are there twice, whitespace before the brace.
 fn only_ours(error: &Error) -> bool {
     let stricter = ["header names it twice", "header must begin with `{`"];
-    matches!(error.kind, ErrorKind::Unsupported(_)) || stricter.contains(&error.kind.to_string().as_str())
+    matches!(error.kind, ErrorKind::Unsupported(_))
+        || stricter.contains(&error.kind.to_string().as_str())
 }
 
 fuzz_target!(|bytes: &[u8]| {
@@ -23,7 +24,10 @@ fuzz_target!(|bytes: &[u8]| {
                 let view = theirs.tensor(&entry.name).expect("both know the name");
                 assert_eq!(view.shape(), entry.shape);
                 let start = entry.offset as usize;
-                assert_eq!(view.data().as_ptr_range(), bytes[start..start + entry.bytes as usize].as_ptr_range());
+                assert_eq!(
+                    view.data().as_ptr_range(),
+                    bytes[start..start + entry.bytes as usize].as_ptr_range()
+                );
             }
         }
         (Err(error), Ok(_)) => assert!(only_ours(&error), "only we refuse: {error}"),
