@@ -2,7 +2,9 @@
 //!
 //! Enters: rows, a target type, column importance. Leaves: packed blocks and what did not fit.
 
+mod affine_block;
 mod float;
+mod iq4_nl;
 pub mod lanes;
 mod mxfp4;
 mod q4_0;
@@ -10,13 +12,17 @@ mod q4_1;
 mod q5_0;
 mod q5_1;
 mod q8_0;
+mod searched_block;
 mod small_block;
+mod symmetric;
 mod tq1_0;
 mod tq2_0;
 
 use std::ops::AddAssign;
 
 use crate::formats::GgmlType;
+use searched_block::SearchedType;
+use small_block::PlainType;
 
 /// How many scales, or for F16 and BF16 elements, are too large for their type and became infinite.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -34,7 +40,7 @@ pub fn can_quantize(ty: GgmlType) -> bool {
     use GgmlType::*;
     matches!(
         ty,
-        F32 | F16 | BF16 | Q4_0 | Q4_1 | Q5_0 | Q5_1 | Q8_0 | MXFP4 | TQ1_0 | TQ2_0
+        F32 | F16 | BF16 | Q4_0 | Q4_1 | Q5_0 | Q5_1 | Q8_0 | IQ4_NL | MXFP4 | TQ1_0 | TQ2_0
     )
 }
 
@@ -74,14 +80,28 @@ pub fn quantize_rows(
         GgmlType::F32 => float::f32(rows, out),
         GgmlType::F16 => float::f16(rows, out),
         GgmlType::BF16 => float::bf16(rows, out),
-        GgmlType::Q4_0 => small_block::quantize::<q4_0::Q4_0, _>(rows, out),
-        GgmlType::Q4_1 => small_block::quantize::<q4_1::Q4_1, _>(rows, out),
-        GgmlType::Q5_0 => small_block::quantize::<q5_0::Q5_0, _>(rows, out),
-        GgmlType::Q5_1 => small_block::quantize::<q5_1::Q5_1, _>(rows, out),
+        GgmlType::Q4_0 => plain_or_searched::<q4_0::Q4_0>(row_len, rows, importance, out),
+        GgmlType::Q4_1 => plain_or_searched::<q4_1::Q4_1>(row_len, rows, importance, out),
+        GgmlType::Q5_0 => plain_or_searched::<q5_0::Q5_0>(row_len, rows, importance, out),
+        GgmlType::Q5_1 => plain_or_searched::<q5_1::Q5_1>(row_len, rows, importance, out),
         GgmlType::Q8_0 => small_block::quantize::<q8_0::Q8_0, _>(rows, out),
+        GgmlType::IQ4_NL => searched_block::quantize::<iq4_nl::IQ4NL>(row_len, rows, importance, out),
         GgmlType::MXFP4 => small_block::quantize::<mxfp4::MXFP4, _>(rows, out),
         GgmlType::TQ1_0 => small_block::quantize::<tq1_0::TQ1_0, _>(rows, out),
         GgmlType::TQ2_0 => small_block::quantize::<tq2_0::TQ2_0, _>(rows, out),
         _ => panic!("{ty} cannot be quantized to"),
+    }
+}
+
+/// Without importance the scale follows from the extremes, as in ggml; with it, it is searched.
+fn plain_or_searched<T: PlainType<32> + SearchedType>(
+    row_len: usize,
+    rows: &[f32],
+    importance: Option<&[f32]>,
+    out: &mut [u8],
+) -> ScaleOverflow {
+    match importance {
+        None => small_block::quantize::<T, 32>(rows, out),
+        Some(_) => searched_block::quantize::<T>(row_len, rows, importance, out),
     }
 }
