@@ -26,7 +26,11 @@ impl SearchedType for IQ4NL {
         for code in &mut codes {
             *code = nearest_code(*code * inverse);
         }
-        Solution { d, m: Lanes::zero(simd), codes }
+        Solution {
+            d,
+            m: Lanes::zero(simd),
+            codes,
+        }
     }
 
     #[inline(always)]
@@ -38,14 +42,18 @@ impl SearchedType for IQ4NL {
 impl Values for IQ4NL {
     #[inline(always)]
     fn targets() -> impl Iterator<Item = f32> {
-        (0..10).map(|k| 8.0 * k as f32).flat_map(|k| [k - 144.0, 134.0 - k])
+        (0..10)
+            .map(|k| 8.0 * k as f32)
+            .flat_map(|k| [k - 144.0, 134.0 - k])
     }
 
     #[inline(always)]
     fn nearest<S: Simd>(x: Lanes<S>) -> Lanes<S> {
         let mut value = x.like(IQ4_NL_VALUES[0]);
         for pair in IQ4_NL_VALUES.windows(2) {
-            value = x.lt(x.like((pair[0] + pair[1]) / 2.0)).select(value, x.like(pair[1]));
+            value = x
+                .lt(x.like((pair[0] + pair[1]) / 2.0))
+                .select(value, x.like(pair[1]));
         }
         value
     }
@@ -55,7 +63,9 @@ impl Values for IQ4NL {
 fn nearest_code<S: Simd>(x: Lanes<S>) -> Lanes<S> {
     let mut code = x.like(0.0);
     for (i, pair) in IQ4_NL_VALUES.windows(2).enumerate() {
-        code = x.lt(x.like((pair[0] + pair[1]) / 2.0)).select(code, x.like(i as f32 + 1.0));
+        code = x
+            .lt(x.like((pair[0] + pair[1]) / 2.0))
+            .select(code, x.like(i as f32 + 1.0));
     }
     code
 }

@@ -85,7 +85,9 @@ pub fn quantize_rows(
         GgmlType::Q5_0 => plain_or_searched::<q5_0::Q5_0>(row_len, rows, importance, out),
         GgmlType::Q5_1 => plain_or_searched::<q5_1::Q5_1>(row_len, rows, importance, out),
         GgmlType::Q8_0 => small_block::quantize::<q8_0::Q8_0, _>(rows, out),
-        GgmlType::IQ4_NL => searched_block::quantize::<iq4_nl::IQ4NL>(row_len, rows, importance, out),
+        GgmlType::IQ4_NL => {
+            searched_block::quantize::<iq4_nl::IQ4NL>(row_len, rows, importance, out)
+        }
         GgmlType::MXFP4 => small_block::quantize::<mxfp4::MXFP4, _>(rows, out),
         GgmlType::TQ1_0 => small_block::quantize::<tq1_0::TQ1_0, _>(rows, out),
         GgmlType::TQ2_0 => small_block::quantize::<tq2_0::TQ2_0, _>(rows, out),

@@ -53,7 +53,11 @@ impl SearchedType for Q4_0 {
         for code in &mut codes {
             *code = Self::nearest(*code * inverse) + inverse.like(8.0);
         }
-        Solution { d, m: Lanes::zero(simd), codes }
+        Solution {
+            d,
+            m: Lanes::zero(simd),
+            codes,
+        }
     }
 
     #[inline(always)]
@@ -65,7 +69,9 @@ impl SearchedType for Q4_0 {
 impl Values for Q4_0 {
     #[inline(always)]
     fn targets() -> impl Iterator<Item = f32> {
-        (-9..=9).map(|k| -8.0 - 0.1 * k as f32)
+        (0..10)
+            .map(|k| 0.3 * k as f32)
+            .flat_map(|k| [k - 9.0, 8.4 - k])
     }
 
     #[inline(always)]

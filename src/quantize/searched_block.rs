@@ -72,7 +72,13 @@ pub fn quantize<T: SearchedType>(
 ) -> ScaleOverflow {
     let out = cast_slice_mut::<u8, T::Block>(out);
     assert_eq!(rows.len(), out.len() * BLOCK, "a block per 32 elements");
-    Arch::new().dispatch(Run::<T> { row_len, rows, importance, out, ty: PhantomData })
+    Arch::new().dispatch(Run::<T> {
+        row_len,
+        rows,
+        importance,
+        out,
+        ty: PhantomData,
+    })
 }
 
 struct Run<'a, T: SearchedType> {
@@ -91,7 +97,10 @@ impl<T: SearchedType> WithSimd for Run<'_, T> {
         let lanes = Lanes::<S>::COUNT;
         let mut overflow = 0;
         let mut problem = Problem::empty(simd);
-        let batches = self.rows.chunks(lanes * BLOCK).zip(self.out.chunks_mut(lanes));
+        let batches = self
+            .rows
+            .chunks(lanes * BLOCK)
+            .zip(self.out.chunks_mut(lanes));
         for (batch, (rows, out)) in batches.enumerate() {
             problem.load(simd, rows);
             match self.importance {
@@ -99,11 +108,16 @@ impl<T: SearchedType> WithSimd for Run<'_, T> {
                 Some(importance) => {
                     let first = batch * lanes * BLOCK;
                     let starts = (first..first + rows.len()).step_by(BLOCK);
-                    let columns = starts.clone().map(|at| &importance[at % self.row_len..][..BLOCK]);
+                    let columns = starts
+                        .clone()
+                        .map(|at| &importance[at % self.row_len..][..BLOCK]);
                     let energy = match T::ENERGY {
-                        Energy::Row => problem.energy_of_rows(simd, starts.map(|at| {
-                            &self.rows[at / self.row_len * self.row_len..][..self.row_len]
-                        })),
+                        Energy::Row => problem.energy_of_rows(
+                            simd,
+                            starts.map(|at| {
+                                &self.rows[at / self.row_len * self.row_len..][..self.row_len]
+                            }),
+                        ),
                         Energy::TwiceBlock => problem.twice_mean_square(),
                     };
                     problem.weigh_by_importance(simd, columns, energy);
@@ -127,7 +141,11 @@ impl<S: Simd> Problem<S> {
     #[inline(always)]
     fn empty(simd: S) -> Self {
         let zero = Lanes::zero(simd);
-        Self { x: [zero; BLOCK], weight: [zero; BLOCK], unit: zero }
+        Self {
+            x: [zero; BLOCK],
+            weight: [zero; BLOCK],
+            unit: zero,
+        }
     }
 
     /// The nearest f16 to a scale, in the same units.
@@ -174,7 +192,12 @@ impl<S: Simd> Problem<S> {
     fn energy_of_rows<'a>(&self, simd: S, rows: impl Iterator<Item = &'a [f32]>) -> Lanes<S> {
         let mut energy = Lanes::zero(simd);
         let mut last: (Option<*const f32>, f64) = (None, 0.0);
-        for ((energy, unit), row) in energy.as_mut_slice().iter_mut().zip(self.unit.as_slice()).zip(rows) {
+        for ((energy, unit), row) in energy
+            .as_mut_slice()
+            .iter_mut()
+            .zip(self.unit.as_slice())
+            .zip(rows)
+        {
             if last.0 != Some(row.as_ptr()) {
                 last = (Some(row.as_ptr()), mean_square(row));
             }
@@ -196,7 +219,10 @@ impl<S: Simd> Problem<S> {
         let zero = Lanes::zero(simd);
         let mut largest = zero;
         for weight in &mut self.weight {
-            *weight = weight.gt(zero).select(*weight, zero).min(zero.like(f32::MAX));
+            *weight = weight
+                .gt(zero)
+                .select(*weight, zero)
+                .min(zero.like(f32::MAX));
             largest = largest.max(*weight);
         }
         let inverse = zero.like(1.0) / normal_power_of_two(largest);
@@ -224,6 +250,9 @@ fn mean_square(row: &[f32]) -> f64 {
 #[inline(always)]
 fn normal_power_of_two<S: Simd>(magnitude: Lanes<S>) -> Lanes<S> {
     let one = magnitude.like(1.0);
-    let clamped = magnitude.power_of_two().max(one.like(2f32.powi(-126))).min(one.like(2f32.powi(126)));
+    let clamped = magnitude
+        .power_of_two()
+        .max(one.like(2f32.powi(-126)))
+        .min(one.like(2f32.powi(126)));
     magnitude.gt(magnitude.like(0.0)).select(clamped, one)
 }

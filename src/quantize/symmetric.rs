@@ -45,7 +45,9 @@ fn refine<S: Simd, V: Values>(problem: &Problem<S>, d: Lanes<S>) -> Lanes<S> {
         // The error without the sum of weight x^2, which no scale changes.
         let error = d * (d * fit.qq - fit.qx - fit.qx);
         let better = error.lt(least);
-        if !better.any() { break; }
+        if !better.any() {
+            break;
+        }
         best = better.select(d, best);
         least = better.select(error, least);
         d = problem.round_to_f16(fit.scale());
