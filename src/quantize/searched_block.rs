@@ -81,12 +81,12 @@ pub fn quantize<T: SearchedType>(
     })
 }
 
-struct Run<'a, T: SearchedType> {
-    row_len: usize,
-    rows: &'a [f32],
-    importance: Option<&'a [f32]>,
-    out: &'a mut [T::Block],
-    ty: PhantomData<T>,
+pub(super) struct Run<'a, T: SearchedType> {
+    pub row_len: usize,
+    pub rows: &'a [f32],
+    pub importance: Option<&'a [f32]>,
+    pub out: &'a mut [T::Block],
+    pub ty: PhantomData<T>,
 }
 
 impl<T: SearchedType> WithSimd for Run<'_, T> {
