@@ -8,7 +8,7 @@ use crate::formats::block::{BlockIQ4NL, IQ4_NL_VALUES};
 use super::{
     lanes::Lanes,
     searched_block::{Energy, Problem, SearchedType, Solution},
-    symmetric::{self, Values},
+    symmetric_block::{self, Values},
 };
 
 /// Weights of errors as in ggml's `quantize_row_iq4_nl_impl`.
@@ -20,7 +20,7 @@ impl SearchedType for IQ4NL {
 
     #[inline(always)]
     fn search<S: Simd>(simd: S, problem: &Problem<S>) -> Solution<S> {
-        let d = symmetric::search::<S, Self>(simd, problem);
+        let d = symmetric_block::search::<S, Self>(simd, problem);
         let inverse = d.recip_or_zero();
         let mut codes = problem.x;
         for code in &mut codes {

@@ -14,7 +14,7 @@ mod q5_1;
 mod q8_0;
 mod searched_block;
 mod small_block;
-mod symmetric;
+mod symmetric_block;
 mod tq1_0;
 mod tq2_0;
 

@@ -9,7 +9,7 @@ use super::{
     lanes::Lanes,
     searched_block::{Energy, Problem, SearchedType, Solution},
     small_block::{Grid, PlainType, first_extreme, low_byte},
-    symmetric::{self, Values},
+    symmetric_block::{self, Values},
 };
 
 /// Without importance the same bytes as ggml's `quantize_row_q4_0_ref`; with it, weights of errors as in
@@ -47,7 +47,7 @@ impl SearchedType for Q4_0 {
 
     #[inline(always)]
     fn search<S: Simd>(simd: S, problem: &Problem<S>) -> Solution<S> {
-        let d = symmetric::search::<S, Self>(simd, problem);
+        let d = symmetric_block::search::<S, Self>(simd, problem);
         let inverse = d.recip_or_zero();
         let mut codes = problem.x;
         for code in &mut codes {
