@@ -1,13 +1,18 @@
-//! Q5_1: the smallest value as offset, the scale that makes the largest 31.
+//! Q5_1: the smallest value as offset, the scale that makes the largest 31; with importance both searched.
 
 use half::f16;
 use pulp::Simd;
 
 use crate::formats::block::BlockQ5_1;
 
-use super::small_block::{Grid, PlainType, low_byte, range};
+use super::{
+    affine_block,
+    searched_block::{Energy, Problem, SearchedType, Solution},
+    small_block::{Grid, PlainType, low_byte, range},
+};
 
-/// Same bytes as ggml's `quantize_row_q5_1_ref`.
+/// Without importance the same bytes as ggml's `quantize_row_q5_1_ref`; with it, weights of errors as in
+/// `quantize_row_q5_1_impl`.
 pub struct Q5_1;
 
 impl PlainType<32> for Q5_1 {
@@ -31,6 +36,21 @@ impl PlainType<32> for Q5_1 {
 
     #[inline(always)]
     fn pack(_: (f32, f32), (d, m): (f16, f16), codes: &[u8; 32]) -> BlockQ5_1 {
+        BlockQ5_1::pack(d, m, codes)
+    }
+}
+
+impl SearchedType for Q5_1 {
+    type Block = BlockQ5_1;
+    const ENERGY: Energy = Energy::Row;
+
+    #[inline(always)]
+    fn search<S: Simd>(simd: S, problem: &Problem<S>) -> Solution<S> {
+        affine_block::search(simd, problem, 31.0)
+    }
+
+    #[inline(always)]
+    fn pack(d: f16, m: f16, codes: &[u8; 32]) -> BlockQ5_1 {
         BlockQ5_1::pack(d, m, codes)
     }
 }

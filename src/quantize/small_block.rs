@@ -69,9 +69,9 @@ pub fn quantize<T: PlainType<N>, const N: usize>(rows: &[f32], out: &mut [u8]) -
     Arch::new().dispatch(Run::<T, N> { rows, out })
 }
 
-struct Run<'a, T: PlainType<N>, const N: usize> {
-    rows: &'a [f32],
-    out: &'a mut [T::Block],
+pub(super) struct Run<'a, T: PlainType<N>, const N: usize> {
+    pub rows: &'a [f32],
+    pub out: &'a mut [T::Block],
 }
 
 impl<T: PlainType<N>, const N: usize> WithSimd for Run<'_, T, N> {
@@ -240,12 +240,12 @@ pub fn first_extreme<S: Simd>(simd: S, x: &[f32]) -> f32 {
     if high > -low { high } else { low }
 }
 
-/// The smallest and the largest value. A smallest value of zero has the sign of the first zero.
+/// The smallest and the largest value. A smallest value of zero has the sign of the first zero, a largest none.
 #[inline(always)]
 pub fn range<S: Simd>(simd: S, x: &[f32]) -> (f32, f32) {
     let (low, high) = unsigned_range(simd, x);
     let first_zero = || x.iter().copied().find(|v| *v == 0.0).unwrap_or(low);
-    (if low == 0.0 { first_zero() } else { low }, high)
+    (if low == 0.0 { first_zero() } else { low }, high + 0.0)
 }
 
 /// The extremes, with any sign if they are zero.
