@@ -1,3 +1,7 @@
 //! Converts NVIDIA Nemotron-H hybrids into quantized artifacts, with proof that they are right.
 
+pub mod error;
+pub mod model;
+pub mod write;
+
 pub use nemoconv_formats as formats;

@@ -77,7 +77,11 @@ pub struct Error {
 impl Error {
     /// An error with an empty place.
     pub fn new(kind: ErrorKind) -> Self {
-        Self { kind, place: Place::default(), hint: None }
+        Self {
+            kind,
+            place: Place::default(),
+            hint: None,
+        }
     }
 
     /// The bytes contradict the format.

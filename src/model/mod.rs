@@ -3,3 +3,4 @@
 pub mod config;
 pub mod hybrid_pattern;
 pub mod nemotron_h;
+pub mod tokenizer;

@@ -1,0 +1,3 @@
+//! GGUF files: their keys and tensor order.
+
+pub mod tokenizer_keys;
