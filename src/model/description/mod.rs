@@ -144,6 +144,7 @@ impl ModelDescription {
         if let Some(name) = sources.model_name {
             this.name = Some(name.to_owned());
         }
+        this.name.get_or_insert_with(|| sources.model_id.to_owned());
         if this.size_label.is_none() && total > 0 {
             this.size_label = Some(sources.counts.size_label());
         }

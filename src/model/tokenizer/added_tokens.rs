@@ -6,7 +6,7 @@
 //! Source: transformers 5 (`tokenization_utils_base.py`, `_from_pretrained`;
 //! `tokenization_utils_tokenizers.py`, `TokenizersBackend.__init__`), which the stock converter asks.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, HashMap, HashSet};
 
 use nemoconv_formats::{Error, Result};
 use serde_json::{Map, Value};
@@ -26,26 +26,21 @@ const NAMED_ROLES: [&str; 7] = [
     "mask_token",
 ];
 
-/// Tokens that the other files add to, or declare differently from, `tokenizer.json`.
+/// Tokens to add after those of `tokenizer.json`; most repeat one of them, some with other flags.
 pub(super) fn in_force(
     entries: &[AddedTokenEntry],
     files: &TokenizerFiles,
 ) -> Result<Vec<AddedToken>> {
-    let present: HashMap<&str, &AddedToken> = entries
-        .iter()
-        .map(|entry| (entry.token.content.as_str(), &entry.token))
-        .collect();
     let declared = Declared::of(entries, files)?;
-    let mut additions: Vec<AddedToken> = declared
-        .tokens
-        .into_values()
-        .filter(|token| !present.values().any(|known| *known == token))
+    let mut additions: Vec<AddedToken> = declared.tokens.into_values().collect();
+    let mut known: HashSet<String> = entries
+        .iter()
+        .map(|entry| &entry.token)
+        .chain(&additions)
+        .map(|token| token.content.clone())
         .collect();
     for token in declared.special {
-        let text = &token.content;
-        if !present.contains_key(text.as_str())
-            && !additions.iter().any(|other| other.content == *text)
-        {
+        if known.insert(token.content.clone()) {
             additions.push(token);
         }
     }
