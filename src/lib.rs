@@ -3,7 +3,6 @@
 pub mod error;
 pub mod model;
 pub mod plan;
-pub mod plan;
 pub mod quantize;
 pub mod write;
 
