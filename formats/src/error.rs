@@ -68,8 +68,8 @@ pub enum ErrorKind {
 pub struct Error {
     /// What is wrong.
     pub kind: ErrorKind,
-    /// Where.
-    pub place: Place,
+    /// Where. Boxed because results carry errors by value.
+    pub place: Box<Place>,
     /// What the user can do about it.
     pub hint: Option<String>,
 }
@@ -77,7 +77,11 @@ pub struct Error {
 impl Error {
     /// An error with an empty place.
     pub fn new(kind: ErrorKind) -> Self {
-        Self { kind, place: Place::default(), hint: None }
+        Self {
+            kind,
+            place: Box::default(),
+            hint: None,
+        }
     }
 
     /// The bytes contradict the format.

@@ -2,18 +2,27 @@
 //!
 //! Enters: rows, a target type, column importance. Leaves: packed blocks and what did not fit.
 
+mod affine;
 mod affine_block;
 mod float;
 mod iq4_nl;
+mod iq4_xs;
 pub mod lanes;
 mod mxfp4;
+mod q2_k;
+mod q3_k;
 mod q4_0;
 mod q4_1;
+mod q4_k;
 mod q5_0;
 mod q5_1;
+mod q5_k;
+mod q6_k;
 mod q8_0;
 mod searched_block;
 mod small_block;
+mod super_block;
+mod symmetric;
 mod symmetric_block;
 mod tq1_0;
 mod tq2_0;
@@ -40,7 +49,23 @@ pub fn can_quantize(ty: GgmlType) -> bool {
     use GgmlType::*;
     matches!(
         ty,
-        F32 | F16 | BF16 | Q4_0 | Q4_1 | Q5_0 | Q5_1 | Q8_0 | IQ4_NL | MXFP4 | TQ1_0 | TQ2_0
+        F32 | F16
+            | BF16
+            | Q4_0
+            | Q4_1
+            | Q5_0
+            | Q5_1
+            | Q8_0
+            | MXFP4
+            | TQ1_0
+            | TQ2_0
+            | Q2_K
+            | Q3_K
+            | Q4_K
+            | Q5_K
+            | Q6_K
+            | IQ4_NL
+            | IQ4_XS
     )
 }
 
@@ -91,6 +116,12 @@ pub fn quantize_rows(
         GgmlType::MXFP4 => small_block::quantize::<mxfp4::MXFP4, _>(rows, out),
         GgmlType::TQ1_0 => small_block::quantize::<tq1_0::TQ1_0, _>(rows, out),
         GgmlType::TQ2_0 => small_block::quantize::<tq2_0::TQ2_0, _>(rows, out),
+        GgmlType::Q2_K => super_block::quantize::<q2_k::Q2_K>(rows, row_len, importance, out),
+        GgmlType::Q3_K => super_block::quantize::<q3_k::Q3_K>(rows, row_len, importance, out),
+        GgmlType::Q4_K => super_block::quantize::<q4_k::Q4_K>(rows, row_len, importance, out),
+        GgmlType::Q5_K => super_block::quantize::<q5_k::Q5_K>(rows, row_len, importance, out),
+        GgmlType::Q6_K => super_block::quantize::<q6_k::Q6_K>(rows, row_len, importance, out),
+        GgmlType::IQ4_XS => super_block::quantize::<iq4_xs::IQ4_XS>(rows, row_len, importance, out),
         _ => panic!("{ty} cannot be quantized to"),
     }
 }
