@@ -97,39 +97,15 @@ impl<T: SearchedType> WithSimd for Run<'_, T> {
     type Output = ScaleOverflow;
 
     #[inline(always)]
-    fn with_simd<S: Simd>(self, simd: S) -> ScaleOverflow {
+    fn with_simd<S: Simd>(mut self, simd: S) -> ScaleOverflow {
+        let out = std::mem::take(&mut self.out);
         let lanes = Lanes::<S>::COUNT;
         let mut overflow = 0;
         let mut problem = Problem::empty(simd);
-        let batches = self
-            .rows
-            .chunks(lanes * BLOCK)
-            .zip(self.out.chunks_mut(lanes));
+        let batches = self.rows.chunks(lanes * BLOCK).zip(out.chunks_mut(lanes));
         for (batch, (rows, out)) in batches.enumerate() {
             problem.load(simd, rows);
-            match self.importance {
-                None => problem.weigh_by_square(),
-                Some(importance) => {
-                    let first = batch * lanes * BLOCK;
-                    let starts = (first..first + rows.len()).step_by(BLOCK);
-                    let columns = starts
-                        .clone()
-                        .map(|at| &importance[at % self.row_len..][..BLOCK]);
-                    let energy = match T::ENERGY {
-                        Energy::Row => problem.energy_of_rows(
-                            simd,
-                            starts.map(|at| {
-                                &self.rows[at / self.row_len * self.row_len..][..self.row_len]
-                            }),
-                        ),
-                        Energy::TwiceBlock => {
-                            let energy = mean_square(&problem.x);
-                            energy + energy
-                        }
-                    };
-                    problem.weigh_by_importance(simd, columns, energy);
-                }
-            }
+            self.weigh(simd, batch * lanes * BLOCK, &mut problem);
             let solution = T::search(simd, &problem);
             let (d, m) = (solution.d * problem.unit, solution.m * problem.unit);
             for (lane, block) in out.iter_mut().enumerate() {
@@ -142,6 +118,34 @@ impl<T: SearchedType> WithSimd for Run<'_, T> {
             }
         }
         ScaleOverflow(overflow)
+    }
+}
+
+impl<T: SearchedType> Run<'_, T> {
+    /// Weighs the errors of the blocks from element `first` on.
+    #[inline(always)]
+    fn weigh<S: Simd>(&self, simd: S, first: usize, problem: &mut Problem<S>) {
+        let Some(importance) = self.importance else {
+            return problem.weigh_by_square();
+        };
+        let starts = (first..self.rows.len())
+            .step_by(BLOCK)
+            .take(Lanes::<S>::COUNT);
+        let energy = match T::ENERGY {
+            Energy::Row => {
+                let row_start = |at| at / self.row_len * self.row_len;
+                let rows = starts
+                    .clone()
+                    .map(|at| &self.rows[row_start(at)..][..self.row_len]);
+                problem.energy_of_rows(simd, rows)
+            }
+            Energy::TwiceBlock => {
+                let energy = mean_square(&problem.x);
+                energy + energy
+            }
+        };
+        let columns = starts.map(|at| &importance[at % self.row_len..][..BLOCK]);
+        problem.weigh_by_importance(simd, columns, energy);
     }
 }
 
