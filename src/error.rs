@@ -21,7 +21,10 @@ pub struct Fault {
 impl Fault {
     /// A fault without a place.
     pub fn new(what: impl Into<String>) -> Self {
-        Self { what: what.into(), ..Self::default() }
+        Self {
+            what: what.into(),
+            ..Self::default()
+        }
     }
 
     /// Names the file.

@@ -1,5 +1,9 @@
 //! Converts NVIDIA Nemotron-H hybrids into quantized artifacts, with proof that they are right.
 
+pub mod error;
+pub mod model;
+pub mod plan;
 pub mod quantize;
+pub mod write;
 
 pub use nemoconv_formats as formats;

@@ -103,7 +103,10 @@ impl GgmlType {
     }
 
     fn row(self) -> &'static (Self, &'static str, usize, usize) {
-        TABLE.iter().find(|row| row.0 == self).expect("the table lists every variant")
+        TABLE
+            .iter()
+            .find(|row| row.0 == self)
+            .expect("the table lists every variant")
     }
 
     /// ggml's name, such as `Q4_K`.
@@ -124,7 +127,9 @@ impl GgmlType {
     /// Bytes of `elements` consecutive elements; `None` if they do not fill whole blocks or overflow.
     pub fn bytes_for(self, elements: u64) -> Option<u64> {
         let block = self.block_elements() as u64;
-        elements.is_multiple_of(block).then(|| (elements / block).checked_mul(self.block_bytes() as u64))?
+        elements
+            .is_multiple_of(block)
+            .then(|| (elements / block).checked_mul(self.block_bytes() as u64))?
     }
 
     /// Bits per weight.

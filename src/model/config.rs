@@ -75,10 +75,15 @@ impl NemotronHConfig {
                 pattern.kinds().len()
             )));
         }
-        let moe = pattern.has(BlockKind::Moe).then(|| MoeConfig::parse(&fields)).transpose()?;
+        let moe = pattern
+            .has(BlockKind::Moe)
+            .then(|| MoeConfig::parse(&fields))
+            .transpose()?;
         if moe.is_some() && pattern.has(BlockKind::Mlp) {
-            return Err(Fault::new("the pattern mixes dense MLP (-) and MoE (E) blocks")
-                .hint("no GGUF architecture of llama.cpp can express such a model"));
+            return Err(
+                Fault::new("the pattern mixes dense MLP (-) and MoE (E) blocks")
+                    .hint("no GGUF architecture of llama.cpp can express such a model"),
+            );
         }
         let rms_norm_eps = fields.float(&["rms_norm_eps", "norm_eps"])?;
         let layer_norm_epsilon = fields
@@ -96,8 +101,17 @@ impl NemotronHConfig {
             mamba_num_heads: fields.required(&["mamba_num_heads", "num_heads"])?,
             mamba_head_dim: fields.required(&["mamba_head_dim"])?,
             n_groups: fields.required(&["n_groups", "mamba_n_groups", "num_groups"])?,
-            ssm_state_size: fields.required(&["ssm_state_size", "state_size", "mamba_state_size"])?,
-            conv_kernel: fields.required(&["conv_kernel", "mamba_conv_kernel", "d_conv", "mamba_d_conv"])?,
+            ssm_state_size: fields.required(&[
+                "ssm_state_size",
+                "state_size",
+                "mamba_state_size",
+            ])?,
+            conv_kernel: fields.required(&[
+                "conv_kernel",
+                "mamba_conv_kernel",
+                "d_conv",
+                "mamba_d_conv",
+            ])?,
             rms_norm_eps,
             layer_norm_epsilon,
             rope_theta: fields.float(&["rope_theta"])?,
@@ -124,10 +138,15 @@ impl NemotronHConfig {
         let check = |ok: bool, what: String| if ok { Ok(()) } else { Err(Fault::new(what)) };
         check(
             self.inner_size().is_multiple_of(self.n_groups),
-            format!("inner size {} is not a multiple of n_groups {}", self.inner_size(), self.n_groups),
+            format!(
+                "inner size {} is not a multiple of n_groups {}",
+                self.inner_size(),
+                self.n_groups
+            ),
         )?;
         check(
-            self.num_attention_heads.is_multiple_of(self.num_key_value_heads),
+            self.num_attention_heads
+                .is_multiple_of(self.num_key_value_heads),
             format!(
                 "num_attention_heads {} is not a multiple of num_key_value_heads {}",
                 self.num_attention_heads, self.num_key_value_heads
@@ -139,7 +158,10 @@ impl NemotronHConfig {
         )?;
         check(
             self.nextn_predict_layers <= 1,
-            format!("num_nextn_predict_layers is {}, at most 1 is known", self.nextn_predict_layers),
+            format!(
+                "num_nextn_predict_layers is {}, at most 1 is known",
+                self.nextn_predict_layers
+            ),
         )
     }
 }
@@ -184,8 +206,10 @@ fn check_model_type(json: &Value) -> Result<(), Fault> {
         return Ok(());
     }
     let found = architecture.or(model_type).unwrap_or("nothing");
-    Err(Fault::new(format!("`architectures` must be NemotronHForCausalLM, found {found}"))
-        .hint("this converter knows Nemotron-H hybrids only (dense, MoE, latent MoE)"))
+    Err(Fault::new(format!(
+        "`architectures` must be NemotronHForCausalLM, found {found}"
+    ))
+    .hint("this converter knows Nemotron-H hybrids only (dense, MoE, latent MoE)"))
 }
 
 fn parse_pattern(json: &Value) -> Result<HybridPattern, Fault> {
@@ -207,14 +231,20 @@ struct Fields<'a> {
 
 impl<'a> Fields<'a> {
     fn find(&self, names: &[&'static str]) -> Option<(&'static str, &'a Value)> {
-        names.iter().find_map(|name| Some((*name, self.json.get(name).filter(|v| !v.is_null())?)))
+        names
+            .iter()
+            .find_map(|name| Some((*name, self.json.get(name).filter(|v| !v.is_null())?)))
     }
 
     fn size(&self, names: &[&'static str]) -> Result<Option<usize>, Fault> {
-        let Some((name, value)) = self.find(names) else { return Ok(None) };
+        let Some((name, value)) = self.find(names) else {
+            return Ok(None);
+        };
         let size = value.as_u64().filter(|size| *size <= MAX_SIZE);
         size.map(|size| Some(size as usize)).ok_or_else(|| {
-            Fault::new(format!("`{name}` must be an integer from 0 to {MAX_SIZE}, found {value}"))
+            Fault::new(format!(
+                "`{name}` must be an integer from 0 to {MAX_SIZE}, found {value}"
+            ))
         })
     }
 
@@ -228,7 +258,9 @@ impl<'a> Fields<'a> {
     }
 
     fn float(&self, names: &[&'static str]) -> Result<Option<f32>, Fault> {
-        let Some((name, value)) = self.find(names) else { return Ok(None) };
+        let Some((name, value)) = self.find(names) else {
+            return Ok(None);
+        };
         let number = value.as_f64().filter(|number| number.is_finite());
         number
             .map(|number| Some(number as f32))
@@ -236,9 +268,12 @@ impl<'a> Fields<'a> {
     }
 
     fn flag(&self, name: &'static str) -> Result<Option<bool>, Fault> {
-        let Some((name, value)) = self.find(&[name]) else { return Ok(None) };
+        let Some((name, value)) = self.find(&[name]) else {
+            return Ok(None);
+        };
         let flag = value.as_bool();
-        flag.map(Some).ok_or_else(|| Fault::new(format!("`{name}` must be true or false, found {value}")))
+        flag.map(Some)
+            .ok_or_else(|| Fault::new(format!("`{name}` must be true or false, found {value}")))
     }
 }
 
@@ -289,11 +324,23 @@ mod tests {
         rejects("hidden_size", json!(-4), "found -4");
         rejects("hidden_size", json!(u64::MAX), "must be an integer");
         rejects("n_groups", json!(3), "not a multiple of n_groups");
-        rejects("num_key_value_heads", json!(3), "not a multiple of num_key_value_heads");
+        rejects(
+            "num_key_value_heads",
+            json!(3),
+            "not a multiple of num_key_value_heads",
+        );
         rejects("intermediate_size", json!(null), "MLP blocks");
         rejects("layer_norm_epsilon", json!("Infinity"), "finite number");
-        rejects("architectures", json!(["LlamaForCausalLM"]), "LlamaForCausalLM");
+        rejects(
+            "architectures",
+            json!(["LlamaForCausalLM"]),
+            "LlamaForCausalLM",
+        );
         rejects("hybrid_override_pattern", json!("MX"), "`X`");
-        rejects("hybrid_override_pattern", json!("ME"), "`n_routed_experts` is missing");
+        rejects(
+            "hybrid_override_pattern",
+            json!("ME"),
+            "`n_routed_experts` is missing",
+        );
     }
 }

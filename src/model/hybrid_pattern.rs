@@ -76,7 +76,9 @@ impl HybridPattern {
 }
 
 fn parse_word(value: &Value) -> Result<BlockKind, String> {
-    let word = value.as_str().ok_or("`layers_block_type` must hold strings")?;
+    let word = value
+        .as_str()
+        .ok_or("`layers_block_type` must hold strings")?;
     BlockKind::from_word(word).ok_or_else(|| unknown(word))
 }
 
@@ -95,14 +97,23 @@ mod tests {
     #[test]
     fn both_spellings_mean_the_same() {
         let letters = HybridPattern::parse(&json!("M-*E")).unwrap();
-        let words = HybridPattern::parse(&json!(["mamba", "mlp", "full_attention", "moe"])).unwrap();
+        let words =
+            HybridPattern::parse(&json!(["mamba", "mlp", "full_attention", "moe"])).unwrap();
         assert_eq!(letters, words);
     }
 
     #[test]
     fn unknown_kinds_are_named() {
-        assert!(HybridPattern::parse(&json!("M?")).unwrap_err().contains("`?`"));
-        assert!(HybridPattern::parse(&json!(["gru"])).unwrap_err().contains("`gru`"));
+        assert!(
+            HybridPattern::parse(&json!("M?"))
+                .unwrap_err()
+                .contains("`?`")
+        );
+        assert!(
+            HybridPattern::parse(&json!(["gru"]))
+                .unwrap_err()
+                .contains("`gru`")
+        );
         assert!(HybridPattern::parse(&json!("")).is_err());
         assert!(HybridPattern::parse(&json!(7)).is_err());
     }

@@ -232,28 +232,39 @@ impl TensorRule {
 use Dim::*;
 
 const EMBEDDINGS: TensorRule =
-    TensorRule::new("embeddings.weight", "token_embd.weight", &[Vocab, Hidden]).out_type().writes();
+    TensorRule::new("embeddings.weight", "token_embd.weight", &[Vocab, Hidden])
+        .out_type()
+        .writes();
 const FINAL_NORM: TensorRule =
     TensorRule::new("norm_f.weight", "output_norm.weight", &[Hidden]).norm();
-const HEAD: TensorRule = TensorRule::new("lm_head.weight", "output.weight", &[Vocab, Hidden]).out_type();
+const HEAD: TensorRule =
+    TensorRule::new("lm_head.weight", "output.weight", &[Vocab, Hidden]).out_type();
 /// A head tied to the embedding may be absent.
-const TIED_HEAD: TensorRule =
-    TensorRule::new("lm_head.weight", "output.weight", &[Vocab, Hidden]).out_type().optional();
+const TIED_HEAD: TensorRule = TensorRule::new("lm_head.weight", "output.weight", &[Vocab, Hidden])
+    .out_type()
+    .optional();
 
 const BLOCK_NORM: TensorRule = TensorRule::new("norm.weight", "attn_norm.weight", &[Hidden]).norm();
 
 const MAMBA: &[TensorRule] = &[
     TensorRule::new("mixer.in_proj.weight", "ssm_in.weight", &[InProj, Hidden]).out_type(),
-    TensorRule::new("mixer.conv1d.weight", "ssm_conv1d.weight", &[Conv, One, Kernel])
-        .reshaped(&[Conv, Kernel]),
+    TensorRule::new(
+        "mixer.conv1d.weight",
+        "ssm_conv1d.weight",
+        &[Conv, One, Kernel],
+    )
+    .reshaped(&[Conv, Kernel]),
     TensorRule::new("mixer.conv1d.bias", "ssm_conv1d.bias", &[Conv]).zeros_if_missing(),
     TensorRule::new("mixer.dt_bias", "ssm_dt.bias", &[MambaHeads]),
     TensorRule::new("mixer.A_log", "ssm_a", &[MambaHeads])
         .reshaped(&[MambaHeads, One])
         .value(ValueRule::NegExp),
     TensorRule::new("mixer.D", "ssm_d", &[MambaHeads]).reshaped(&[MambaHeads, One]),
-    TensorRule::new("mixer.norm.weight", "ssm_norm.weight", &[Inner]).reshaped(&[Groups, InnerPerGroup]),
-    TensorRule::new("mixer.out_proj.weight", "ssm_out.weight", &[Hidden, Inner]).out_type().writes(),
+    TensorRule::new("mixer.norm.weight", "ssm_norm.weight", &[Inner])
+        .reshaped(&[Groups, InnerPerGroup]),
+    TensorRule::new("mixer.out_proj.weight", "ssm_out.weight", &[Hidden, Inner])
+        .out_type()
+        .writes(),
 ];
 
 const ATTENTION: &[TensorRule] = &[
@@ -271,27 +282,58 @@ const ATTENTION: &[TensorRule] = &[
         .optional(),
     TensorRule::new("mixer.v_proj.weight", "attn_v.weight", &[KeyValue, Hidden]).out_type(),
     TensorRule::new("mixer.v_proj.bias", "attn_v.bias", &[KeyValue]).optional(),
-    TensorRule::new("mixer.o_proj.weight", "attn_output.weight", &[Hidden, Query]).out_type().writes(),
-    TensorRule::new("mixer.o_proj.bias", "attn_output.bias", &[Hidden]).writes().optional(),
+    TensorRule::new(
+        "mixer.o_proj.weight",
+        "attn_output.weight",
+        &[Hidden, Query],
+    )
+    .out_type()
+    .writes(),
+    TensorRule::new("mixer.o_proj.bias", "attn_output.bias", &[Hidden])
+        .writes()
+        .optional(),
 ];
 
 const MLP: &[TensorRule] = &[
-    TensorRule::new("mixer.up_proj.weight", "ffn_up.weight", &[Intermediate, Hidden]).out_type(),
+    TensorRule::new(
+        "mixer.up_proj.weight",
+        "ffn_up.weight",
+        &[Intermediate, Hidden],
+    )
+    .out_type(),
     TensorRule::new("mixer.up_proj.bias", "ffn_up.bias", &[Intermediate]).optional(),
-    TensorRule::new("mixer.down_proj.weight", "ffn_down.weight", &[Hidden, Intermediate])
-        .out_type()
-        .writes(),
-    TensorRule::new("mixer.down_proj.bias", "ffn_down.bias", &[Hidden]).writes().optional(),
+    TensorRule::new(
+        "mixer.down_proj.weight",
+        "ffn_down.weight",
+        &[Hidden, Intermediate],
+    )
+    .out_type()
+    .writes(),
+    TensorRule::new("mixer.down_proj.bias", "ffn_down.bias", &[Hidden])
+        .writes()
+        .optional(),
 ];
 
 const ROUTER: &[TensorRule] = &[
-    TensorRule::new("mixer.gate.weight", "ffn_gate_inp.weight", &[Experts, Hidden]),
-    TensorRule::new("mixer.gate.e_score_correction_bias", "exp_probs_b.bias", &[Experts]),
+    TensorRule::new(
+        "mixer.gate.weight",
+        "ffn_gate_inp.weight",
+        &[Experts, Hidden],
+    ),
+    TensorRule::new(
+        "mixer.gate.e_score_correction_bias",
+        "exp_probs_b.bias",
+        &[Experts],
+    ),
 ];
 
 const SHARED_EXPERT: &[TensorRule] = &[
-    TensorRule::new("mixer.shared_experts.up_proj.weight", "ffn_up_shexp.weight", &[SharedIntermediate, Hidden])
-        .out_type(),
+    TensorRule::new(
+        "mixer.shared_experts.up_proj.weight",
+        "ffn_up_shexp.weight",
+        &[SharedIntermediate, Hidden],
+    )
+    .out_type(),
     TensorRule::new(
         "mixer.shared_experts.down_proj.weight",
         "ffn_down_shexp.weight",
@@ -304,20 +346,37 @@ const SHARED_EXPERT: &[TensorRule] = &[
 /// Experts that read and write the residual stream themselves.
 const EXPERTS: &[TensorRule] = &[
     EXPERT_UP,
-    TensorRule::new("mixer.experts.{}.down_proj.weight", "ffn_down_exps.weight", EXPERT_DOWN_SHAPE)
-        .out_type()
-        .writes(),
+    TensorRule::new(
+        "mixer.experts.{}.down_proj.weight",
+        "ffn_down_exps.weight",
+        EXPERT_DOWN_SHAPE,
+    )
+    .out_type()
+    .writes(),
 ];
 
 /// Experts of a latent MoE, between two projections shared by all of them.
 const LATENT_EXPERTS: &[TensorRule] = &[
-    TensorRule::new("mixer.fc1_latent_proj.weight", "ffn_latent_down.weight", &[Latent, Hidden]).out_type(),
+    TensorRule::new(
+        "mixer.fc1_latent_proj.weight",
+        "ffn_latent_down.weight",
+        &[Latent, Hidden],
+    )
+    .out_type(),
     EXPERT_UP,
-    TensorRule::new("mixer.experts.{}.down_proj.weight", "ffn_down_exps.weight", EXPERT_DOWN_SHAPE)
-        .out_type(),
-    TensorRule::new("mixer.fc2_latent_proj.weight", "ffn_latent_up.weight", &[Hidden, Latent])
-        .out_type()
-        .writes(),
+    TensorRule::new(
+        "mixer.experts.{}.down_proj.weight",
+        "ffn_down_exps.weight",
+        EXPERT_DOWN_SHAPE,
+    )
+    .out_type(),
+    TensorRule::new(
+        "mixer.fc2_latent_proj.weight",
+        "ffn_latent_up.weight",
+        &[Hidden, Latent],
+    )
+    .out_type()
+    .writes(),
 ];
 
 const EXPERT_UP: TensorRule = TensorRule::new(
@@ -332,13 +391,24 @@ const EXPERT_DOWN_SHAPE: &[Dim] = &[ExpertInput, ExpertIntermediate];
 const MTP_FUSION: &[TensorRule] = &[
     TensorRule::new("enorm.weight", "nextn.enorm.weight", &[Hidden]).norm(),
     TensorRule::new("hnorm.weight", "nextn.hnorm.weight", &[Hidden]).norm(),
-    TensorRule::new("eh_proj.weight", "nextn.eh_proj.weight", &[Hidden, TwoHidden]).out_type().writes(),
+    TensorRule::new(
+        "eh_proj.weight",
+        "nextn.eh_proj.weight",
+        &[Hidden, TwoHidden],
+    )
+    .out_type()
+    .writes(),
 ];
 
 /// Second half, `mtp.layers.1`.
 const MTP_HEAD: &[TensorRule] = &[
     TensorRule::new("norm.weight", "post_attention_norm.weight", &[Hidden]).norm(),
-    TensorRule::new("final_layernorm.weight", "nextn.shared_head_norm.weight", &[Hidden]).norm(),
+    TensorRule::new(
+        "final_layernorm.weight",
+        "nextn.shared_head_norm.weight",
+        &[Hidden],
+    )
+    .norm(),
 ];
 
 /// A tensor that GGUF will hold, with the names it comes from.
@@ -360,23 +430,42 @@ pub fn expected_tensors(config: &NemotronHConfig, with_mtp: bool) -> Vec<Expecte
     for (index, kind) in config.pattern.kinds().iter().enumerate() {
         let source = format!("layers.{index}.");
         block(&mut tensors, config, &source, index, &[&[BLOCK_NORM]]);
-        block(&mut tensors, config, &source, index, rules_of(*kind, config));
+        block(
+            &mut tensors,
+            config,
+            &source,
+            index,
+            rules_of(*kind, config),
+        );
     }
     if with_mtp && config.nextn_predict_layers > 0 {
         let index = config.pattern.kinds().len();
         let first: &[&[TensorRule]] = &[&[BLOCK_NORM], MTP_FUSION, ATTENTION];
         block(&mut tensors, config, "mtp.layers.0.", index, first);
         block(&mut tensors, config, "mtp.layers.1.", index, &[MTP_HEAD]);
-        block(&mut tensors, config, "mtp.layers.1.", index, rules_of(BlockKind::Moe, config));
+        block(
+            &mut tensors,
+            config,
+            "mtp.layers.1.",
+            index,
+            rules_of(BlockKind::Moe, config),
+        );
     }
     tensors.push(at(&FINAL_NORM, "", "", 0));
-    let head = if config.tie_word_embeddings { &TIED_HEAD } else { &HEAD };
+    let head = if config.tie_word_embeddings {
+        &TIED_HEAD
+    } else {
+        &HEAD
+    };
     tensors.push(at(head, "", "", 0));
     tensors
 }
 
 fn rules_of(kind: BlockKind, config: &NemotronHConfig) -> &'static [&'static [TensorRule]] {
-    let latent = config.moe.as_ref().is_some_and(|moe| moe.moe_latent_size.is_some());
+    let latent = config
+        .moe
+        .as_ref()
+        .is_some_and(|moe| moe.moe_latent_size.is_some());
     match kind {
         BlockKind::Mamba => &[MAMBA],
         BlockKind::Attention => &[ATTENTION],
@@ -402,19 +491,31 @@ fn block(
 
 fn at(rule: &'static TensorRule, source: &str, target: &str, experts: usize) -> ExpectedTensor {
     let (sources, stacked_source) = if rule.is_stacked() {
-        let one = |expert: usize| format!("{source}{}", rule.source.replace("{}", &expert.to_string()));
+        let one =
+            |expert: usize| format!("{source}{}", rule.source.replace("{}", &expert.to_string()));
         let all = rule.source.replace(".{}", "");
-        ((0..experts).map(one).collect(), Some(format!("{source}{all}")))
+        (
+            (0..experts).map(one).collect(),
+            Some(format!("{source}{all}")),
+        )
     } else {
         (vec![format!("{source}{}", rule.source)], None)
     };
-    ExpectedTensor { rule, name: format!("{target}{}", rule.name), sources, stacked_source }
+    ExpectedTensor {
+        rule,
+        name: format!("{target}{}", rule.name),
+        sources,
+        stacked_source,
+    }
 }
 
 /// One spelling for the names of all releases: without `backbone.` or `model.`.
 pub fn canonical_name(name: &str) -> String {
     let name = name.replace("language_model.", "");
-    let name = ["backbone.", "model."].iter().find_map(|p| name.strip_prefix(p)).unwrap_or(&name);
+    let name = ["backbone.", "model."]
+        .iter()
+        .find_map(|p| name.strip_prefix(p))
+        .unwrap_or(&name);
     let name = match name {
         "embed_tokens.weight" | "embedding.weight" => "embeddings.weight",
         other => other,
@@ -422,7 +523,9 @@ pub fn canonical_name(name: &str) -> String {
     let name = name.replace("e_score_correction.bias", "e_score_correction_bias");
     // A stack of all experts is a bare parameter in some releases.
     match name.strip_suffix("_proj") {
-        Some(stem) if stem.ends_with("mixer.experts.up") || stem.ends_with("mixer.experts.down") => {
+        Some(stem)
+            if stem.ends_with("mixer.experts.up") || stem.ends_with("mixer.experts.down") =>
+        {
             format!("{name}.weight")
         }
         _ => name,
@@ -451,7 +554,11 @@ mod tests {
 
     #[test]
     fn every_name_is_unique_on_both_sides() {
-        for config in [config("M-*", false), config("ME*", false), config("ME*", true)] {
+        for config in [
+            config("M-*", false),
+            config("ME*", false),
+            config("ME*", true),
+        ] {
             let tensors = expected_tensors(&config, true);
             let mut names: Vec<_> = tensors.iter().map(|t| t.name.clone()).collect();
             let mut sources: Vec<_> = tensors.iter().flat_map(|t| t.sources.clone()).collect();
@@ -468,17 +575,34 @@ mod tests {
     fn experts_read_the_latent_space_where_there_is_one() {
         let config = config("E", true);
         assert_eq!(ExpertInput.size(&config, &Widths::of(&config)), 8);
-        let names: Vec<_> = expected_tensors(&config, false).into_iter().map(|t| t.name).collect();
+        let names: Vec<_> = expected_tensors(&config, false)
+            .into_iter()
+            .map(|t| t.name)
+            .collect();
         assert!(names.contains(&"blk.0.ffn_latent_down.weight".to_string()));
     }
 
     #[test]
     fn the_mtp_head_is_one_more_block() {
         let tensors = expected_tensors(&config("ME*", false), true);
-        let find = |name: &str| tensors.iter().find(|t| t.name == name).map(|t| t.sources[0].clone());
-        assert_eq!(find("blk.3.attn_norm.weight").unwrap(), "mtp.layers.0.norm.weight");
-        assert_eq!(find("blk.3.post_attention_norm.weight").unwrap(), "mtp.layers.1.norm.weight");
-        assert_eq!(find("blk.3.ffn_up_exps.weight").unwrap(), "mtp.layers.1.mixer.experts.0.up_proj.weight");
+        let find = |name: &str| {
+            tensors
+                .iter()
+                .find(|t| t.name == name)
+                .map(|t| t.sources[0].clone())
+        };
+        assert_eq!(
+            find("blk.3.attn_norm.weight").unwrap(),
+            "mtp.layers.0.norm.weight"
+        );
+        assert_eq!(
+            find("blk.3.post_attention_norm.weight").unwrap(),
+            "mtp.layers.1.norm.weight"
+        );
+        assert_eq!(
+            find("blk.3.ffn_up_exps.weight").unwrap(),
+            "mtp.layers.1.mixer.experts.0.up_proj.weight"
+        );
     }
 
     #[test]
@@ -488,7 +612,13 @@ mod tests {
         check("model.layers.0.norm.weight", "layers.0.norm.weight");
         check("model.embeddings.weight", "embeddings.weight");
         check("lm_head.weight", "lm_head.weight");
-        check("layers.1.mixer.gate.e_score_correction.bias", "layers.1.mixer.gate.e_score_correction_bias");
-        check("model.layers.1.mixer.experts.up_proj", "layers.1.mixer.experts.up_proj.weight");
+        check(
+            "layers.1.mixer.gate.e_score_correction.bias",
+            "layers.1.mixer.gate.e_score_correction_bias",
+        );
+        check(
+            "model.layers.1.mixer.experts.up_proj",
+            "layers.1.mixer.experts.up_proj.weight",
+        );
     }
 }

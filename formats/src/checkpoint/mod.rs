@@ -3,6 +3,17 @@
 //! Enters: a folder, a file or a cache entry nobody has checked. Leaves: every tensor's name, type, shape and bytes, the
 //! latter mapped and read on demand. Knows no architecture: names mean nothing here.
 
+#![cfg_attr(
+    not(test),
+    deny(
+        clippy::indexing_slicing,
+        clippy::arithmetic_side_effects,
+        clippy::cast_possible_truncation,
+        clippy::unwrap_used,
+        reason = "the bytes read here are untrusted"
+    )
+)]
+
 pub mod config_json;
 pub mod index_json;
 mod locate;

@@ -98,21 +98,23 @@ fn header_text(bytes: &[u8]) -> Result<(&str, u64)> {
             found: bytes.len() as u64,
         })
     };
-    let length = bytes.first_chunk().ok_or_else(|| truncated(LENGTH_BYTES))?;
+    let (length, rest) = bytes
+        .split_first_chunk()
+        .ok_or_else(|| truncated(LENGTH_BYTES))?;
     let length = u64::from_le_bytes(*length);
     if length > SAFETENSORS_MAX_HEADER_BYTES {
         let limit = SAFETENSORS_MAX_HEADER_BYTES;
-        return Err(Error::new(ErrorKind::Limit {
+        let kind = ErrorKind::Limit {
             what: "header length",
             limit,
             found: length,
-        })
-        .at(0));
+        };
+        return Err(Error::new(kind).at(0));
     }
     let data_start = length.saturating_add(LENGTH_BYTES);
-    let header = usize::try_from(data_start)
+    let header = usize::try_from(length)
         .ok()
-        .and_then(|end| bytes.get(LENGTH_BYTES as usize..end))
+        .and_then(|length| rest.get(..length))
         .ok_or_else(|| truncated(data_start).at(0))?;
     let text = std::str::from_utf8(header).map_err(|e| {
         Error::malformed("header is not UTF-8")

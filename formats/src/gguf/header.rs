@@ -6,10 +6,9 @@
 
 use super::{
     Array, Metadata, TensorInfo, Value,
-    cursor::Cursor,
     tensor_info::{check_name, checked_bytes},
 };
-use crate::{Error, ErrorKind, GgmlType, Result};
+use crate::{Error, ErrorKind, GgmlType, Result, cursor::Cursor};
 use std::collections::HashSet;
 
 /// The first four bytes of a GGUF file.

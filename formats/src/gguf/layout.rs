@@ -2,12 +2,17 @@
 //!
 //! Enters: metadata and shapes. Leaves: bytes to write first, and where each tensor goes. Touches no file.
 
+#![allow(
+    clippy::indexing_slicing,
+    reason = "indices are the caller's, see the panics of each"
+)]
+
 use super::{
     Array, Metadata, Value,
-    header::{MAGIC, VERSION, align, alignment, check_key, past_u64},
+    header::{ALIGNMENT_KEY, MAGIC, VERSION, align, alignment, check_key, past_u64},
     tensor_info::{check_name, checked_bytes},
 };
-use crate::{Error, GgmlType, Result};
+use crate::{Error, GgmlType, Result, cursor::within, limits::GGUF_MAX_WRITTEN_ALIGNMENT};
 use std::collections::HashSet;
 
 /// A tensor to be written.
@@ -42,9 +47,12 @@ impl Layout {
     ///
     /// # Errors
     /// What no reader would accept: an empty key, an alignment that is not a u32 power of two, a tensor name over 63
-    /// bytes or there twice, more than 4 dimensions, rows that do not fill blocks, sizes beyond 2^63.
+    /// bytes or there twice, more than 4 dimensions, rows that do not fill blocks, sizes beyond 2^63. Besides, an
+    /// alignment above [`GGUF_MAX_WRITTEN_ALIGNMENT`].
     pub fn new(metadata: Metadata, tensors: Vec<NewTensor>) -> Result<Self> {
         let alignment = alignment(&metadata)?;
+        let limit = u64::from(GGUF_MAX_WRITTEN_ALIGNMENT);
+        within("alignment", limit, alignment.into()).map_err(|e| e.in_tensor(ALIGNMENT_KEY))?;
         let (mut places, data_bytes) = place(&tensors, alignment)?;
         let mut header = Vec::new();
         header.extend_from_slice(MAGIC);
@@ -140,8 +148,12 @@ fn put_string(out: &mut Vec<u8>, text: &str) {
 
 fn put_tensor(out: &mut Vec<u8>, tensor: &NewTensor, offset: u64) {
     put_string(out, &tensor.name);
-    // At most 4, as `place` has checked.
-    out.extend_from_slice(&(tensor.dims.len() as u32).to_le_bytes());
+    #[allow(
+        clippy::cast_possible_truncation,
+        reason = "at most 4, as `place` has checked"
+    )]
+    let dim_count = tensor.dims.len() as u32;
+    out.extend_from_slice(&dim_count.to_le_bytes());
     for dim in &tensor.dims {
         out.extend_from_slice(&dim.to_le_bytes());
     }
@@ -363,6 +375,11 @@ mod tests {
             with("general.alignment", Value::U32(48)),
             vec![],
             "`general.alignment`: alignment must be a power of two, found 48",
+        );
+        refused(
+            with("general.alignment", Value::U32(1 << 31)),
+            vec![],
+            "`general.alignment`: alignment is 2147483648, the limit is 2097152",
         );
         refused(
             with("general.alignment", Value::U64(32)),

@@ -3,7 +3,17 @@
 //! Enters: files nobody has checked, or keys and shapes to be written. Leaves: checked headers and views of tensor
 //! data, or a layout to stream into. Knows no key's meaning but the alignment's.
 
-pub(crate) mod cursor;
+#![cfg_attr(
+    not(test),
+    deny(
+        clippy::indexing_slicing,
+        clippy::arithmetic_side_effects,
+        clippy::cast_possible_truncation,
+        clippy::unwrap_used,
+        reason = "the bytes read here are untrusted"
+    )
+)]
+
 mod header;
 mod layout;
 mod metadata;

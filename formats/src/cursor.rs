@@ -2,6 +2,17 @@
 //!
 //! Enters: the start of a file. Leaves: little-endian numbers and UTF-8 strings, or the offset where they end early.
 
+#![cfg_attr(
+    not(test),
+    deny(
+        clippy::indexing_slicing,
+        clippy::arithmetic_side_effects,
+        clippy::cast_possible_truncation,
+        clippy::unwrap_used,
+        reason = "the bytes read here are untrusted"
+    )
+)]
+
 use crate::{
     Error, ErrorKind, Result,
     limits::{GGUF_MAX_ARRAY_ELEMENTS, GGUF_MAX_STRING_BYTES},
@@ -22,6 +33,11 @@ impl<'a> Cursor<'a> {
     /// Bytes read so far.
     pub fn at(&self) -> u64 {
         self.at as u64
+    }
+
+    /// Whether every byte has been read.
+    pub fn is_at_end(&self) -> bool {
+        self.at == self.bytes.len()
     }
 
     /// The next `count` bytes, borrowed.

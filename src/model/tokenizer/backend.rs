@@ -1,0 +1,149 @@
+//! The encoder: Hugging Face's `tokenizers`, built from checked parts.
+//!
+//! Enters: a checked `tokenizer.json` and further added tokens. Leaves: ids of a text, and the
+//! vocabulary as the runtime wants it. Reads no files.
+
+use nemoconv_formats::{Error, Result};
+use serde::de::DeserializeOwned;
+use serde_json::Value;
+use tokenizers::models::bpe::BPE;
+use tokenizers::{
+    AddedToken, DecoderWrapper, NormalizerWrapper, PostProcessorWrapper, PreTokenizerWrapper,
+};
+
+use super::tokenizer_json::{BpeModel, TokenizerJson};
+use super::{Token, TokenType};
+
+/// An encoder and its vocabulary.
+pub(super) struct Backend {
+    encoder: tokenizers::Tokenizer,
+}
+
+impl Backend {
+    pub(super) fn new(json: TokenizerJson, additions: &[AddedToken]) -> Result<Self> {
+        let mut encoder = tokenizers::Tokenizer::new(bpe(json.model)?);
+        let normalizer: Option<NormalizerWrapper> = stage("normalizer", json.normalizer)?;
+        let pre_tokenizer: Option<PreTokenizerWrapper> =
+            stage("pre_tokenizer", json.pre_tokenizer)?;
+        let post_processor: Option<PostProcessorWrapper> =
+            stage("post_processor", json.post_processor)?;
+        let decoder: Option<DecoderWrapper> = stage("decoder", json.decoder)?;
+        encoder.with_normalizer(normalizer).map_err(refused)?;
+        encoder.with_pre_tokenizer(pre_tokenizer);
+        encoder.with_post_processor(post_processor);
+        encoder.with_decoder(decoder);
+        encoder
+            .add_tokens(json.added_tokens.into_iter().map(|entry| entry.token))
+            .map_err(refused)?;
+        encoder
+            .add_tokens(additions.iter().cloned())
+            .map_err(refused)?;
+        Ok(Self { encoder })
+    }
+
+    /// The ids of `text`, with whatever the post-processor puts around it.
+    pub(super) fn prompt_ids(&self, text: &str) -> Result<Vec<u32>> {
+        Ok(self
+            .encoder
+            .encode(text, true)
+            .map_err(refused)?
+            .get_ids()
+            .to_vec())
+    }
+
+    /// Every id below `token_count`; ids no token has become `[PADi]`.
+    pub(super) fn tokens(&self, token_count: usize) -> Result<Vec<Token>> {
+        let mut texts: Vec<Option<String>> = vec![None; token_count];
+        for (text, id) in self.encoder.get_vocab(true) {
+            let Some(place) = texts.get_mut(id as usize) else {
+                return Err(Error::malformed(format!(
+                    "special token {text:?} is not in the vocabulary and there is no id left for it \
+                     (the model has {token_count} tokens)"
+                )));
+            };
+            if let Some(other) = place.replace(text) {
+                return Err(Error::malformed(format!(
+                    "id {id} belongs to {other:?} and another token"
+                )));
+            }
+        }
+        let added = self.encoder.get_added_tokens_decoder();
+        let token = |(id, text): (usize, Option<String>)| {
+            let Some(text) = text else {
+                return Ok(Token {
+                    text: format!("[PAD{id}]"),
+                    token_type: TokenType::Unused,
+                });
+            };
+            match u32::try_from(id).ok().and_then(|id| added.get(&id)) {
+                Some(added) => self.added_token(added, text),
+                None => Ok(Token {
+                    text,
+                    token_type: TokenType::Normal,
+                }),
+            }
+        };
+        texts.into_iter().enumerate().map(token).collect()
+    }
+
+    /// The runtime expects added tokens as the text they stand for.
+    fn added_token(&self, added: &AddedToken, mut text: String) -> Result<Token> {
+        if !added.normalized {
+            let encoding = self.encoder.encode(text, false).map_err(refused)?;
+            text = self
+                .encoder
+                .decode(encoding.get_ids(), false)
+                .map_err(refused)?;
+        }
+        if added.special || looks_special(&text) {
+            return Ok(Token {
+                text,
+                token_type: TokenType::Control,
+            });
+        }
+        Ok(Token {
+            text: text.replace('\u{2581}', " "),
+            token_type: TokenType::UserDefined,
+        })
+    }
+}
+
+/// Tokens that some publishers forgot to mark as special; the stock converter's list.
+fn looks_special(text: &str) -> bool {
+    let framed = |open: &str, close: &str| text.starts_with(open) && text.ends_with(close);
+    matches!(text, "<pad>" | "<mask>" | "<2mass>" | "[@BOS@]")
+        || framed("<|", "|>")
+        || framed("<\u{ff5c}", "\u{ff5c}>")
+        || framed("<unused", ">")
+}
+
+fn bpe(model: BpeModel) -> Result<BPE> {
+    let merges = model
+        .merges
+        .into_iter()
+        .map(|merge| (merge.left, merge.right))
+        .collect();
+    let mut builder = BPE::builder()
+        .vocab_and_merges(
+            model
+                .vocab
+                .into_iter()
+                .collect::<tokenizers::models::bpe::Vocab>(),
+            merges,
+        )
+        .fuse_unk(model.fuse_unk.unwrap_or(false))
+        .byte_fallback(model.byte_fallback.unwrap_or(false))
+        .ignore_merges(model.ignore_merges.unwrap_or(false));
+    if let Some(unk_token) = model.unk_token {
+        builder = builder.unk_token(unk_token);
+    }
+    builder.build().map_err(refused)
+}
+
+fn stage<T: DeserializeOwned>(name: &str, value: Value) -> Result<Option<T>> {
+    serde_json::from_value(value).map_err(|error| Error::malformed(format!("in `{name}`: {error}")))
+}
+
+fn refused(error: tokenizers::Error) -> Error {
+    Error::malformed(format!("the tokenizer does not work: {error}"))
+}

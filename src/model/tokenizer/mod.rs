@@ -1,0 +1,133 @@
+//! The tokenizer of a checkpoint folder: byte-level BPE as `tokenizer.json` and its neighbours state it.
+//!
+//! Enters: the folder's tokenizer files, unchecked. Leaves: [`Tokenizer`], every list bounded by the
+//! model's vocabulary. Knows nothing of GGUF keys.
+
+mod added_tokens;
+mod backend;
+mod chat_template;
+mod files;
+mod pre_tokenizer;
+mod special;
+mod tokenizer_json;
+
+use nemoconv_formats::{Error, Result};
+use serde_json::Value;
+use std::path::Path;
+
+pub use chat_template::ChatTemplates;
+pub use files::TokenizerFiles;
+pub use special::{SpecialToken, SpecialTokens};
+
+use backend::Backend;
+use tokenizer_json::TokenizerJson;
+
+/// What a token is to the runtime, numbered as in `tokenizer.ggml.token_type`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[repr(i32)]
+pub enum TokenType {
+    /// An entry of the BPE vocabulary.
+    Normal = 1,
+    /// A special token, never produced from text.
+    Control = 3,
+    /// An added token that text may contain.
+    UserDefined = 4,
+    /// A filler for an id that no token has.
+    Unused = 5,
+}
+
+/// One entry of the vocabulary; its index is its id.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Token {
+    /// The text: byte-level alphabet for [`TokenType::Normal`], plain text for added tokens.
+    pub text: String,
+    /// What it is.
+    pub token_type: TokenType,
+}
+
+/// A byte-level BPE tokenizer, ready to be written down.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Tokenizer {
+    /// Every id from 0 to `vocab_size` rounded up to a multiple of 8.
+    pub tokens: Vec<Token>,
+    /// `left right`, best first; a space inside a part is U+0120.
+    pub merges: Vec<String>,
+    /// The runtime's name for the way text is split before merging.
+    pub pre_tokenizer: String,
+    /// Special ids and which of them are added to a prompt.
+    pub special: SpecialTokens,
+    /// Chat templates, byte for byte.
+    pub chat_templates: ChatTemplates,
+}
+
+/// More entries than any vocabulary in the field has (the largest known are near 2^18).
+const MAX_VOCAB_SIZE: usize = 1 << 20;
+/// The stock converter pads Nemotron-H vocabularies to this multiple.
+const VOCAB_SIZE_MULTIPLE: usize = 8;
+
+impl Tokenizer {
+    /// Reads the tokenizer of a checkpoint folder.
+    ///
+    /// `config` is the folder's `config.json`, `vocab_size` the rows of its embedding, and
+    /// `pre_tokenizer` a name that overrides the look-up.
+    ///
+    /// # Errors
+    /// A file that cannot be read, and everything [`Tokenizer::parse`] refuses; each names the file.
+    pub fn read(
+        folder: &Path,
+        config: &Value,
+        vocab_size: usize,
+        pre_tokenizer: Option<&str>,
+    ) -> Result<Self> {
+        let files = TokenizerFiles::read(folder)?;
+        Self::parse(&files, config, vocab_size, pre_tokenizer)
+    }
+
+    /// As [`Tokenizer::read`], from the contents of the files.
+    ///
+    /// # Errors
+    /// JSON that is not a byte-level BPE tokenizer, ids outside the vocabulary or given twice, merges
+    /// of unknown tokens, and a pre-tokenizer nobody knows when none is named.
+    ///
+    /// Source: llama.cpp `conversion/nemotron.py` (`set_vocab`), `gguf-py/gguf/vocab.py`
+    /// (`SpecialVocab`).
+    pub fn parse(
+        files: &TokenizerFiles,
+        config: &Value,
+        vocab_size: usize,
+        pre_tokenizer: Option<&str>,
+    ) -> Result<Self> {
+        let token_count = padded_vocab_size(vocab_size)?;
+        let json = TokenizerJson::parse(&files.tokenizer_json, token_count)
+            .map_err(|error| error.in_file("tokenizer.json"))?;
+        let merges = match json.model.merges.as_slice() {
+            [] => files.merges_txt(),
+            merges => merges.iter().map(|merge| merge.gguf_text()).collect(),
+        };
+        let (special, chat_templates) = special::read(&json, files, config)?;
+        let added = added_tokens::in_force(&json.added_tokens, files)?;
+        let shape = pre_tokenizer::Shape::of(&json);
+        let backend =
+            Backend::new(json, &added).map_err(|error| error.in_file("tokenizer.json"))?;
+        let pre_tokenizer = pre_tokenizer::name(pre_tokenizer, &backend, &shape)
+            .map_err(|error| error.in_file("tokenizer.json"))?;
+        let tokens = backend
+            .tokens(token_count)
+            .map_err(|error| error.in_file("tokenizer.json"))?;
+        Ok(Self {
+            tokens,
+            merges,
+            pre_tokenizer,
+            special,
+            chat_templates,
+        })
+    }
+}
+
+fn padded_vocab_size(vocab_size: usize) -> Result<usize> {
+    if !(1..=MAX_VOCAB_SIZE).contains(&vocab_size) {
+        let what = format!("`vocab_size` must be 1 to {MAX_VOCAB_SIZE}, found {vocab_size}");
+        return Err(Error::malformed(what).in_file("config.json"));
+    }
+    Ok(vocab_size.next_multiple_of(VOCAB_SIZE_MULTIPLE))
+}

@@ -1,0 +1,3 @@
+//! Artifacts: keys, tensor order and files.
+
+pub mod gguf;
