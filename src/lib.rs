@@ -1,5 +1,6 @@
 //! Converts NVIDIA Nemotron-H hybrids into quantized artifacts, with proof that they are right.
 
+pub mod convert;
 pub mod error;
 pub mod model;
 pub mod plan;

@@ -64,6 +64,8 @@ pub struct PlannedTensor {
     pub stored: Extent,
     /// What every value is multiplied with; not 1 only when the residual stream is widened.
     pub factor: f32,
+    /// Rows per attention head, for rules that interleave heads.
+    pub head_dim: usize,
     /// Importance of each column, per piece: `[pieces * stored.columns]`.
     pub importance: Option<Vec<f32>>,
 }
@@ -193,6 +195,7 @@ fn shape(tensor: ResolvedTensor, config: &NemotronHConfig, widening: &Widening) 
         source: extent(rule, &sizes(rule.shape, &widening.from)),
         stored: extent(rule, &sizes(rule.shape, &widening.to)),
         factor: widening.factor(rule.stream),
+        head_dim: config.head_dim,
         importance: None,
     }
 }
