@@ -41,6 +41,11 @@ impl Backend {
         Ok(Self { encoder })
     }
 
+    /// Whether special tokens in a text are taken apart like any other text.
+    pub(super) fn split_special_tokens(&mut self, split: bool) {
+        self.encoder.set_encode_special_tokens(split);
+    }
+
     /// The ids of `text`, with whatever the post-processor puts around it.
     pub(super) fn prompt_ids(&self, text: &str) -> Result<Vec<u32>> {
         Ok(self

@@ -52,6 +52,14 @@ impl TokenizerFiles {
         })
     }
 
+    /// tokenizer_config.json asks that special tokens in a text be taken apart.
+    pub(super) fn splits_special_tokens(&self) -> bool {
+        let config = self.tokenizer_config.as_ref();
+        config
+            .and_then(|config| config.get("split_special_tokens")?.as_bool())
+            .unwrap_or(false)
+    }
+
     /// The merges of `merges.txt`: lines of two words after an optional `#` header.
     pub(super) fn merges_txt(&self) -> Vec<String> {
         let text = self.merges_txt.as_deref().unwrap_or_default();
