@@ -267,12 +267,12 @@ mod tests {
             (
                 "/post_processor",
                 json!({"type": "Nothing"}),
-                "in `post_processor`: ",
+                "`post_processor` must be one of ",
             ),
             (
                 "/pre_tokenizer",
                 json!({"type": "Nothing"}),
-                "in `pre_tokenizer`: ",
+                "`pre_tokenizer` must be one of ",
             ),
             (
                 "/pre_tokenizer/pretokenizers/0/pattern/Regex",
