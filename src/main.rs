@@ -1,3 +1,9 @@
 //! Parse, run, print the error, choose the exit code.
 
-fn main() {}
+mod cli;
+
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    cli::main()
+}

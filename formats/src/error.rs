@@ -68,8 +68,8 @@ pub enum ErrorKind {
 pub struct Error {
     /// What is wrong.
     pub kind: ErrorKind,
-    /// Where.
-    pub place: Place,
+    /// Where. Boxed because results carry errors by value.
+    pub place: Box<Place>,
     /// What the user can do about it.
     pub hint: Option<String>,
 }
@@ -79,7 +79,7 @@ impl Error {
     pub fn new(kind: ErrorKind) -> Self {
         Self {
             kind,
-            place: Place::default(),
+            place: Box::default(),
             hint: None,
         }
     }

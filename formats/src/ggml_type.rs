@@ -127,7 +127,8 @@ impl GgmlType {
     /// Bytes of `elements` consecutive elements; `None` if they do not fill whole blocks or overflow.
     pub fn bytes_for(self, elements: u64) -> Option<u64> {
         let block = self.block_elements() as u64;
-        (elements % block == 0)
+        elements
+            .is_multiple_of(block)
             .then(|| (elements / block).checked_mul(self.block_bytes() as u64))?
     }
 

@@ -4,15 +4,22 @@
 //! Knows nothing of scales, searches or networks: choosing codes is the caller's business.
 
 pub mod block;
+pub mod checkpoint;
+mod cursor;
 pub mod dtype;
 mod error;
+pub mod float;
 pub mod ggml_type;
 pub mod gguf;
+pub mod imatrix;
 pub mod limits;
+pub mod mapped;
 
 pub use dtype::Dtype;
 pub use error::{Error, ErrorKind, Place};
 pub use ggml_type::GgmlType;
+pub use imatrix::Imatrix;
+pub use mapped::MappedFile;
 
 /// A result whose error names the file, tensor and offset at fault.
 pub type Result<T> = std::result::Result<T, Error>;

@@ -6,7 +6,11 @@ use nemoconv_formats::GgmlType;
 
 /// What the user asks for by name; llama.cpp's `llama_ftype`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-#[allow(missing_docs, non_camel_case_types, reason = "the names are llama.cpp's")]
+#[allow(
+    missing_docs,
+    non_camel_case_types,
+    reason = "the names are llama.cpp's"
+)]
 pub enum FileType {
     F32,
     F16,
@@ -79,7 +83,10 @@ impl FileType {
     }
 
     fn row(self) -> &'static (Self, &'static str, u32, GgmlType) {
-        TABLE.iter().find(|row| row.0 == self).expect("the table lists every variant")
+        TABLE
+            .iter()
+            .find(|row| row.0 == self)
+            .expect("the table lists every variant")
     }
 
     /// llama.cpp's name, such as `Q4_K_M`.
@@ -113,11 +120,20 @@ impl FromStr for FileType {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Self, String> {
-        let named = TABLE.iter().find(|row| row.1.eq_ignore_ascii_case(text)).map(|row| row.0);
-        let alias = ALIASES.iter().find(|row| row.0.eq_ignore_ascii_case(text)).map(|row| row.1);
+        let named = TABLE
+            .iter()
+            .find(|row| row.1.eq_ignore_ascii_case(text))
+            .map(|row| row.0);
+        let alias = ALIASES
+            .iter()
+            .find(|row| row.0.eq_ignore_ascii_case(text))
+            .map(|row| row.1);
         named.or(alias).ok_or_else(|| {
             let names: Vec<_> = Self::all().map(Self::name).collect();
-            format!("`{text}` is not a file type; choose one of {}", names.join(", "))
+            format!(
+                "`{text}` is not a file type; choose one of {}",
+                names.join(", ")
+            )
         })
     }
 }

@@ -17,14 +17,26 @@ const BLOCK: usize = 128;
 impl Grid {
     /// One scale (`[]`, `[1]`, `[1, 1]`), one per row (`[rows]`, `[rows, 1]`), or one per 128 x 128 block.
     pub fn new(weight: &[usize], scale: &[usize]) -> Option<Self> {
-        let &[rows, columns] = weight else { return None };
+        let &[rows, columns] = weight else {
+            return None;
+        };
         let blocks = [rows.div_ceil(BLOCK), columns.div_ceil(BLOCK)];
         match *scale {
-            [] | [1] | [1, 1] => Some(Self { columns: 1, block_rows: rows.max(1), block_columns: columns }),
-            [n] | [n, 1] if n == rows => Some(Self { columns: 1, block_rows: 1, block_columns: columns }),
-            [r, c] if [r, c] == blocks => {
-                Some(Self { columns: c, block_rows: BLOCK, block_columns: BLOCK })
-            }
+            [] | [1] | [1, 1] => Some(Self {
+                columns: 1,
+                block_rows: rows.max(1),
+                block_columns: columns,
+            }),
+            [n] | [n, 1] if n == rows => Some(Self {
+                columns: 1,
+                block_rows: 1,
+                block_columns: columns,
+            }),
+            [r, c] if [r, c] == blocks => Some(Self {
+                columns: c,
+                block_rows: BLOCK,
+                block_columns: BLOCK,
+            }),
             _ => None,
         }
     }
@@ -47,7 +59,9 @@ mod tests {
         let count = scale.iter().product();
         let scales: Vec<f32> = (1..=count).map(|i| i as f32).collect();
         let mut values = vec![1.0; weight[1]];
-        Grid::new(&weight, scale).unwrap().apply(row, &scales, &mut values);
+        Grid::new(&weight, scale)
+            .unwrap()
+            .apply(row, &scales, &mut values);
         let edges = [values[0], values[weight[1] - 1]];
         assert_eq!(edges, expected);
     }

@@ -64,7 +64,13 @@ pub struct Mix {
 impl Mix {
     /// `attn_v_count`: how many `attn_v.weight` tensors the file has.
     pub fn new(file_type: FileType, traits: ModelTraits, attn_v_count: usize) -> Self {
-        Self { file_type, traits, attn_v_count, attn_v_seen: 0, ffn_down_seen: 0 }
+        Self {
+            file_type,
+            traits,
+            attn_v_count,
+            attn_v_seen: 0,
+            ffn_down_seen: 0,
+        }
     }
 
     /// The type of the next tensor that may be quantized and has no override.
@@ -81,7 +87,11 @@ impl Mix {
             return self.output(columns);
         }
         if self.file_type == FileType::MXFP4_MOE {
-            return if is_stacked { GgmlType::MXFP4 } else { GgmlType::Q8_0 };
+            return if is_stacked {
+                GgmlType::MXFP4
+            } else {
+                GgmlType::Q8_0
+            };
         }
         match category {
             Category::TokenEmbd => self.token_embd(),
@@ -153,7 +163,11 @@ impl Mix {
         use FileType as F;
         let counted = self.ffn_down_seen;
         self.ffn_down_seen += 1;
-        let index = if self.traits.expert_count > 1 { block_number(name) } else { counted };
+        let index = if self.traits.expert_count > 1 {
+            block_number(name)
+        } else {
+            counted
+        };
         let n = self.traits.block_count;
         let imatrix = self.traits.has_imatrix;
         match self.file_type {
@@ -179,17 +193,24 @@ fn more_bits(index: usize, count: usize) -> bool {
 
 /// N of `blk.N.`; names are made by the architecture table, so it is always there.
 fn block_number(name: &str) -> usize {
-    let number = name.strip_prefix("blk.").and_then(|rest| rest.split('.').next());
+    let number = name
+        .strip_prefix("blk.")
+        .and_then(|rest| rest.split('.').next());
     number.and_then(|digits| digits.parse().ok()).unwrap_or(0)
 }
 
 /// Whether llama-quantize would touch this tensor at all: matrices named `*weight`, except norms,
 /// routers and convolutions.
 pub fn is_quantizable(name: &str, dims: &[u64]) -> bool {
-    let matrix = dims.iter().rposition(|&dim| dim != 1).is_some_and(|last| last >= 1);
+    let matrix = dims
+        .iter()
+        .rposition(|&dim| dim != 1)
+        .is_some_and(|last| last >= 1);
     matrix
         && name.ends_with("weight")
-        && !["_norm.weight", "ffn_gate_inp.weight", "ssm_conv1d"].iter().any(|part| name.contains(part))
+        && !["_norm.weight", "ffn_gate_inp.weight", "ssm_conv1d"]
+            .iter()
+            .any(|part| name.contains(part))
 }
 
 /// Sort key of llama-quantize's file order: non-block tensors by name, then blocks numerically, names
@@ -223,15 +244,28 @@ mod tests {
 
     #[test]
     fn tied_embeddings_follow_the_output() {
-        let mut mix = Mix::new(FileType::Q4_K_M, ModelTraits { has_output: false, ..DENSE }, 0);
+        let mut mix = Mix::new(
+            FileType::Q4_K_M,
+            ModelTraits {
+                has_output: false,
+                ..DENSE
+            },
+            0,
+        );
         assert_eq!(mix.next("token_embd.weight", 256, false), GgmlType::Q6_K);
     }
 
     #[test]
     fn only_expert_stacks_become_mxfp4() {
         let mut mix = Mix::new(FileType::MXFP4_MOE, DENSE, 0);
-        assert_eq!(mix.next("blk.1.ffn_up_exps.weight", 256, true), GgmlType::MXFP4);
-        assert_eq!(mix.next("blk.1.ffn_up_shexp.weight", 256, false), GgmlType::Q8_0);
+        assert_eq!(
+            mix.next("blk.1.ffn_up_exps.weight", 256, true),
+            GgmlType::MXFP4
+        );
+        assert_eq!(
+            mix.next("blk.1.ffn_up_shexp.weight", 256, false),
+            GgmlType::Q8_0
+        );
     }
 
     #[test]

@@ -64,6 +64,8 @@ pub struct PlannedTensor {
     pub stored: Extent,
     /// What every value is multiplied with; not 1 only when the residual stream is widened.
     pub factor: f32,
+    /// Rows per attention head, for rules that interleave heads.
+    pub head_dim: usize,
     /// Importance of each column, per piece: `[pieces * stored.columns]`.
     pub importance: Option<Vec<f32>>,
 }
@@ -127,7 +129,14 @@ impl Plan {
             .into_iter()
             .map(|tensor| shape(tensor, &config, &widening))
             .collect();
-        choose_types(&mut tensors, checkpoint, &config, settings, imatrix.is_some(), with_mtp)?;
+        choose_types(
+            &mut tensors,
+            checkpoint,
+            &config,
+            settings,
+            imatrix.is_some(),
+            with_mtp,
+        )?;
         let importance_entries = match imatrix {
             Some(imatrix) => steer(&mut tensors, imatrix)?,
             None => 0,
@@ -186,6 +195,7 @@ fn shape(tensor: ResolvedTensor, config: &NemotronHConfig, widening: &Widening) 
         source: extent(rule, &sizes(rule.shape, &widening.from)),
         stored: extent(rule, &sizes(rule.shape, &widening.to)),
         factor: widening.factor(rule.stream),
+        head_dim: config.head_dim,
         importance: None,
     }
 }
@@ -193,12 +203,26 @@ fn shape(tensor: ResolvedTensor, config: &NemotronHConfig, widening: &Widening) 
 /// A shape as rows and columns. A vector is one row, unless its elements are permuted like rows.
 fn extent(rule: &TensorRule, shape: &[usize]) -> Extent {
     match *shape {
-        [n] if rule.value == ValueRule::InterleaveQueryHeads || rule.value == ValueRule::InterleaveKeyHeads => {
-            Extent { rows: n, columns: 1 }
+        [n] if rule.value == ValueRule::InterleaveQueryHeads
+            || rule.value == ValueRule::InterleaveKeyHeads =>
+        {
+            Extent {
+                rows: n,
+                columns: 1,
+            }
         }
-        [n] => Extent { rows: 1, columns: n },
-        [rows, ref rest @ ..] => Extent { rows, columns: rest.iter().product() },
-        [] => Extent { rows: 1, columns: 1 },
+        [n] => Extent {
+            rows: 1,
+            columns: n,
+        },
+        [rows, ref rest @ ..] => Extent {
+            rows,
+            columns: rest.iter().product(),
+        },
+        [] => Extent {
+            rows: 1,
+            columns: 1,
+        },
     }
 }
 
@@ -214,7 +238,11 @@ fn choose_types(
     let traits = ModelTraits {
         block_count: config.pattern.kinds().len() + usize::from(with_mtp),
         expert_count: config.moe.as_ref().map_or(0, |moe| moe.n_routed_experts),
-        gqa_of_block_0: if first_is_attention { config.num_attention_heads / config.num_key_value_heads } else { 0 },
+        gqa_of_block_0: if first_is_attention {
+            config.num_attention_heads / config.num_key_value_heads
+        } else {
+            0
+        },
         has_output: tensors.iter().any(|tensor| tensor.name == "output.weight"),
         has_imatrix,
     };
@@ -242,22 +270,39 @@ fn choose_types(
 /// Types whose search ignores importance.
 fn ignores_importance(ty: GgmlType) -> bool {
     use GgmlType as T;
-    matches!(ty, T::F32 | T::F16 | T::BF16 | T::Q8_0 | T::MXFP4 | T::TQ1_0 | T::TQ2_0)
+    matches!(
+        ty,
+        T::F32 | T::F16 | T::BF16 | T::Q8_0 | T::MXFP4 | T::TQ1_0 | T::TQ2_0
+    )
 }
 
 /// Hands each tensor its importance, padded where columns were; returns how many entries were used.
 fn steer(tensors: &mut [PlannedTensor], imatrix: &Imatrix) -> Result<usize> {
     let mut used = 0;
-    for tensor in tensors.iter_mut().filter(|tensor| !ignores_importance(tensor.ty)) {
-        let Some(importance) = imatrix.importance(&tensor.name) else { continue };
+    for tensor in tensors
+        .iter_mut()
+        .filter(|tensor| !ignores_importance(tensor.ty))
+    {
+        let Some(importance) = imatrix.importance(&tensor.name) else {
+            continue;
+        };
         let expected = tensor.source.columns * tensor.pieces.len();
         if importance.len() != expected {
-            let what = format!("importance matrix has {} columns, expected {expected}", importance.len());
+            let what = format!(
+                "importance matrix has {} columns, expected {expected}",
+                importance.len()
+            );
             return Err(Error::Plan(
-                Fault::new(what).in_tensor(&tensor.name).hint("it was collected on another model"),
+                Fault::new(what)
+                    .in_tensor(&tensor.name)
+                    .hint("it was collected on another model"),
             ));
         }
-        tensor.importance = Some(pad(importance, tensor.source.columns, tensor.stored.columns));
+        tensor.importance = Some(pad(
+            importance,
+            tensor.source.columns,
+            tensor.stored.columns,
+        ));
         used += 1;
     }
     if used == 0 && tensors.iter().any(|tensor| !ignores_importance(tensor.ty)) {
@@ -270,7 +315,10 @@ fn steer(tensors: &mut [PlannedTensor], imatrix: &Imatrix) -> Result<usize> {
 /// Appends zeros to each row of `columns` values.
 fn pad(values: &[f32], columns: usize, stored_columns: usize) -> Vec<f32> {
     let mut padded = vec![0.0; values.len() / columns * stored_columns];
-    for (row, to) in values.chunks(columns).zip(padded.chunks_mut(stored_columns)) {
+    for (row, to) in values
+        .chunks(columns)
+        .zip(padded.chunks_mut(stored_columns))
+    {
         to[..columns].copy_from_slice(row);
     }
     padded

@@ -10,7 +10,9 @@ use nemoconv_formats::checkpoint::{Checkpoint, TensorEntry};
 
 use crate::error::{Error, Fault, Result};
 use crate::model::config::NemotronHConfig;
-use crate::model::nemotron_h::{ExpectedTensor, Presence, Widths, canonical_name, expected_tensors};
+use crate::model::nemotron_h::{
+    ExpectedTensor, Presence, Widths, canonical_name, expected_tensors,
+};
 
 /// What became of one source tensor.
 #[derive(Debug, Clone, PartialEq, Eq, serde::Serialize)]
@@ -72,7 +74,11 @@ pub struct Sources {
 /// # Errors
 /// A required tensor is missing; a shape or type is not what the config implies; a tensor is left over that
 /// nothing accounts for; two tensors spell the same name.
-pub fn resolve(checkpoint: &Checkpoint, config: &NemotronHConfig, with_mtp: bool) -> Result<Sources> {
+pub fn resolve(
+    checkpoint: &Checkpoint,
+    config: &NemotronHConfig,
+    with_mtp: bool,
+) -> Result<Sources> {
     let mut resolver = Resolver::new(checkpoint, config)?;
     let mut tensors = Vec::new();
     for expected in expected_tensors(config, with_mtp) {
@@ -96,15 +102,28 @@ impl<'a> Resolver<'a> {
         for (index, entry) in checkpoint.tensors().iter().enumerate() {
             if let Some(other) = by_name.insert(canonical_name(&entry.name), index) {
                 let other = &checkpoint.tensors()[other];
-                return Err(fault(checkpoint, entry, format!("is the same tensor as `{}`", other.name)));
+                return Err(fault(
+                    checkpoint,
+                    entry,
+                    format!("is the same tensor as `{}`", other.name),
+                ));
             }
         }
         let fates = vec![None; checkpoint.tensors().len()];
-        Ok(Self { checkpoint, config, widths: Widths::of(config), by_name, fates })
+        Ok(Self {
+            checkpoint,
+            config,
+            widths: Widths::of(config),
+            by_name,
+            fates,
+        })
     }
 
     fn resolve(&mut self, expected: ExpectedTensor) -> Result<Option<ResolvedTensor>> {
-        let stacked = expected.stacked_source.as_ref().and_then(|name| self.by_name.get(name).copied());
+        let stacked = expected
+            .stacked_source
+            .as_ref()
+            .and_then(|name| self.by_name.get(name).copied());
         let pieces = match stacked {
             Some(source) => self.stacked_pieces(&expected, source)?,
             None => self.single_pieces(&expected)?,
@@ -126,9 +145,17 @@ impl<'a> Resolver<'a> {
             };
             self.check_shape(source, &shape)?;
             let into = expected.name.clone();
-            self.fates[source] = Some(if is_stack { Fate::Merged { into } } else { Fate::Written { into } });
+            self.fates[source] = Some(if is_stack {
+                Fate::Merged { into }
+            } else {
+                Fate::Written { into }
+            });
             let scale = self.scale_of(source, name, &expected.name)?;
-            pieces.push(Piece::Tensor { source, first_row: 0, scale });
+            pieces.push(Piece::Tensor {
+                source,
+                first_row: 0,
+                scale,
+            });
         }
         Ok(pieces)
     }
@@ -142,27 +169,48 @@ impl<'a> Resolver<'a> {
         self.check_shape(source, &stack)?;
         let entry = &self.checkpoint.tensors()[source];
         if entry.dtype == Dtype::F8E4M3 {
-            return Err(fault(self.checkpoint, entry, "FP8 stacks of experts are not known".into()));
+            return Err(fault(
+                self.checkpoint,
+                entry,
+                "FP8 stacks of experts are not known".into(),
+            ));
         }
-        self.fates[source] = Some(Fate::Written { into: expected.name.clone() });
+        self.fates[source] = Some(Fate::Written {
+            into: expected.name.clone(),
+        });
         Ok((0..experts)
-            .map(|expert| Piece::Tensor { source, first_row: expert * rows, scale: None })
+            .map(|expert| Piece::Tensor {
+                source,
+                first_row: expert * rows,
+                scale: None,
+            })
             .collect())
     }
 
     fn shape(&self, expected: &ExpectedTensor) -> Vec<usize> {
-        expected.rule.shape.iter().map(|dim| dim.size(self.config, &self.widths)).collect()
+        expected
+            .rule
+            .shape
+            .iter()
+            .map(|dim| dim.size(self.config, &self.widths))
+            .collect()
     }
 
     fn check_shape(&self, source: usize, expected: &[usize]) -> Result<()> {
         let entry = &self.checkpoint.tensors()[source];
         if entry.shape != expected {
-            let what = format!("shape must be {expected:?} by config.json, found {:?}", entry.shape);
+            let what = format!(
+                "shape must be {expected:?} by config.json, found {:?}",
+                entry.shape
+            );
             return Err(fault(self.checkpoint, entry, what));
         }
         let readable = [Dtype::F32, Dtype::F16, Dtype::Bf16, Dtype::F8E4M3];
         if !readable.contains(&entry.dtype) {
-            let what = format!("dtype must be F32, F16, BF16 or F8_E4M3, found {}", entry.dtype);
+            let what = format!(
+                "dtype must be F32, F16, BF16 or F8_E4M3, found {}",
+                entry.dtype
+            );
             return Err(fault(self.checkpoint, entry, what));
         }
         Ok(())
@@ -175,7 +223,10 @@ impl<'a> Resolver<'a> {
             return Ok(None);
         }
         let candidates = ["_scale", "_scale_inv"].map(|suffix| format!("{name}{suffix}"));
-        let Some(scale) = candidates.iter().find_map(|name| self.by_name.get(name).copied()) else {
+        let Some(scale) = candidates
+            .iter()
+            .find_map(|name| self.by_name.get(name).copied())
+        else {
             let what = "is F8_E4M3 without a `weight_scale` or `weight_scale_inv` beside it".into();
             return Err(fault(self.checkpoint, entry, what));
         };
@@ -189,7 +240,9 @@ impl<'a> Resolver<'a> {
                 );
                 fault(self.checkpoint, scale_entry, what)
             })?;
-        self.fates[scale] = Some(Fate::Merged { into: into.to_string() });
+        self.fates[scale] = Some(Fate::Merged {
+            into: into.to_string(),
+        });
         Ok(Some(scale))
     }
 
@@ -205,12 +258,16 @@ impl<'a> Resolver<'a> {
     /// Gives the leftovers a reason, or refuses them.
     fn finish(self, with_mtp: bool) -> Result<Vec<Fate>> {
         let entries = self.checkpoint.tensors();
-        let fates = self.fates.into_iter().zip(entries).map(|(fate, entry)| match fate {
-            Some(fate) => Ok(fate),
-            None => drop_reason(&canonical_name(&entry.name), self.config, with_mtp)
-                .map(|reason| Fate::Dropped { reason })
-                .ok_or_else(|| unknown(self.checkpoint, entry)),
-        });
+        let fates = self
+            .fates
+            .into_iter()
+            .zip(entries)
+            .map(|(fate, entry)| match fate {
+                Some(fate) => Ok(fate),
+                None => drop_reason(&canonical_name(&entry.name), self.config, with_mtp)
+                    .map(|reason| Fate::Dropped { reason })
+                    .ok_or_else(|| unknown(self.checkpoint, entry)),
+            });
         fates.collect()
     }
 }
@@ -224,10 +281,16 @@ fn drop_reason(name: &str, config: &NemotronHConfig, with_mtp: bool) -> Option<&
     if name.starts_with("mtp.") && !with_mtp {
         return Some("multi-token-prediction head, dropped on request");
     }
-    if activation_scales.iter().any(|suffix| name.ends_with(suffix)) {
-        return Some("activation scale of another runtime; GGUF runtimes scale activations themselves");
+    if activation_scales
+        .iter()
+        .any(|suffix| name.ends_with(suffix))
+    {
+        return Some(
+            "activation scale of another runtime; GGUF runtimes scale activations themselves",
+        );
     }
-    name.ends_with("rotary_emb.inv_freq").then_some("position table; this architecture has no positions")
+    name.ends_with("rotary_emb.inv_freq")
+        .then_some("position table; this architecture has no positions")
 }
 
 fn unknown(checkpoint: &Checkpoint, entry: &TensorEntry) -> Error {

@@ -65,7 +65,11 @@ pub struct Choice {
 ///
 /// # Errors
 /// An override that matches nothing; rows that do not fill blocks (one error for all of them).
-pub fn choose(candidates: &[Candidate], settings: &TypeSettings, traits: ModelTraits) -> Result<Vec<Choice>> {
+pub fn choose(
+    candidates: &[Candidate],
+    settings: &TypeSettings,
+    traits: ModelTraits,
+) -> Result<Vec<Choice>> {
     check_rules(candidates, settings)?;
     let wanted = wanted_types(candidates, settings, traits);
     let misfits: Vec<_> = candidates
@@ -78,15 +82,28 @@ pub fn choose(candidates: &[Candidate], settings: &TypeSettings, traits: ModelTr
         return Err(misfit_error(&misfits, candidates));
     }
     let choice = |(candidate, ty): (&Candidate, GgmlType)| match fits(ty, candidate.dims[0]) {
-        true => Choice { ty, instead_of: None },
-        false => Choice { ty: substitute(ty, candidate.dims[0]), instead_of: Some(ty) },
+        true => Choice {
+            ty,
+            instead_of: None,
+        },
+        false => Choice {
+            ty: substitute(ty, candidate.dims[0]),
+            instead_of: Some(ty),
+        },
     };
     Ok(candidates.iter().zip(wanted).map(choice).collect())
 }
 
 /// Types before shapes are looked at, parallel to `candidates`.
-fn wanted_types(candidates: &[Candidate], settings: &TypeSettings, traits: ModelTraits) -> Vec<GgmlType> {
-    let attn_v = candidates.iter().filter(|c| c.name.contains("attn_v.weight")).count();
+fn wanted_types(
+    candidates: &[Candidate],
+    settings: &TypeSettings,
+    traits: ModelTraits,
+) -> Vec<GgmlType> {
+    let attn_v = candidates
+        .iter()
+        .filter(|c| c.name.contains("attn_v.weight"))
+        .count();
     let mut mix = Mix::new(settings.file_type, traits, attn_v);
     let mut order: Vec<_> = (0..candidates.len()).collect();
     order.sort_by_key(|&index| quantizer_order(candidates[index].name));
@@ -107,12 +124,21 @@ fn wanted_type(candidate: &Candidate, settings: &TypeSettings, mix: &mut Mix) ->
         "token_embd.weight" => settings.token_embedding,
         _ => None,
     };
-    let by_rule = || settings.rules.iter().find(|rule| rule.pattern.is_match(candidate.name)).map(|r| r.ty);
+    let by_rule = || {
+        settings
+            .rules
+            .iter()
+            .find(|rule| rule.pattern.is_match(candidate.name))
+            .map(|r| r.ty)
+    };
     if let Some(ty) = explicit.or_else(by_rule) {
         return ty;
     }
     let base = settings.file_type.base();
-    if settings.pure || settings.file_type.is_float() || !is_quantizable(candidate.name, candidate.dims) {
+    if settings.pure
+        || settings.file_type.is_float()
+        || !is_quantizable(candidate.name, candidate.dims)
+    {
         return base;
     }
     let columns = usize::try_from(candidate.dims[0]).unwrap_or(usize::MAX);
@@ -130,9 +156,13 @@ fn float_of(dtype: Dtype) -> GgmlType {
 
 fn check_rules(candidates: &[Candidate], settings: &TypeSettings) -> Result<()> {
     for rule in &settings.rules {
-        let matches = |c: &Candidate| c.storage == Storage::OutType && rule.pattern.is_match(c.name);
+        let matches =
+            |c: &Candidate| c.storage == Storage::OutType && rule.pattern.is_match(c.name);
         if !candidates.iter().any(matches) {
-            let example = candidates.iter().find(|c| c.storage == Storage::OutType).map_or("", |c| c.name);
+            let example = candidates
+                .iter()
+                .find(|c| c.storage == Storage::OutType)
+                .map_or("", |c| c.name);
             let fault = Fault::new(format!(
                 "`--tensor-type {}={}` matches no tensor that can be quantized",
                 rule.pattern, rule.ty
@@ -160,7 +190,11 @@ pub fn substitute(ty: GgmlType, columns: u64) -> GgmlType {
         T::Q6_K => T::Q8_0,
         other => other,
     };
-    if fits(smaller, columns) { smaller } else { T::F16 }
+    if fits(smaller, columns) {
+        smaller
+    } else {
+        T::F16
+    }
 }
 
 /// The two types that fit the row and come closest: first the nearest in size, then the next larger.
@@ -233,11 +267,19 @@ mod tests {
     }
 
     fn weight<'a>(name: &'a str, dims: &'a [u64]) -> Candidate<'a> {
-        Candidate { name, dims, storage: Storage::OutType, source: Dtype::Bf16 }
+        Candidate {
+            name,
+            dims,
+            storage: Storage::OutType,
+            source: Dtype::Bf16,
+        }
     }
 
     fn rule(pattern: &str, ty: GgmlType) -> TensorTypeRule {
-        TensorTypeRule { pattern: Regex::new(pattern).unwrap(), ty }
+        TensorTypeRule {
+            pattern: Regex::new(pattern).unwrap(),
+            ty,
+        }
     }
 
     #[test]
@@ -246,7 +288,10 @@ mod tests {
         let error = choose(&tensors, &settings(FileType::Q4_K_M), TRAITS).unwrap_err();
         assert!(error.to_string().contains("found 2688"), "{error}");
         let hint = error.hint().unwrap();
-        assert!(hint.contains("IQ4_NL") && hint.contains("Q5_0") && hint.contains("--widen"), "{hint}");
+        assert!(
+            hint.contains("IQ4_NL") && hint.contains("Q5_0") && hint.contains("--widen"),
+            "{hint}"
+        );
     }
 
     #[test]
@@ -259,19 +304,42 @@ mod tests {
         check(GgmlType::Q4_K, 100, GgmlType::F16);
         check(GgmlType::Q8_0, 100, GgmlType::F16);
         let tensors = [weight("blk.0.ssm_in.weight", &[2688, 64])];
-        let allowed = TypeSettings { allow_fallback: true, ..settings(FileType::Q4_K_M) };
+        let allowed = TypeSettings {
+            allow_fallback: true,
+            ..settings(FileType::Q4_K_M)
+        };
         let choices = choose(&tensors, &allowed, TRAITS).unwrap();
-        assert_eq!(choices, [Choice { ty: GgmlType::Q5_0, instead_of: Some(GgmlType::Q4_K) }]);
+        assert_eq!(
+            choices,
+            [Choice {
+                ty: GgmlType::Q5_0,
+                instead_of: Some(GgmlType::Q4_K)
+            }]
+        );
     }
 
     #[test]
     fn the_first_matching_rule_wins_and_an_idle_one_is_an_error() {
         let tensors = [weight("blk.0.ssm_in.weight", &[256, 64])];
         let rules = vec![rule("ssm_in", GgmlType::Q6_K), rule("blk", GgmlType::Q8_0)];
-        let chosen = choose(&tensors, &TypeSettings { rules, ..settings(FileType::Q4_K_M) }, TRAITS);
+        let chosen = choose(
+            &tensors,
+            &TypeSettings {
+                rules,
+                ..settings(FileType::Q4_K_M)
+            },
+            TRAITS,
+        );
         assert_eq!(chosen.unwrap()[0].ty, GgmlType::Q6_K);
         let rules = vec![rule("attn_q", GgmlType::Q6_K)];
-        let error = choose(&tensors, &TypeSettings { rules, ..settings(FileType::Q4_K_M) }, TRAITS);
+        let error = choose(
+            &tensors,
+            &TypeSettings {
+                rules,
+                ..settings(FileType::Q4_K_M)
+            },
+            TRAITS,
+        );
         assert!(error.unwrap_err().to_string().contains("matches no tensor"));
     }
 }

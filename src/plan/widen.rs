@@ -25,7 +25,10 @@ impl Widening {
     /// Nothing changes.
     pub fn none(config: &NemotronHConfig) -> Self {
         let widths = Widths::of(config);
-        Self { from: widths, to: widths }
+        Self {
+            from: widths,
+            to: widths,
+        }
     }
 
     /// Every width rounded up to a multiple of 256.
@@ -74,8 +77,16 @@ impl Widening {
         [
             ("hidden_size", from.hidden, to.hidden),
             ("intermediate_size", from.intermediate, to.intermediate),
-            ("moe_intermediate_size", from.expert_intermediate, to.expert_intermediate),
-            ("moe_shared_expert_intermediate_size", from.shared_intermediate, to.shared_intermediate),
+            (
+                "moe_intermediate_size",
+                from.expert_intermediate,
+                to.expert_intermediate,
+            ),
+            (
+                "moe_shared_expert_intermediate_size",
+                from.shared_intermediate,
+                to.shared_intermediate,
+            ),
             ("moe_latent_size", from.latent, to.latent),
         ]
         .into_iter()

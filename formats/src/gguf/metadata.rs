@@ -49,6 +49,11 @@ impl Metadata {
         Self::default()
     }
 
+    /// Takes entries whose keys the caller knows to be distinct.
+    pub(super) fn from_distinct(entries: Vec<(String, Value)>) -> Self {
+        Self { entries }
+    }
+
     /// Sets `key`, in place if it is there already.
     pub fn set(&mut self, key: impl Into<String>, value: impl Into<Value>) {
         let (key, value) = (key.into(), value.into());

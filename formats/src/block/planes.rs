@@ -1,0 +1,55 @@
+//! Bit planes: how ggml spreads the bits of codes over bytes.
+//!
+//! In every plane used here, `STRIDE` bytes hold `STRIDE * 8 / BITS` codes: bits `BITS * s` of byte
+//! `l` belong to code `STRIDE * s + l`. Knows nothing of scales.
+
+/// Sets bits `shift..shift + BITS` of `codes` from `bytes`; those bits must be zero before.
+#[inline(always)]
+pub fn unpack<const BITS: usize, const STRIDE: usize>(
+    bytes: &[u8],
+    shift: usize,
+    codes: &mut [u8],
+) {
+    let mask = ((1u16 << BITS) - 1) as u8;
+    let chunks = codes.chunks_exact_mut(STRIDE * 8 / BITS);
+    for (bytes, codes) in bytes.as_chunks::<STRIDE>().0.iter().zip(chunks) {
+        for (s, codes) in codes.as_chunks_mut::<STRIDE>().0.iter_mut().enumerate() {
+            for (code, byte) in codes.iter_mut().zip(bytes) {
+                *code |= ((byte >> (BITS * s)) & mask) << shift;
+            }
+        }
+    }
+}
+
+/// Gathers bits `shift..shift + BITS` of `codes` into bytes. The inverse of [`unpack`].
+#[inline(always)]
+pub fn pack<const BITS: usize, const STRIDE: usize, const BYTES: usize>(
+    codes: &[u8],
+    shift: usize,
+) -> [u8; BYTES] {
+    let mask = ((1u16 << BITS) - 1) as u8;
+    let mut packed = [0; BYTES];
+    let chunks = codes.chunks_exact(STRIDE * 8 / BITS);
+    for (bytes, codes) in packed.as_chunks_mut::<STRIDE>().0.iter_mut().zip(chunks) {
+        for (s, codes) in codes.as_chunks::<STRIDE>().0.iter().enumerate() {
+            for (byte, code) in bytes.iter_mut().zip(codes) {
+                *byte |= ((code >> shift) & mask) << (BITS * s);
+            }
+        }
+    }
+    packed
+}
+
+/// Nibbles: byte `l` of each `HALF` bytes holds codes `l` (low) and `l + HALF` (high).
+#[inline(always)]
+pub fn unpack_nibbles<const HALF: usize, const N: usize>(bytes: &[u8]) -> [u8; N] {
+    let mut codes = [0; N];
+    unpack::<4, HALF>(bytes, 0, &mut codes);
+    codes
+}
+
+/// The inverse of [`unpack_nibbles`]; higher bits of the codes are ignored.
+#[inline(always)]
+pub fn pack_nibbles<const HALF: usize, const BYTES: usize>(codes: &[u8]) -> [u8; BYTES] {
+    pack::<4, HALF, BYTES>(codes, 0)
+}

@@ -1,0 +1,272 @@
+//! Flags as the user types them, and their translation into settings.
+
+use std::path::PathBuf;
+use std::str::FromStr;
+
+use clap::{Args, Parser, Subcommand};
+use nemoconv::formats::GgmlType;
+use nemoconv::formats::gguf::Value;
+use nemoconv::plan::Settings;
+use nemoconv::plan::file_type::FileType;
+use nemoconv::plan::types::{TensorTypeRule, TypeSettings};
+use nemoconv::write::gguf::parts::SplitLimits;
+use regex::Regex;
+
+const EXIT_CODES: &str = "\
+Exit codes:
+  0    done
+  1    could not do the work (input, output, internal)
+  2    done, but a gate failed (reserved for `validate`)
+  64   wrong usage
+  130  interrupted; nothing is left under a final name";
+
+/// Converts NVIDIA Nemotron-H hybrids (Mamba-2 + attention + MLP/MoE) into quantized GGUF files.
+#[derive(Debug, Parser)]
+#[command(version, after_help = EXIT_CODES, arg_required_else_help = true)]
+pub struct Cli {
+    #[command(subcommand)]
+    pub command: Command,
+    /// Only errors on stderr
+    #[arg(short, long, global = true)]
+    pub quiet: bool,
+    /// More on stderr: the fate of every source tensor
+    #[arg(short, long, global = true)]
+    pub verbose: bool,
+}
+
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Convert a Hugging Face checkpoint to GGUF
+    ToGguf(Box<ToGguf>),
+    /// Show what `to-gguf` would write, without reading a weight
+    Plan(Box<ToGguf>),
+    /// Show keys, tensors, types and offsets of a GGUF file, a checkpoint or an importance matrix
+    Inspect(Inspect),
+}
+
+#[derive(Debug, Args)]
+pub struct Inspect {
+    /// GGUF file, safetensors file or folder, importance matrix (.gguf, .dat)
+    pub path: PathBuf,
+    /// One JSON document on stdout
+    #[arg(long)]
+    pub json: bool,
+}
+
+#[derive(Debug, Args)]
+pub struct ToGguf {
+    /// Model folder, .safetensors file, hub-cache folder, or `org/name[@revision]` in the hub's cache
+    pub model: String,
+    /// Where to write; `{ftype}` stands for the type. Default: a name made from the model, in this folder
+    #[arg(short, long, value_name = "FILE")]
+    pub outfile: Option<PathBuf>,
+    /// f32, f16, bf16, q8_0, q4_k_m, ... ; auto = the checkpoint's own float type
+    #[arg(short = 't', long, default_value = "auto", value_name = "TYPE", value_parser = OutType::from_str)]
+    pub outtype: OutType,
+    /// Importance matrix of llama-imatrix (GGUF or .dat): steers the rounding
+    #[arg(long, value_name = "FILE")]
+    pub imatrix: Option<PathBuf>,
+    /// Type of the tensors whose GGUF name matches; repeatable, the first match wins
+    #[arg(long, value_name = "REGEX=TYPE", value_parser = tensor_type_rule)]
+    pub tensor_type: Vec<TensorTypeRule>,
+    /// File with one REGEX=TYPE per line, after the rules given by flag
+    #[arg(long, value_name = "FILE")]
+    pub tensor_type_file: Option<PathBuf>,
+    /// Type of output.weight
+    #[arg(long, value_name = "TYPE")]
+    pub output_tensor_type: Option<GgmlType>,
+    /// Type of token_embd.weight
+    #[arg(long, value_name = "TYPE")]
+    pub token_embedding_type: Option<GgmlType>,
+    /// Keep output.weight in the checkpoint's type
+    #[arg(long)]
+    pub leave_output_tensor: bool,
+    /// Give every matrix the base type instead of the named mix
+    #[arg(long)]
+    pub pure: bool,
+    /// Where a type cannot hold a row, store llama.cpp's substitute instead of stopping
+    #[arg(long)]
+    pub allow_fallback: bool,
+    /// Widen the model exactly, to multiples of 256, so that every row fits
+    #[arg(long)]
+    pub widen: bool,
+    /// Drop the multi-token-prediction head
+    #[arg(long)]
+    pub no_mtp: bool,
+    /// Name of the pre-tokenizer, where the tokenizer is not recognised
+    #[arg(long, value_name = "NAME")]
+    pub pre_tokenizer: Option<String>,
+    /// Name of the model, for general.name
+    #[arg(long, value_name = "NAME")]
+    pub model_name: Option<String>,
+    /// Set a metadata key; TYPE is int, float, bool or str; repeatable
+    #[arg(long, value_name = "KEY=TYPE:VALUE", value_parser = key_override)]
+    pub override_kv: Vec<KeyOverride>,
+    /// Start a new file before this many bytes of tensors (K, M, G: powers of 1000)
+    #[arg(long, value_name = "N(M|G)", value_parser = size)]
+    pub split_max_size: Option<u64>,
+    /// Start a new file after this many tensors
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    pub split_max_tensors: Option<u32>,
+    /// Write NaN and infinite weights as they are
+    #[arg(long)]
+    pub allow_nonfinite: bool,
+    /// Write infinities where a value or a block's scale does not fit F16
+    #[arg(long)]
+    pub allow_f16_overflow: bool,
+    /// Worker threads; the bytes do not depend on it. Default: all cores
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..))]
+    pub threads: Option<u16>,
+    /// Show the plan and write nothing
+    #[arg(long)]
+    pub dry_run: bool,
+    /// Print the plan or the result as JSON on stdout
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// `--outtype`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum OutType {
+    /// The float type of the checkpoint's first matrix.
+    Auto,
+    /// A named type.
+    Named(FileType),
+}
+
+impl FromStr for OutType {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        if text.eq_ignore_ascii_case("auto") {
+            Ok(Self::Auto)
+        } else {
+            text.parse().map(Self::Named)
+        }
+    }
+}
+
+/// `--override-kv`.
+#[derive(Debug, Clone)]
+pub struct KeyOverride {
+    pub key: String,
+    pub value: Value,
+}
+
+impl ToGguf {
+    /// Settings of the plan; `rules` are those of the file, after those of the flags.
+    pub fn settings(&self, file_type: FileType, rules: Vec<TensorTypeRule>) -> Settings {
+        Settings {
+            types: TypeSettings {
+                file_type,
+                pure: self.pure,
+                leave_output: self.leave_output_tensor,
+                output: self.output_tensor_type,
+                token_embedding: self.token_embedding_type,
+                rules: self.tensor_type.iter().cloned().chain(rules).collect(),
+                allow_fallback: self.allow_fallback,
+            },
+            widen: self.widen,
+            with_mtp: !self.no_mtp,
+        }
+    }
+
+    /// When a new file begins.
+    pub fn split_limits(&self) -> SplitLimits {
+        SplitLimits {
+            max_bytes: self.split_max_size,
+            max_tensors: self.split_max_tensors.map(|count| count as usize),
+        }
+    }
+
+    /// Worker threads.
+    pub fn thread_count(&self) -> usize {
+        let all = || std::thread::available_parallelism().map_or(1, usize::from);
+        self.threads.map_or_else(all, usize::from)
+    }
+}
+
+/// `REGEX=TYPE`.
+pub fn tensor_type_rule(text: &str) -> Result<TensorTypeRule, String> {
+    let (pattern, ty) = text.rsplit_once('=').ok_or("expected REGEX=TYPE")?;
+    let pattern = Regex::new(pattern).map_err(|error| error.to_string())?;
+    let ty = ty.parse()?;
+    if !nemoconv::quantize::can_quantize(ty) {
+        return Err(format!("{ty} cannot be written"));
+    }
+    Ok(TensorTypeRule { pattern, ty })
+}
+
+fn key_override(text: &str) -> Result<KeyOverride, String> {
+    let expected = "expected KEY=TYPE:VALUE with TYPE int, float, bool or str";
+    let (key, typed) = text.split_once('=').ok_or(expected)?;
+    let (ty, value) = typed.split_once(':').ok_or(expected)?;
+    let number = |error: &dyn std::fmt::Display| format!("`{value}`: {error}");
+    let value = match ty {
+        "int" => Value::I64(value.parse().map_err(|e| number(&e))?),
+        "float" => Value::F64(value.parse().map_err(|e| number(&e))?),
+        "bool" => Value::Bool(value.parse().map_err(|e| number(&e))?),
+        "str" => Value::from(value),
+        _ => return Err(expected.into()),
+    };
+    Ok(KeyOverride {
+        key: key.into(),
+        value,
+    })
+}
+
+/// A size with K, M or G, powers of 1000 as in llama.cpp.
+fn size(text: &str) -> Result<u64, String> {
+    let (digits, unit) = match text.char_indices().last() {
+        Some((at, 'K' | 'k')) => (&text[..at], 1_000),
+        Some((at, 'M' | 'm')) => (&text[..at], 1_000_000),
+        Some((at, 'G' | 'g')) => (&text[..at], 1_000_000_000),
+        _ => (text, 1),
+    };
+    let number: u64 = digits
+        .parse()
+        .map_err(|_| format!("`{text}` is not a size such as 500M or 4G"))?;
+    number
+        .checked_mul(unit)
+        .filter(|size| *size > 0)
+        .ok_or_else(|| format!("`{text}` is out of range"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::CommandFactory;
+
+    #[test]
+    fn the_parser_is_consistent() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn sizes_are_powers_of_1000() {
+        let check = |text, expected| assert_eq!(size(text).ok(), expected, "{text}");
+        check("500M", Some(500_000_000));
+        check("4G", Some(4_000_000_000));
+        check("17", Some(17));
+        check("0", None);
+        check("M", None);
+        check("99999999999G", None);
+        check("é", None);
+    }
+
+    #[test]
+    fn rules_need_a_pattern_and_a_type_that_can_be_written() {
+        assert!(tensor_type_rule("ffn_.*=q8_0").is_ok());
+        assert!(
+            tensor_type_rule("ffn_up")
+                .unwrap_err()
+                .contains("REGEX=TYPE")
+        );
+        assert!(tensor_type_rule("(=q8_0").is_err());
+        assert!(
+            tensor_type_rule("x=iq1_s")
+                .unwrap_err()
+                .contains("cannot be written")
+        );
+    }
+}

@@ -1,0 +1,383 @@
+//! `to-gguf` and `plan`: from flags to an artifact, one stage after the other.
+
+use std::io::Write;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::AtomicBool;
+
+use nemoconv::convert::{self, Conduct};
+use nemoconv::error::{Error, Fault, Result};
+use nemoconv::formats::checkpoint::{Checkpoint, resolve_hub_id};
+use nemoconv::formats::gguf::NewTensor;
+use nemoconv::formats::{Dtype, Imatrix};
+use nemoconv::model::config::NemotronHConfig;
+use nemoconv::model::description::{DescriptionSources, ModelDescription, ParameterCounts};
+use nemoconv::model::tokenizer::Tokenizer;
+use nemoconv::plan::Plan;
+use nemoconv::plan::file_type::FileType;
+use nemoconv::plan::sources::Fate;
+use nemoconv::plan::types::TensorTypeRule;
+use nemoconv::write::gguf::artifact::{Artifact, create_sibling};
+use nemoconv::write::gguf::parts::Parts;
+use nemoconv::write::gguf::{self, NamedImatrix};
+use serde_json::Value;
+
+use super::args::{OutType, ToGguf, tensor_type_rule};
+use super::output::{Talk, human_bytes, print_stdout, shape, table};
+use super::progress::Report;
+use super::receipt;
+
+/// Everything known before a weight is read.
+struct Prepared {
+    checkpoint: Checkpoint,
+    plan: Plan,
+    parts: Parts,
+    peak_bytes: u64,
+}
+
+/// Writes the artifact, or shows the plan with `--dry-run`.
+pub fn to_gguf(args: &ToGguf, talk: &Talk, stop: &AtomicBool) -> Result<()> {
+    if args.dry_run {
+        return plan(args, talk);
+    }
+    let prepared = prepare(args)?;
+    let Prepared {
+        checkpoint,
+        plan,
+        parts,
+        peak_bytes,
+    } = &prepared;
+    announce(&prepared, talk);
+    let artifact = Artifact::create(parts)?;
+    let conduct = Conduct {
+        threads: args.thread_count(),
+        allow_nonfinite: args.allow_nonfinite,
+        allow_overflow: args.allow_f16_overflow,
+    };
+    let report = Report::new(*talk);
+    let summary = convert::convert(
+        checkpoint,
+        plan,
+        &artifact,
+        &parts.slots,
+        conduct,
+        &report,
+        stop,
+    )?;
+    for odd in &summary.oddities {
+        talk.say(format_args!(
+            "warning: `{}` has {} NaN or infinite weights and {} overflows, written as allowed",
+            odd.tensor, odd.nonfinite, odd.overflows
+        ));
+    }
+    let planned = receipt::plan_json(checkpoint, plan, parts, *peak_bytes);
+    let receipt = receipt::with_summary(planned, &summary);
+    let written = artifact.publish()?;
+    write_receipt(&written[0], &receipt)?;
+    if args.json {
+        print_stdout(format_args!("{receipt:#}"));
+    } else {
+        written.iter().for_each(|path| print_stdout(path.display()));
+    }
+    Ok(())
+}
+
+/// Shows what would be written.
+pub fn plan(args: &ToGguf, talk: &Talk) -> Result<()> {
+    let prepared = prepare(args)?;
+    if args.json {
+        let Prepared {
+            checkpoint,
+            plan,
+            parts,
+            peak_bytes,
+        } = &prepared;
+        let json = receipt::plan_json(checkpoint, plan, parts, *peak_bytes);
+        print_stdout(format_args!("{json:#}"));
+        return Ok(());
+    }
+    print_stdout(plan_table(&prepared.plan));
+    announce(&prepared, talk);
+    print_stdout(totals(&prepared));
+    Ok(())
+}
+
+fn prepare(args: &ToGguf) -> Result<Prepared> {
+    let checkpoint = Checkpoint::open(&locate(&args.model)?)?;
+    let json = required_config(&checkpoint)?;
+    let config_path = checkpoint.folder().join("config.json");
+    let config =
+        NemotronHConfig::parse(&json).map_err(|fault| Error::Model(fault.in_file(&config_path)))?;
+    let vocab_size = config.vocab_size;
+    let file_type = match args.outtype {
+        OutType::Named(file_type) => file_type,
+        OutType::Auto => auto_type(&checkpoint),
+    };
+    let imatrix = args.imatrix.as_deref().map(Imatrix::open).transpose()?;
+    let settings = args.settings(file_type, rules_of(args)?);
+    let plan = Plan::new(&checkpoint, config, &settings, imatrix.as_ref())?;
+
+    let mut tokenizer = Tokenizer::read(
+        checkpoint.folder(),
+        &json,
+        vocab_size,
+        args.pre_tokenizer.as_deref(),
+    )?;
+    // The converter pads the list to a multiple of 8 but not the embedding, and such a file does not load.
+    tokenizer.tokens.truncate(vocab_size);
+    let description = describe(args, &checkpoint, &json, &plan)?;
+    let imatrix_path = args.imatrix.as_ref().map(|path| path.to_string_lossy());
+    let named = imatrix
+        .as_ref()
+        .zip(imatrix_path.as_deref())
+        .map(|(imatrix, path)| NamedImatrix { path, imatrix });
+    let mut metadata = gguf::metadata(&plan, &description, &tokenizer, named);
+    for over in &args.override_kv {
+        let value = match metadata.get(&over.key) {
+            Some(old) => like(old, &over.value).ok_or_else(|| wrong_override(&over.key))?,
+            None => over.value.clone(),
+        };
+        metadata.set(over.key.as_str(), value);
+    }
+
+    let tensors = plan.tensors.iter().map(|tensor| NewTensor {
+        name: tensor.name.clone(),
+        dims: tensor.dims.clone(),
+        ty: tensor.ty,
+    });
+    let outfile = outfile(args, &description, file_type);
+    let parts = Parts::new(&outfile, &metadata, tensors.collect(), args.split_limits())?;
+    let fixed = parts
+        .parts
+        .iter()
+        .map(|part| 2 * part.layout.header_bytes().len() as u64)
+        .sum::<u64>();
+    let peak_bytes = BASE_MEMORY_BYTES + fixed + convert::peak_bytes(&plan, args.thread_count());
+    Ok(Prepared {
+        checkpoint,
+        plan,
+        parts,
+        peak_bytes,
+    })
+}
+
+/// The program itself and the mapped pages that are in use at a time.
+const BASE_MEMORY_BYTES: u64 = 32 << 20;
+
+fn locate(model: &str) -> Result<PathBuf> {
+    let path = Path::new(model);
+    let hub_id = !path.exists() && model.split('/').count() == 2 && !model.starts_with(['.', '/']);
+    Ok(if hub_id {
+        resolve_hub_id(model)?
+    } else {
+        path.to_path_buf()
+    })
+}
+
+fn required_config(checkpoint: &Checkpoint) -> Result<Value> {
+    checkpoint.read_json("config.json")?.ok_or_else(|| {
+        let fault = Fault::new("there is no config.json beside the weights");
+        Error::Model(
+            fault
+                .in_file(checkpoint.folder())
+                .hint("point to a complete model folder"),
+        )
+    })
+}
+
+/// The converter's rule: BF16 or F16 by the first tensor with two dimensions, F32 checkpoints become F16.
+fn auto_type(checkpoint: &Checkpoint) -> FileType {
+    let first = checkpoint
+        .tensors()
+        .iter()
+        .find(|entry| entry.shape.len() >= 2);
+    match first.map(|entry| entry.dtype) {
+        Some(Dtype::Bf16 | Dtype::F8E4M3) => FileType::BF16,
+        _ => FileType::F16,
+    }
+}
+
+/// The rules of `--tensor-type-file`: one per line, blank lines and `#` comments aside.
+fn rules_of(args: &ToGguf) -> Result<Vec<TensorTypeRule>> {
+    let Some(path) = &args.tensor_type_file else {
+        return Ok(Vec::new());
+    };
+    let text = std::fs::read_to_string(path)
+        .map_err(|error| nemoconv::formats::Error::from(error).in_file(path))?;
+    let lines = text
+        .lines()
+        .enumerate()
+        .map(|(number, line)| (number + 1, line.trim()));
+    lines
+        .filter(|(_, line)| !line.is_empty() && !line.starts_with('#'))
+        .map(|(number, line)| {
+            tensor_type_rule(line).map_err(|what| {
+                Error::Plan(Fault::new(format!("line {number}: {what}")).in_file(path))
+            })
+        })
+        .collect()
+}
+
+fn describe(
+    args: &ToGguf,
+    checkpoint: &Checkpoint,
+    json: &Value,
+    plan: &Plan,
+) -> Result<ModelDescription> {
+    let folder = checkpoint.folder();
+    let counts = ParameterCounts::of(
+        plan.tensors
+            .iter()
+            .map(|tensor| (tensor.name.as_str(), tensor.dims.as_slice())),
+    );
+    let sources = DescriptionSources {
+        folder,
+        model_id: &model_id(folder),
+        config: json,
+        overrides: None,
+        model_name: args.model_name.as_deref(),
+        counts,
+    };
+    Ok(ModelDescription::read(&sources)?)
+}
+
+/// The folder's name, or `org/name` inside a hub cache (`models--org--name/snapshots/<sha>`).
+fn model_id(folder: &Path) -> String {
+    let folder = folder
+        .canonicalize()
+        .unwrap_or_else(|_| folder.to_path_buf());
+    let hub = folder
+        .ancestors()
+        .nth(2)
+        .and_then(Path::file_name)
+        .and_then(|name| name.to_str());
+    let hub = hub
+        .and_then(|name| name.strip_prefix("models--"))
+        .map(|id| id.replacen("--", "/", 1));
+    hub.unwrap_or_else(|| {
+        folder
+            .file_name()
+            .unwrap_or_default()
+            .to_string_lossy()
+            .into_owned()
+    })
+}
+
+/// `new` in the type that the key already has.
+fn like(
+    old: &nemoconv::formats::gguf::Value,
+    new: &nemoconv::formats::gguf::Value,
+) -> Option<nemoconv::formats::gguf::Value> {
+    use nemoconv::formats::gguf::Value as V;
+    Some(match (old, new) {
+        (V::U32(_), V::I64(n)) => V::U32(u32::try_from(*n).ok()?),
+        (V::I32(_), V::I64(n)) => V::I32(i32::try_from(*n).ok()?),
+        (V::U64(_), V::I64(n)) => V::U64(u64::try_from(*n).ok()?),
+        (V::F32(_), V::F64(x)) => V::F32(*x as f32),
+        (V::Bool(_), V::Bool(_)) | (V::String(_), V::String(_)) => new.clone(),
+        _ => return None,
+    })
+}
+
+fn wrong_override(key: &str) -> Error {
+    Error::Plan(Fault::new(format!(
+        "`--override-kv {key}` has another type than the key, or is out of range"
+    )))
+}
+
+fn outfile(args: &ToGguf, description: &ModelDescription, file_type: FileType) -> PathBuf {
+    match &args.outfile {
+        Some(path) => PathBuf::from(path.to_string_lossy().replace("{ftype}", file_type.name())),
+        None => PathBuf::from(format!("{}.gguf", description.file_stem(file_type.name()))),
+    }
+}
+
+/// What is worth knowing before a long run.
+fn announce(prepared: &Prepared, talk: &Talk) {
+    let plan = &prepared.plan;
+    for (field, from, to) in plan.widening.changes() {
+        talk.say(format_args!("widened exactly: {field} {from} -> {to}"));
+    }
+    let substituted: Vec<_> = plan
+        .tensors
+        .iter()
+        .filter(|tensor| tensor.instead_of.is_some())
+        .collect();
+    if let Some(first) = substituted.first() {
+        let weights: u64 = substituted.iter().map(|tensor| tensor.weights()).sum();
+        talk.say(format_args!(
+            "warning: {} tensors ({:.1} % of the weights) take a substitute, such as `{}`: {} instead of {}",
+            substituted.len(),
+            100.0 * weights as f64 / plan.weights() as f64,
+            first.name,
+            first.ty,
+            first.instead_of.map_or("", |ty| ty.name()),
+        ));
+    }
+    for (entry, fate) in prepared.checkpoint.tensors().iter().zip(&plan.fates) {
+        match fate {
+            Fate::Dropped { reason } => {
+                talk.say(format_args!("dropped `{}`: {reason}", entry.name))
+            }
+            Fate::Written { into } => talk.detail(format_args!("`{}` -> `{into}`", entry.name)),
+            Fate::Merged { into } => {
+                talk.detail(format_args!("`{}` -> part of `{into}`", entry.name))
+            }
+        }
+    }
+    if !talk.quiet {
+        talk.say(totals(prepared));
+    }
+}
+
+fn totals(prepared: &Prepared) -> String {
+    let Prepared {
+        plan,
+        parts,
+        peak_bytes,
+        ..
+    } = prepared;
+    format!(
+        "{}: {} tensors, {} bytes ({}) in {} file{}, {:.3} bits per weight, about {} of memory",
+        plan.file_type,
+        plan.tensors.len(),
+        parts.file_bytes(),
+        human_bytes(parts.file_bytes()),
+        parts.parts.len(),
+        if parts.parts.len() == 1 { "" } else { "s" },
+        plan.bits_per_weight(),
+        human_bytes(*peak_bytes),
+    )
+}
+
+fn plan_table(plan: &Plan) -> String {
+    let header = ["tensor", "shape", "type", "bytes", ""]
+        .map(String::from)
+        .to_vec();
+    let rows = plan.tensors.iter().map(|tensor| {
+        vec![
+            tensor.name.clone(),
+            shape(&tensor.dims),
+            tensor.ty.to_string(),
+            tensor.bytes().to_string(),
+            tensor
+                .instead_of
+                .map_or(String::new(), |ty| format!("instead of {ty}")),
+        ]
+    });
+    let rows: Vec<_> = std::iter::once(header).chain(rows).collect();
+    table(&rows, &[false, false, false, true, false])
+}
+
+/// Beside the artifact: `NAME.gguf` gets `NAME.receipt.json`.
+fn write_receipt(artifact: &Path, receipt: &Value) -> Result<()> {
+    let path = artifact.with_extension("receipt.json");
+    let write_error = |source| Error::Write {
+        fault: Fault::new("cannot write").in_file(&path),
+        source,
+    };
+    let mut file = create_sibling(&path)?;
+    writeln!(file, "{receipt:#}").map_err(write_error)?;
+    file.persist(&path)
+        .map_err(|error| write_error(error.error))?;
+    Ok(())
+}

@@ -1,0 +1,65 @@
+//! The command line: the only room that prints, reads flags and chooses exit codes.
+
+mod args;
+mod gguf_job;
+mod inspect;
+mod output;
+mod progress;
+mod receipt;
+
+use std::process::ExitCode;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use clap::Parser;
+use clap::error::ErrorKind;
+
+use args::{Cli, Command};
+use nemoconv::error::Error;
+use output::Talk;
+
+/// Raised by SIGINT and SIGTERM; workers look at it between tiles.
+static STOP: AtomicBool = AtomicBool::new(false);
+
+/// The exit codes; printed in `--help` and never changed.
+mod exit {
+    pub const FAILED: u8 = 1;
+    pub const USAGE: u8 = 64;
+    pub const INTERRUPTED: u8 = 130;
+}
+
+/// Runs the program.
+pub fn main() -> ExitCode {
+    let cli = match Cli::try_parse() {
+        Ok(cli) => cli,
+        Err(error) => return usage(&error),
+    };
+    // Without a handler a signal still ends the program; only temporary files would stay behind.
+    let _ = ctrlc::set_handler(|| STOP.store(true, Ordering::Relaxed));
+    let talk = Talk::new(cli.quiet, cli.verbose);
+    let result = match &cli.command {
+        Command::ToGguf(args) => gguf_job::to_gguf(args, &talk, &STOP),
+        Command::Plan(args) => gguf_job::plan(args, &talk),
+        Command::Inspect(args) => inspect::inspect(args),
+    };
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            output::print_error(&error);
+            ExitCode::from(if matches!(error, Error::Interrupted) {
+                exit::INTERRUPTED
+            } else {
+                exit::FAILED
+            })
+        }
+    }
+}
+
+/// Help and version are answers, everything else is wrong usage.
+fn usage(error: &clap::Error) -> ExitCode {
+    // A closed pipe is nobody to tell.
+    let _ = error.print();
+    match error.kind() {
+        ErrorKind::DisplayHelp | ErrorKind::DisplayVersion => ExitCode::SUCCESS,
+        _ => ExitCode::from(exit::USAGE),
+    }
+}

@@ -1,0 +1,310 @@
+//! One tile: consecutive stored rows of one matrix, small enough to stay in the cache.
+//!
+//! Enters: mapped source bytes. Leaves: the bytes to store. Knows nothing of files and threads.
+
+use std::ops::Range;
+
+use nemoconv_formats::checkpoint::{Checkpoint, TensorEntry};
+use nemoconv_formats::{Dtype, GgmlType, float};
+
+use crate::error::Result;
+use crate::model::nemotron_h::ValueRule;
+use crate::plan::fp8::Grid;
+use crate::plan::sources::Piece;
+use crate::plan::{Plan, PlannedTensor};
+use crate::quantize::quantize_rows;
+
+/// Weights of a tile: 1 MiB as f32, so that a tile and its blocks stay in a core's second-level cache.
+const TILE_WEIGHTS: usize = 1 << 18;
+
+/// Rows `row..row + rows` of one piece of a tensor.
+#[derive(Debug, Clone, Copy)]
+pub struct Tile {
+    /// Index into [`Plan::tensors`].
+    pub tensor: usize,
+    /// Which matrix of it.
+    piece: usize,
+    /// First stored row.
+    row: usize,
+    /// Stored rows.
+    pub rows: usize,
+}
+
+/// Buffers that a worker keeps.
+#[derive(Debug, Default)]
+pub struct Scratch {
+    values: Vec<f32>,
+    scales: Vec<f32>,
+    out: Vec<u8>,
+}
+
+/// What became of a tile.
+pub struct Made<'a> {
+    /// The bytes to store.
+    pub bytes: &'a [u8],
+    /// NaN and infinite weights.
+    pub nonfinite: u64,
+    /// Values or scales too large for F16.
+    pub overflows: u64,
+}
+
+/// All tiles of a plan, in file order.
+pub fn tiles(plan: &Plan) -> Vec<Tile> {
+    let mut tiles = Vec::new();
+    for (index, tensor) in plan.tensors.iter().enumerate() {
+        let step = rows_per_tile(tensor);
+        for piece in 0..tensor.pieces.len() {
+            for row in (0..tensor.stored.rows).step_by(step) {
+                let rows = step.min(tensor.stored.rows - row);
+                tiles.push(Tile {
+                    tensor: index,
+                    piece,
+                    row,
+                    rows,
+                });
+            }
+        }
+    }
+    tiles
+}
+
+fn rows_per_tile(tensor: &PlannedTensor) -> usize {
+    (TILE_WEIGHTS / tensor.stored.columns.max(1)).clamp(1, tensor.stored.rows.max(1))
+}
+
+impl Scratch {
+    /// Bytes that tiles of `tensor` need.
+    pub fn bytes_for(tensor: &PlannedTensor) -> usize {
+        let rows = rows_per_tile(tensor);
+        rows * (4 * tensor.stored.columns + tensor.row_bytes())
+    }
+
+    /// A buffer of `count` bytes with unspecified content.
+    pub fn bytes(&mut self, count: usize) -> &mut [u8] {
+        self.out.resize(self.out.len().max(count), 0);
+        &mut self.out[..count]
+    }
+}
+
+impl Tile {
+    /// Offset from the start of the tensor's data, bytes.
+    pub fn offset(&self, tensor: &PlannedTensor) -> u64 {
+        ((self.piece * tensor.stored.rows + self.row) * tensor.row_bytes()) as u64
+    }
+
+    /// Computes the stored bytes.
+    ///
+    /// # Errors
+    /// A source type that is not a float (the plan has checked that).
+    pub fn make<'a>(
+        &self,
+        checkpoint: &'a Checkpoint,
+        tensor: &PlannedTensor,
+        scratch: &'a mut Scratch,
+    ) -> Result<Made<'a>> {
+        if let Some(made) = self.copy(checkpoint, tensor) {
+            return Ok(made);
+        }
+        let count = self.rows * tensor.stored.columns;
+        scratch.values.resize(scratch.values.len().max(count), 0.0);
+        let values = &mut scratch.values[..count];
+        self.read(checkpoint, tensor, values, &mut scratch.scales)?;
+        let nonfinite = values
+            .iter()
+            .map(|value| u64::from(!value.is_finite()))
+            .sum();
+        if tensor.rule.value == ValueRule::NegExp {
+            values.iter_mut().for_each(|value| *value = -value.exp());
+        }
+        if tensor.factor != 1.0 {
+            values.iter_mut().for_each(|value| *value *= tensor.factor);
+        }
+        let bytes = self.rows * tensor.row_bytes();
+        scratch.out.resize(scratch.out.len().max(bytes), 0);
+        let out = &mut scratch.out[..bytes];
+        let columns = tensor.stored.columns;
+        let importance = tensor
+            .importance
+            .as_ref()
+            .map(|all| &all[self.piece * columns..][..columns]);
+        let overflows = quantize_rows(tensor.ty, columns, values, importance, out).0;
+        Ok(Made {
+            bytes: out,
+            nonfinite,
+            overflows,
+        })
+    }
+
+    /// The source bytes themselves, where they are already what is stored.
+    fn copy<'a>(&self, checkpoint: &'a Checkpoint, tensor: &PlannedTensor) -> Option<Made<'a>> {
+        let Piece::Tensor {
+            source,
+            first_row,
+            scale: None,
+        } = tensor.pieces[self.piece]
+        else {
+            return None;
+        };
+        let entry = &checkpoint.tensors()[source];
+        let same_type = matches!(
+            (entry.dtype, tensor.ty),
+            (Dtype::Bf16, GgmlType::BF16)
+                | (Dtype::F16, GgmlType::F16)
+                | (Dtype::F32, GgmlType::F32)
+        );
+        let same_place = tensor.source == tensor.stored && tensor.rule.value == ValueRule::Copy;
+        if !same_type || !same_place || tensor.factor != 1.0 {
+            return None;
+        }
+        let rows = first_row + self.row..first_row + self.row + self.rows;
+        let bytes = checkpoint
+            .bytes(entry)
+            .get(byte_range(entry, tensor, rows))?;
+        Some(Made {
+            bytes,
+            nonfinite: nonfinite_in(entry.dtype, bytes),
+            overflows: 0,
+        })
+    }
+
+    /// Fills `values` with the stored rows: gathered, scaled, padded with zeros.
+    fn read(
+        &self,
+        checkpoint: &Checkpoint,
+        tensor: &PlannedTensor,
+        values: &mut [f32],
+        scales: &mut Vec<f32>,
+    ) -> Result<()> {
+        let Piece::Tensor {
+            source,
+            first_row,
+            scale,
+        } = tensor.pieces[self.piece]
+        else {
+            values.fill(0.0);
+            return Ok(());
+        };
+        let entry = &checkpoint.tensors()[source];
+        let bytes = checkpoint.bytes(entry);
+        let interleave = head_dim(tensor);
+        let whole = tensor.source.columns == tensor.stored.columns && interleave.is_none();
+        let inside = self.rows.min(tensor.source.rows.saturating_sub(self.row));
+        let (filled, rest) = values.split_at_mut(inside * tensor.stored.columns);
+        rest.fill(0.0);
+        if whole {
+            let rows = first_row + self.row..first_row + self.row + inside;
+            float::to_f32(entry.dtype, &bytes[byte_range(entry, tensor, rows)], filled)?;
+        } else {
+            for (index, row) in filled.chunks_exact_mut(tensor.stored.columns).enumerate() {
+                let from = first_row + interleaved(self.row + index, interleave);
+                let (data, padding) = row.split_at_mut(tensor.source.columns);
+                float::to_f32(
+                    entry.dtype,
+                    &bytes[byte_range(entry, tensor, from..from + 1)],
+                    data,
+                )?;
+                padding.fill(0.0);
+            }
+        }
+        let Some(scale) = scale else { return Ok(()) };
+        let scale = &checkpoint.tensors()[scale];
+        scales.resize(scale.shape.iter().product(), 0.0);
+        float::to_f32(scale.dtype, checkpoint.bytes(scale), scales)?;
+        if let Some(grid) = Grid::new(&entry.shape, &scale.shape) {
+            for (index, row) in filled.chunks_exact_mut(tensor.stored.columns).enumerate() {
+                let from = interleaved(self.row + index, interleave);
+                grid.apply(from, scales, &mut row[..tensor.source.columns]);
+            }
+        }
+        Ok(())
+    }
+
+    /// Lets the system drop the source pages of this tile.
+    pub fn release(&self, checkpoint: &Checkpoint, tensor: &PlannedTensor) {
+        if let Piece::Tensor {
+            source, first_row, ..
+        } = tensor.pieces[self.piece]
+        {
+            let entry = &checkpoint.tensors()[source];
+            let end = (self.row + self.rows).min(tensor.source.rows);
+            let rows = first_row + self.row.min(end)..first_row + end;
+            checkpoint.release(entry, byte_range(entry, tensor, rows));
+        }
+    }
+}
+
+/// Bytes of source rows within their tensor.
+fn byte_range(entry: &TensorEntry, tensor: &PlannedTensor, rows: Range<usize>) -> Range<usize> {
+    let row_bytes = tensor.source.columns * entry.dtype.bytes();
+    rows.start * row_bytes..rows.end * row_bytes
+}
+
+/// Rows per head where heads are interleaved.
+fn head_dim(tensor: &PlannedTensor) -> Option<usize> {
+    match tensor.rule.value {
+        ValueRule::InterleaveQueryHeads | ValueRule::InterleaveKeyHeads => Some(tensor.head_dim),
+        ValueRule::Copy | ValueRule::NegExp => None,
+    }
+}
+
+/// The source row of a stored row: within a head, row `2 j + a` comes from `a d/2 + j`.
+///
+/// The runtime's layout for rotary positions; without positions it changes nothing, and is kept for equality with
+/// the stock converter. Heads of odd width stay as they are.
+fn interleaved(row: usize, head_dim: Option<usize>) -> usize {
+    match head_dim {
+        Some(d) if d % 2 == 0 => {
+            let (head, index) = (row / d, row % d);
+            head * d + index % 2 * (d / 2) + index / 2
+        }
+        _ => row,
+    }
+}
+
+/// NaN and infinities among raw floats: all bits of the exponent set.
+fn nonfinite_in(dtype: Dtype, bytes: &[u8]) -> u64 {
+    let count16 = |mask: u16| {
+        let (halves, _) = bytes.as_chunks::<2>();
+        halves
+            .iter()
+            .map(|b| u64::from(u16::from_le_bytes(*b) & mask == mask))
+            .sum()
+    };
+    match dtype {
+        Dtype::Bf16 => count16(0x7f80),
+        Dtype::F16 => count16(0x7c00),
+        _ => {
+            let (words, _) = bytes.as_chunks::<4>();
+            let mask = 0x7f80_0000;
+            words
+                .iter()
+                .map(|b| u64::from(u32::from_le_bytes(*b) & mask == mask))
+                .sum()
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn heads_are_interleaved() {
+        let rows: Vec<_> = (0..8).map(|row| interleaved(row, Some(4))).collect();
+        assert_eq!(rows, [0, 2, 1, 3, 4, 6, 5, 7]);
+        assert_eq!(interleaved(5, None), 5);
+    }
+
+    #[test]
+    fn nonfinite_values_are_counted_in_every_type() {
+        let check =
+            |dtype, bytes: &[u8], expected| assert_eq!(nonfinite_in(dtype, bytes), expected);
+        check(Dtype::Bf16, &[0x80, 0x7f, 0xc0, 0xff, 0x7f, 0x7f], 2);
+        check(Dtype::F16, &[0x00, 0x7c, 0xff, 0x7b], 1);
+        check(
+            Dtype::F32,
+            bytemuck::bytes_of(&[f32::NAN, 1.0, f32::NEG_INFINITY]),
+            2,
+        );
+    }
+}

@@ -1,0 +1,81 @@
+//! Q4_0: the scale that makes the value of largest magnitude -8, or with importance a searched one.
+
+use half::f16;
+use pulp::Simd;
+
+use crate::formats::block::BlockQ4_0;
+
+use super::{
+    lanes::Lanes,
+    searched_block::{Energy, Problem, SearchedType, Solution},
+    small_block::{Grid, PlainType, first_extreme, low_byte},
+    symmetric_block::{self, Values},
+};
+
+/// Without importance the same bytes as ggml's `quantize_row_q4_0_ref`; with it, weights of errors as in
+/// `quantize_row_q4_0_impl`.
+pub struct Q4_0;
+
+impl PlainType<32> for Q4_0 {
+    type Block = BlockQ4_0;
+    const SCALES: usize = 1;
+
+    #[inline(always)]
+    fn extremes<S: Simd>(simd: S, x: &[f32; 32]) -> (f32, f32) {
+        (first_extreme(simd, x), 0.0)
+    }
+
+    #[inline(always)]
+    fn grid((extreme, _): (f32, f32)) -> Grid {
+        Grid::new(extreme / -8.0, 0.0)
+    }
+
+    #[inline(always)]
+    fn code(x: f32, inverse: f32, _: f32) -> u8 {
+        low_byte((x * inverse + 8.5).trunc().min(15.0))
+    }
+
+    #[inline(always)]
+    fn pack(_: (f32, f32), (d, _): (f16, f16), codes: &[u8; 32]) -> BlockQ4_0 {
+        BlockQ4_0::pack(d, codes)
+    }
+}
+
+impl SearchedType for Q4_0 {
+    type Block = BlockQ4_0;
+    const ENERGY: Energy = Energy::Row;
+
+    #[inline(always)]
+    fn search<S: Simd>(simd: S, problem: &Problem<S>) -> Solution<S> {
+        let d = symmetric_block::search::<S, Self>(simd, problem);
+        let inverse = d.recip_or_zero();
+        let mut codes = problem.x;
+        for code in &mut codes {
+            *code = Self::nearest(*code * inverse) + inverse.like(8.0);
+        }
+        Solution {
+            d,
+            m: Lanes::zero(simd),
+            codes,
+        }
+    }
+
+    #[inline(always)]
+    fn pack(d: f16, _: f16, codes: &[u8; 32]) -> BlockQ4_0 {
+        BlockQ4_0::pack(d, codes)
+    }
+}
+
+impl Values for Q4_0 {
+    #[inline(always)]
+    fn targets() -> impl Iterator<Item = f32> {
+        (0..10)
+            .map(|k| 0.3 * k as f32)
+            .flat_map(|k| [k - 9.0, 8.4 - k])
+    }
+
+    #[inline(always)]
+    fn nearest<S: Simd>(x: Lanes<S>) -> Lanes<S> {
+        x.max(x.like(-8.0)).min(x.like(7.0)).round()
+    }
+}

@@ -1,0 +1,258 @@
+//! Blocks of 32 whose scale is searched, one block per lane.
+//!
+//! Enters: rows and column importance. Leaves: packed blocks, the same bytes however the rows are batched.
+//! Knows no type: which values the codes stand for is the type's business.
+
+use std::marker::PhantomData;
+
+use bytemuck::{Pod, cast_slice_mut};
+use half::f16;
+use pulp::{Arch, Simd, WithSimd};
+
+use super::{
+    ScaleOverflow,
+    lanes::{F16_MAX, Lanes, load, unload_codes},
+};
+
+/// Weights in a block.
+const BLOCK: usize = 32;
+
+/// A block per lane, ready for a search.
+pub struct Problem<S: Simd> {
+    /// Weights divided by `unit`: every magnitude below 2, nothing NaN.
+    pub x: [Lanes<S>; BLOCK],
+    /// What a squared error counts: at least zero, of a size that sums without overflow.
+    pub weight: [Lanes<S>; BLOCK],
+    /// A power of two, the exponent of the largest magnitude.
+    unit: Lanes<S>,
+}
+
+/// What a search found: each weight is `d value(code) + m`, in units of the problem.
+pub struct Solution<S: Simd> {
+    /// Scale, an f16 in original units.
+    pub d: Lanes<S>,
+    /// Offset, an f16 in original units.
+    pub m: Lanes<S>,
+    /// Codes.
+    pub codes: [Lanes<S>; BLOCK],
+}
+
+/// Over which weights `x^2` is averaged to temper the importance of large weights.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Energy {
+    /// The mean over the row.
+    Row,
+    /// Twice the mean over the block.
+    TwiceBlock,
+}
+
+/// A type of 32 elements a block whose scale is searched.
+pub trait SearchedType {
+    /// The packed block.
+    type Block: Pod;
+    /// `e` in the weight of an error, `importance * sqrt(e + x^2)`. Without importance it is `x^2`.
+    const ENERGY: Energy;
+
+    /// Chooses scales and codes.
+    fn search<S: Simd>(simd: S, problem: &Problem<S>) -> Solution<S>;
+
+    /// Packs a block.
+    fn pack(d: f16, m: f16, codes: &[u8; BLOCK]) -> Self::Block;
+}
+
+/// Quantizes whole rows.
+///
+/// # Panics
+/// If the lengths do not fit each other.
+pub fn quantize<T: SearchedType>(
+    row_len: usize,
+    rows: &[f32],
+    importance: Option<&[f32]>,
+    out: &mut [u8],
+) -> ScaleOverflow {
+    let out = cast_slice_mut::<u8, T::Block>(out);
+    assert_eq!(rows.len(), out.len() * BLOCK, "a block per 32 elements");
+    Arch::new().dispatch(Run::<T> {
+        row_len,
+        rows,
+        importance,
+        out,
+        ty: PhantomData,
+    })
+}
+
+pub(super) struct Run<'a, T: SearchedType> {
+    pub row_len: usize,
+    pub rows: &'a [f32],
+    pub importance: Option<&'a [f32]>,
+    pub out: &'a mut [T::Block],
+    pub ty: PhantomData<T>,
+}
+
+impl<T: SearchedType> WithSimd for Run<'_, T> {
+    type Output = ScaleOverflow;
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, simd: S) -> ScaleOverflow {
+        let lanes = Lanes::<S>::COUNT;
+        let mut overflow = 0;
+        let mut problem = Problem::empty(simd);
+        let batches = self
+            .rows
+            .chunks(lanes * BLOCK)
+            .zip(self.out.chunks_mut(lanes));
+        for (batch, (rows, out)) in batches.enumerate() {
+            problem.load(simd, rows);
+            match self.importance {
+                None => problem.weigh_by_square(),
+                Some(importance) => {
+                    let first = batch * lanes * BLOCK;
+                    let starts = (first..first + rows.len()).step_by(BLOCK);
+                    let columns = starts
+                        .clone()
+                        .map(|at| &importance[at % self.row_len..][..BLOCK]);
+                    let energy = match T::ENERGY {
+                        Energy::Row => problem.energy_of_rows(
+                            simd,
+                            starts.map(|at| {
+                                &self.rows[at / self.row_len * self.row_len..][..self.row_len]
+                            }),
+                        ),
+                        Energy::TwiceBlock => problem.twice_mean_square(),
+                    };
+                    problem.weigh_by_importance(simd, columns, energy);
+                }
+            }
+            let solution = T::search(simd, &problem);
+            let (d, m) = (solution.d * problem.unit, solution.m * problem.unit);
+            for (lane, block) in out.iter_mut().enumerate() {
+                let mut codes = [0; BLOCK];
+                unload_codes(&solution.codes, lane, &mut codes);
+                let (d, m) = (d.as_slice()[lane], m.as_slice()[lane]);
+                overflow += u64::from(d.abs() >= F16_MAX) + u64::from(m.abs() >= F16_MAX);
+                *block = T::pack(f16::from_f32(d), f16::from_f32(m), &codes);
+            }
+        }
+        ScaleOverflow(overflow)
+    }
+}
+
+impl<S: Simd> Problem<S> {
+    #[inline(always)]
+    fn empty(simd: S) -> Self {
+        let zero = Lanes::zero(simd);
+        Self {
+            x: [zero; BLOCK],
+            weight: [zero; BLOCK],
+            unit: zero,
+        }
+    }
+
+    /// The nearest f16 to a scale, in the same units.
+    #[inline(always)]
+    pub fn round_to_f16(&self, scale: Lanes<S>) -> Lanes<S> {
+        (scale * self.unit).round_to_f16() / self.unit
+    }
+
+    /// Brings blocks to one size, so that no square overflows or vanishes. What is not finite becomes zero.
+    #[inline(always)]
+    fn load(&mut self, simd: S, rows: &[f32]) {
+        load(simd, &mut self.x, rows.chunks_exact(BLOCK));
+        let zero = Lanes::zero(simd);
+        let mut largest = zero;
+        for x in &mut self.x {
+            *x = x.abs().lt(zero.like(f32::INFINITY)).select(*x, zero);
+            largest = largest.max(x.abs());
+        }
+        self.unit = normal_power_of_two(largest);
+        let inverse = zero.like(1.0) / self.unit;
+        for x in &mut self.x {
+            *x = *x * inverse;
+        }
+    }
+
+    #[inline(always)]
+    fn weigh_by_square(&mut self) {
+        for (weight, x) in self.weight.iter_mut().zip(&self.x) {
+            *weight = *x * *x;
+        }
+    }
+
+    #[inline(always)]
+    fn twice_mean_square(&self) -> Lanes<S> {
+        let mut sum = self.unit.like(0.0);
+        for x in &self.x {
+            sum += *x * *x;
+        }
+        sum * sum.like(2.0 / BLOCK as f32)
+    }
+
+    /// The mean of `x^2` over the row of each lane.
+    #[inline(always)]
+    fn energy_of_rows<'a>(&self, simd: S, rows: impl Iterator<Item = &'a [f32]>) -> Lanes<S> {
+        let mut energy = Lanes::zero(simd);
+        let mut last: (Option<*const f32>, f64) = (None, 0.0);
+        for ((energy, unit), row) in energy
+            .as_mut_slice()
+            .iter_mut()
+            .zip(self.unit.as_slice())
+            .zip(rows)
+        {
+            if last.0 != Some(row.as_ptr()) {
+                last = (Some(row.as_ptr()), mean_square(row));
+            }
+            let in_units = last.1 / (f64::from(*unit) * f64::from(*unit));
+            *energy = in_units.min(1e30) as f32;
+        }
+        energy
+    }
+
+    /// Columns that never mattered get a millionth of the largest importance, so that they stay sane.
+    #[inline(always)]
+    fn weigh_by_importance<'a>(
+        &mut self,
+        simd: S,
+        columns: impl Iterator<Item = &'a [f32]>,
+        energy: Lanes<S>,
+    ) {
+        load(simd, &mut self.weight, columns);
+        let zero = Lanes::zero(simd);
+        let mut largest = zero;
+        for weight in &mut self.weight {
+            *weight = weight
+                .gt(zero)
+                .select(*weight, zero)
+                .min(zero.like(f32::MAX));
+            largest = largest.max(*weight);
+        }
+        let inverse = zero.like(1.0) / normal_power_of_two(largest);
+        let floor = (largest * inverse).max(zero.like(f32::MIN_POSITIVE)) * zero.like(1e-6);
+        for (weight, &x) in self.weight.iter_mut().zip(&self.x) {
+            *weight = (*weight * inverse).max(floor) * (energy + x * x).sqrt();
+        }
+    }
+}
+
+/// Summed in eight columns, which compiles to vector code with the same bits on every CPU.
+#[inline(always)]
+fn mean_square(row: &[f32]) -> f64 {
+    let mut sums = [0.0; 8];
+    for x in row.as_chunks::<8>().0 {
+        for (sum, x) in sums.iter_mut().zip(x) {
+            let x = if x.is_finite() { f64::from(*x) } else { 0.0 };
+            *sum += x * x;
+        }
+    }
+    sums.iter().sum::<f64>() / row.len() as f64
+}
+
+/// The power of two in the exponent, kept where it and its inverse are normal; 1 for 0.
+#[inline(always)]
+fn normal_power_of_two<S: Simd>(magnitude: Lanes<S>) -> Lanes<S> {
+    let one = magnitude.like(1.0);
+    let clamped = magnitude
+        .power_of_two()
+        .max(one.like(2f32.powi(-126)))
+        .min(one.like(2f32.powi(126)));
+    magnitude.gt(magnitude.like(0.0)).select(clamped, one)
+}
