@@ -214,6 +214,8 @@ fn bpe(model: BpeModel) -> Result<BPE> {
                 .collect::<tokenizers::models::bpe::Vocab>(),
             merges,
         )
+        // Two texts are encoded in all, and a cache would outlive the encoder.
+        .cache_capacity(0)
         .fuse_unk(model.fuse_unk.unwrap_or(false))
         .byte_fallback(model.byte_fallback.unwrap_or(false))
         .ignore_merges(model.ignore_merges.unwrap_or(false));

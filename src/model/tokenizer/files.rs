@@ -5,6 +5,7 @@
 use std::io;
 use std::path::Path;
 
+use nemoconv_formats::checkpoint::config_json;
 use nemoconv_formats::{Error, Result};
 use serde_json::{Map, Value};
 
@@ -82,12 +83,13 @@ impl TokenizerFiles {
 }
 
 fn read_object(path: &Path) -> Result<Option<Map<String, Value>>> {
-    let Some(bytes) = read_file(path)? else {
+    let Some(text) = read_text(path)? else {
         return Ok(None);
     };
-    match serde_json::from_slice(&bytes) {
-        Ok(object) => Ok(Some(object)),
-        Err(error) => Err(Error::malformed(error.to_string()).in_file(path)),
+    match config_json::parse(&text) {
+        Ok(Value::Object(object)) => Ok(Some(object)),
+        Ok(_) => Err(Error::malformed("expected a JSON object").in_file(path)),
+        Err(error) => Err(error.in_file(path)),
     }
 }
 

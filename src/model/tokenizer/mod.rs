@@ -262,7 +262,12 @@ mod tests {
             (
                 "/post_processor/special_tokens",
                 json!({}),
-                "uses the special token \"<s>\" without declaring it",
+                "`post_processor.single` must consist of [\"A\"] and declared special tokens, found {\"SpecialToken\"",
+            ),
+            (
+                "/post_processor/single/1/Sequence/id",
+                json!("B"),
+                "`post_processor.single` must consist of [\"A\"] and declared special tokens, found {\"Sequence\"",
             ),
             (
                 "/post_processor",
