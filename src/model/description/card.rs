@@ -11,7 +11,7 @@ use serde_json::Value;
 use std::sync::LazyLock;
 
 /// Nodes of a front matter, aliases counted in full: cards in the field stay below a few thousand.
-const MAX_NODES: usize = 100_000;
+const MAX_NODES: usize = 20_000;
 /// Nesting; cards in the field stay below ten levels.
 const MAX_DEPTH: usize = 32;
 
@@ -286,4 +286,75 @@ fn too_large() -> Error {
         limit,
         found: limit + 1,
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn check(yaml: &str, expected: std::result::Result<Node, &str>) {
+        let found = Node::front_matter(&format!("---\n{yaml}\n---\n"));
+        match (found, expected) {
+            (Ok(found), Ok(expected)) => assert_eq!(found, expected, "{yaml}"),
+            (Err(found), Err(expected)) => assert_eq!(found.to_string(), expected),
+            (found, expected) => panic!("{found:?}, expected {expected:?}"),
+        }
+    }
+
+    fn one(text: &str, is_text: bool) -> std::result::Result<Node, &'static str> {
+        let scalar = Node::Scalar {
+            text: text.into(),
+            is_text,
+        };
+        Ok(Node::Map(vec![("a".into(), scalar)]))
+    }
+
+    #[test]
+    fn scalars_are_text_as_yaml_1_1_has_it() {
+        for text in [
+            "yes",
+            "0x1F",
+            "1_000",
+            "1.",
+            ".5",
+            "-.inf",
+            ".NaN",
+            "190:20:30",
+            "2024-01-31",
+            "2024-1-1 10:20:30 +1",
+        ] {
+            check(&format!("a: {text}"), one(text, false));
+            check(&format!("a: '{text}'"), one(text, true));
+            check(&format!("a: !!str {text}"), one(text, true));
+        }
+        for text in ["y", "1e5", "v1.0", "1.0.0", "0o17", "Yess", "2024-1-1"] {
+            check(&format!("a: {text}"), one(text, true));
+        }
+        for text in ["~", "null", ""] {
+            check(
+                &format!("a: {text}"),
+                Ok(Node::Map(vec![("a".into(), Node::Null)])),
+            );
+        }
+    }
+
+    #[test]
+    fn hostile_front_matter_is_refused() {
+        let bomb: String = (1..12)
+            .map(|i| format!("a{i}: &a{i} [*a{0}, *a{0}, *a{0}]\n", i - 1))
+            .collect();
+        let expected = "front matter size in values is 20001, the limit is 20000";
+        check(&format!("a0: &a0 x\n{bomb}"), Err(expected));
+        check(
+            &format!("a: {}", "[".repeat(100)),
+            Err("nested more than 32 deep (line 2)"),
+        );
+        check("a: &a [*a]", Err("alias of an unfinished value (line 2)"));
+        check(
+            "a: b: c",
+            Err(
+                "front matter is not YAML: mapping values are not allowed in this context (line 2)",
+            ),
+        );
+    }
 }

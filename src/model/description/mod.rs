@@ -10,6 +10,7 @@ mod parameter_counts;
 use std::path::Path;
 use std::sync::LazyLock;
 
+use nemoconv_formats::checkpoint::config_json;
 use nemoconv_formats::{Error, Result};
 use regex::Regex;
 use serde_json::{Map, Value};
@@ -308,7 +309,9 @@ impl Sampling {
         generation_config: Option<&[u8]>,
         overrides: Option<&Map<String, Value>>,
     ) -> Result<Self> {
-        let config = generation_config.and_then(|bytes| serde_json::from_slice(bytes).ok());
+        let config = generation_config
+            .and_then(|bytes| std::str::from_utf8(bytes).ok())
+            .and_then(|text| config_json::parse(text).ok());
         let fields = SamplerFields {
             config: config.unwrap_or_default(),
             overrides,

@@ -229,56 +229,27 @@ fn capitalised(word: &str) -> String {
 mod tests {
     use super::*;
 
-    fn check(id: &str, total: u64, expected: [Option<&str>; 5]) {
-        let found = ModelId::parse(id, total);
-        let fields = [
-            &found.organization,
-            &found.basename,
-            &found.finetune,
-            &found.version,
-            &found.size_label,
-        ];
-        assert_eq!(fields.map(Option::as_deref), expected, "{id}");
-    }
-
+    /// Against the real converter, size by size.
     #[test]
-    fn names_are_taken_apart() {
-        let none = [None; 5];
-        check("a sentence with 8B words", 0, none);
-        check("nemotron-h-nano", 0, none);
-        check(
-            "nvidia/Nemotron-H-8B-Base-8K",
-            8_100_000_000,
-            [
-                Some("nvidia"),
-                Some("Nemotron-H"),
-                Some("Base-8k"),
-                None,
-                Some("8B"),
-            ],
-        );
-        check(
-            "./llama-2-7b",
-            0,
-            [None, Some("llama"), None, Some("2"), Some("7B")],
-        );
-        check(
-            "bloom-7b1-petals",
-            0,
-            [None, Some("bloom"), Some("petals"), None, Some("7.1B")],
-        );
-        check(
-            "Phi-3-mini-4k-instruct",
-            3_800_000_000,
-            [
-                None,
-                Some("Phi"),
-                Some("4k-instruct"),
-                Some("3"),
-                Some("mini"),
-            ],
-        );
-        check("--", 0, none);
+    fn names_are_taken_apart_as_the_converter_does() {
+        for line in nemoconv_fixtures::metadata::model_ids() {
+            let text = |i: usize| line[i].as_str();
+            let (id, total) = (text(0).unwrap(), line[1].as_u64().unwrap());
+            let found = ModelId::parse(id, total);
+            let fields = [
+                &found.organization,
+                &found.basename,
+                &found.finetune,
+                &found.version,
+                &found.size_label,
+            ];
+            assert_eq!(title(&found.name), text(2).unwrap(), "{id}");
+            assert_eq!(
+                fields.map(Option::as_deref),
+                [3, 4, 5, 6, 7].map(text),
+                "{id} of {total}"
+            );
+        }
     }
 
     #[test]

@@ -110,6 +110,6 @@ mod tests {
         };
         let counts = ParameterCounts::of(tensors);
         assert_eq!(counts, expected);
-        assert_eq!(counts.size_label(), "16x0.90K");
+        assert_eq!(counts.size_label(), "16x0.9K");
     }
 }

@@ -57,7 +57,7 @@ struct Declared {
     /// Named roles first, then the extra special tokens.
     special: Vec<AddedToken>,
     /// Texts of the named roles.
-    named: Vec<String>,
+    named: HashSet<String>,
 }
 
 impl Declared {

@@ -19,19 +19,97 @@ pub(super) struct Backend {
     encoder: tokenizers::Tokenizer,
 }
 
+/// One of the four steps around the model: its key, the key of its parts in a `Sequence`, and the
+/// types a byte-level BPE tokenizer has there. The encoder knows more types, and panics in several
+/// when they are malformed; none of them has a name at run time.
+struct Stage {
+    key: &'static str,
+    parts: &'static str,
+    types: &'static [&'static str],
+}
+
+const NORMALIZER: Stage = Stage {
+    key: "normalizer",
+    parts: "normalizers",
+    types: &[
+        "NFC",
+        "NFD",
+        "NFKC",
+        "NFKD",
+        "Lowercase",
+        "StripAccents",
+        "BertNormalizer",
+    ],
+};
+const PRE_TOKENIZER: Stage = Stage {
+    key: "pre_tokenizer",
+    parts: "pretokenizers",
+    types: &[
+        "Split",
+        "ByteLevel",
+        "Digits",
+        "Punctuation",
+        "Whitespace",
+        "WhitespaceSplit",
+    ],
+};
+const POST_PROCESSOR: Stage = Stage {
+    key: "post_processor",
+    parts: "processors",
+    types: &[
+        "ByteLevel",
+        "TemplateProcessing",
+        "RobertaProcessing",
+        "BertProcessing",
+    ],
+};
+const DECODER: Stage = Stage {
+    key: "decoder",
+    parts: "decoders",
+    types: &["ByteLevel", "ByteFallback", "Fuse"],
+};
+
+impl Stage {
+    fn build<T: DeserializeOwned>(&self, value: Value) -> Result<Option<T>> {
+        if value.is_null() {
+            return Ok(None);
+        }
+        self.check(&value)?;
+        let malformed = |error| Error::malformed(format!("in `{}`: {error}", self.key));
+        serde_json::from_value(value).map(Some).map_err(malformed)
+    }
+
+    fn check(&self, value: &Value) -> Result<()> {
+        match value.get("type").and_then(Value::as_str) {
+            Some("Sequence") => {
+                let parts = value.get(self.parts).and_then(Value::as_array);
+                parts
+                    .into_iter()
+                    .flatten()
+                    .try_for_each(|part| self.check(part))
+            }
+            Some(name) if self.types.contains(&name) => Ok(()),
+            name => {
+                let (key, types, found) = (self.key, self.types, name.unwrap_or("no type"));
+                Err(Error::unsupported(format!(
+                    "`{key}` must be one of {types:?}, found {found}"
+                )))
+            }
+        }
+    }
+}
+
 impl Backend {
     pub(super) fn new(json: TokenizerJson, additions: &[AddedToken]) -> Result<Self> {
         let mut encoder = tokenizers::Tokenizer::new(bpe(json.model)?);
-        let normalizer: Option<NormalizerWrapper> = stage("normalizer", json.normalizer)?;
-        let pre_tokenizer: Option<PreTokenizerWrapper> =
-            stage("pre_tokenizer", json.pre_tokenizer)?;
-        let post_processor: Option<PostProcessorWrapper> =
-            stage("post_processor", json.post_processor)?;
-        let decoder: Option<DecoderWrapper> = stage("decoder", json.decoder)?;
-        encoder.with_normalizer(normalizer).map_err(refused)?;
-        encoder.with_pre_tokenizer(pre_tokenizer);
-        encoder.with_post_processor(post_processor);
-        encoder.with_decoder(decoder);
+        encoder
+            .with_normalizer(NORMALIZER.build::<NormalizerWrapper>(json.normalizer)?)
+            .map_err(refused)?;
+        encoder.with_pre_tokenizer(PRE_TOKENIZER.build::<PreTokenizerWrapper>(json.pre_tokenizer)?);
+        encoder.with_post_processor(
+            POST_PROCESSOR.build::<PostProcessorWrapper>(json.post_processor)?,
+        );
+        encoder.with_decoder(DECODER.build::<DecoderWrapper>(json.decoder)?);
         encoder
             .add_tokens(json.added_tokens.into_iter().map(|entry| entry.token))
             .map_err(refused)?;
@@ -39,6 +117,11 @@ impl Backend {
             .add_tokens(additions.iter().cloned())
             .map_err(refused)?;
         Ok(Self { encoder })
+    }
+
+    /// Whether special tokens in a text are taken apart like any other text.
+    pub(super) fn split_special_tokens(&mut self, split: bool) {
+        self.encoder.set_encode_special_tokens(split);
     }
 
     /// The ids of `text`, with whatever the post-processor puts around it.
@@ -131,6 +214,8 @@ fn bpe(model: BpeModel) -> Result<BPE> {
                 .collect::<tokenizers::models::bpe::Vocab>(),
             merges,
         )
+        // Two texts are encoded in all, and a cache would outlive the encoder.
+        .cache_capacity(0)
         .fuse_unk(model.fuse_unk.unwrap_or(false))
         .byte_fallback(model.byte_fallback.unwrap_or(false))
         .ignore_merges(model.ignore_merges.unwrap_or(false));
@@ -138,10 +223,6 @@ fn bpe(model: BpeModel) -> Result<BPE> {
         builder = builder.unk_token(unk_token);
     }
     builder.build().map_err(refused)
-}
-
-fn stage<T: DeserializeOwned>(name: &str, value: Value) -> Result<Option<T>> {
-    serde_json::from_value(value).map_err(|error| Error::malformed(format!("in `{name}`: {error}")))
 }
 
 fn refused(error: tokenizers::Error) -> Error {

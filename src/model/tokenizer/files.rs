@@ -5,6 +5,7 @@
 use std::io;
 use std::path::Path;
 
+use nemoconv_formats::checkpoint::config_json;
 use nemoconv_formats::{Error, Result};
 use serde_json::{Map, Value};
 
@@ -52,6 +53,14 @@ impl TokenizerFiles {
         })
     }
 
+    /// tokenizer_config.json asks that special tokens in a text be taken apart.
+    pub(super) fn splits_special_tokens(&self) -> bool {
+        let config = self.tokenizer_config.as_ref();
+        config
+            .and_then(|config| config.get("split_special_tokens")?.as_bool())
+            .unwrap_or(false)
+    }
+
     /// The merges of `merges.txt`: lines of two words after an optional `#` header.
     pub(super) fn merges_txt(&self) -> Vec<String> {
         let text = self.merges_txt.as_deref().unwrap_or_default();
@@ -74,12 +83,13 @@ impl TokenizerFiles {
 }
 
 fn read_object(path: &Path) -> Result<Option<Map<String, Value>>> {
-    let Some(bytes) = read_file(path)? else {
+    let Some(text) = read_text(path)? else {
         return Ok(None);
     };
-    match serde_json::from_slice(&bytes) {
-        Ok(object) => Ok(Some(object)),
-        Err(error) => Err(Error::malformed(error.to_string()).in_file(path)),
+    match config_json::parse(&text) {
+        Ok(Value::Object(object)) => Ok(Some(object)),
+        Ok(_) => Err(Error::malformed("expected a JSON object").in_file(path)),
+        Err(error) => Err(error.in_file(path)),
     }
 }
 

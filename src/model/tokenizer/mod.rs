@@ -107,8 +107,9 @@ impl Tokenizer {
         let (special, chat_templates) = special::read(&json, files, config)?;
         let added = added_tokens::in_force(&json.added_tokens, files)?;
         let shape = pre_tokenizer::Shape::of(&json);
-        let backend =
+        let mut backend =
             Backend::new(json, &added).map_err(|error| error.in_file("tokenizer.json"))?;
+        backend.split_special_tokens(files.splits_special_tokens());
         let pre_tokenizer = pre_tokenizer::name(pre_tokenizer, &backend, &shape)
             .map_err(|error| error.in_file("tokenizer.json"))?;
         let tokens = backend
@@ -130,4 +131,199 @@ fn padded_vocab_size(vocab_size: usize) -> Result<usize> {
         return Err(Error::malformed(what).in_file("config.json"));
     }
     Ok(vocab_size.next_multiple_of(VOCAB_SIZE_MULTIPLE))
+}
+
+#[cfg(test)]
+mod tests {
+    use nemoconv_fixtures::metadata::cases;
+    use serde_json::json;
+
+    use super::*;
+
+    /// The base case's tokenizer with one change by JSON pointer.
+    fn changed(pointer: &str, value: Value) -> Vec<u8> {
+        let mut json: Value =
+            serde_json::from_slice(cases()[0].file("tokenizer.json").unwrap()).unwrap();
+        match json.pointer_mut(pointer) {
+            Some(place) => *place = value,
+            None => {
+                let (parent, key) = pointer.rsplit_once('/').unwrap();
+                json.pointer_mut(parent).unwrap()[key] = value;
+            }
+        }
+        json.to_string().into_bytes()
+    }
+
+    fn check(tokenizer_json: Vec<u8>, vocab_size: usize, expected: &str) {
+        let files = TokenizerFiles {
+            tokenizer_json,
+            ..TokenizerFiles::default()
+        };
+        let error = Tokenizer::parse(&files, &Value::Null, vocab_size, None)
+            .unwrap_err()
+            .to_string();
+        assert!(error.contains(expected), "{error}\nexpected {expected}");
+    }
+
+    #[test]
+    fn hostile_tokenizers_are_refused() {
+        for (pointer, value, expected) in [
+            (
+                "/model/vocab/x",
+                json!(296),
+                "token \"x\" has id 296, but the model has 296 tokens",
+            ),
+            (
+                "/model/vocab/x",
+                json!(4_000_000_000_u32),
+                "token \"x\" has id 4000000000",
+            ),
+            (
+                "/model/vocab/x",
+                json!(-1),
+                "in `model`: invalid value: integer `-1`, expected u32",
+            ),
+            (
+                "/model/vocab/x",
+                json!(1e3),
+                "in `model`: invalid type: floating point",
+            ),
+            (
+                "/model/vocab/x",
+                json!(3),
+                "id 3 belongs to two tokens, \"[INST]\" and \"x\"",
+            ),
+            (
+                "/model/vocab",
+                json!([]),
+                "in `model`: invalid type: sequence, expected a map",
+            ),
+            (
+                "/model/merges",
+                json!(["a b c"]),
+                "expected a merge: two tokens",
+            ),
+            (
+                "/model/merges",
+                json!([["a"]]),
+                "invalid length 1, expected a merge: two tokens",
+            ),
+            (
+                "/model/merges",
+                json!([["a", "b", "c"]]),
+                "invalid length 3, expected a merge: two tokens",
+            ),
+            (
+                "/model/merges",
+                json!([["a", "b"]]),
+                "merge 0 (\"a\" \"b\") needs the token \"ab\"",
+            ),
+            (
+                "/model/merges",
+                json!({}),
+                "in `model`: invalid type: map, expected a sequence",
+            ),
+            (
+                "/model/type",
+                json!("Unigram"),
+                "expected a `BPE` tokenizer model, found `Unigram`",
+            ),
+            (
+                "/model/continuing_subword_prefix",
+                json!("##"),
+                "`model.continuing_subword_prefix` must be null",
+            ),
+            ("/model", json!(5), "in `model`: invalid type: integer `5`"),
+            (
+                "/added_tokens/0/id",
+                json!(1_u64 << 40),
+                "invalid value: integer `1099511627776`, expected u32",
+            ),
+            (
+                "/added_tokens/0/id",
+                json!(400),
+                "token \"<unk>\" has id 400, but the model has 296 tokens",
+            ),
+            (
+                "/added_tokens/0/id",
+                json!(1),
+                "added token \"<unk>\" must have id 0, found 1",
+            ),
+            (
+                "/added_tokens/0/content",
+                json!("new"),
+                "added token \"new\" must have id 288, found 0",
+            ),
+            (
+                "/added_tokens",
+                json!({"a": 1}),
+                "invalid type: map, expected a sequence",
+            ),
+            (
+                "/post_processor/special_tokens",
+                json!({}),
+                "`post_processor.single` must consist of [\"A\"] and declared special tokens, found {\"SpecialToken\"",
+            ),
+            (
+                "/post_processor/single/1/Sequence/id",
+                json!("B"),
+                "`post_processor.single` must consist of [\"A\"] and declared special tokens, found {\"Sequence\"",
+            ),
+            (
+                "/post_processor",
+                json!({"type": "Nothing"}),
+                "`post_processor` must be one of ",
+            ),
+            (
+                "/pre_tokenizer",
+                json!({"type": "Nothing"}),
+                "`pre_tokenizer` must be one of ",
+            ),
+            (
+                "/pre_tokenizer/pretokenizers/0/pattern/Regex",
+                json!("("),
+                "in `pre_tokenizer`: ",
+            ),
+            (
+                "/pre_tokenizer/pretokenizers/0/pattern/Regex",
+                json!("."),
+                "unknown pre-tokenizer (probe digest ",
+            ),
+        ] {
+            check(changed(pointer, value), 290, expected);
+        }
+        check(
+            b"{}".to_vec(),
+            290,
+            "missing field `model` at line 1 column 2 (tokenizer.json)",
+        );
+        check(
+            vec![0xff],
+            290,
+            "expected value at line 1 column 1 (tokenizer.json)",
+        );
+        check(
+            changed("/version", json!("1.0")),
+            0,
+            "`vocab_size` must be 1 to 1048576, found 0 (config.json)",
+        );
+        check(
+            changed("/version", json!("1.0")),
+            usize::MAX,
+            "`vocab_size` must be 1 to 1048576",
+        );
+    }
+
+    #[test]
+    fn a_given_name_wins_and_an_unknown_one_is_explained() {
+        let tokenizer_json = changed("/pre_tokenizer/pretokenizers/0/pattern/Regex", json!("."));
+        let files = TokenizerFiles {
+            tokenizer_json,
+            ..TokenizerFiles::default()
+        };
+        let named = Tokenizer::parse(&files, &Value::Null, 290, Some("tekken")).unwrap();
+        assert_eq!(named.pre_tokenizer, "tekken");
+        let error = Tokenizer::parse(&files, &Value::Null, 290, None).unwrap_err();
+        assert!(error.hint.unwrap().contains("--pre-tokenizer NAME"));
+    }
 }

@@ -137,3 +137,106 @@ fn splits(stage: &Value) -> Option<Vec<Split<'_>>> {
         _ => None,
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use nemoconv_fixtures::metadata::{Expected, cases};
+    use serde_json::json;
+
+    use super::*;
+    use crate::model::tokenizer::{TokenizerFiles, added_tokens};
+
+    /// The ids of the probe, special tokens included, are those the real converter hashes.
+    #[test]
+    fn digests_are_the_converters() {
+        let parse =
+            |bytes: Option<&[u8]>| bytes.and_then(|bytes| serde_json::from_slice(bytes).ok());
+        let mut compared = 0;
+        for case in cases().iter().filter(|case| case.differs.is_none()) {
+            let Expected::Written {
+                digest: expected, ..
+            } = &case.expected
+            else {
+                continue;
+            };
+            let files = TokenizerFiles {
+                tokenizer_config: parse(case.file("tokenizer_config.json")),
+                special_tokens_map: parse(case.file("special_tokens_map.json")),
+                added_tokens: parse(case.file("added_tokens.json")),
+                ..TokenizerFiles::default()
+            };
+            let json = TokenizerJson::parse(case.file("tokenizer.json").unwrap(), 512).unwrap();
+            let added = added_tokens::in_force(&json.added_tokens, &files).unwrap();
+            let mut backend = Backend::new(json, &added).unwrap();
+            backend.split_special_tokens(files.splits_special_tokens());
+            assert_eq!(
+                digest(&backend.prompt_ids(PROBE).unwrap()),
+                *expected,
+                "{}",
+                case.name
+            );
+            compared += 1;
+        }
+        assert!(compared > 50, "{compared} cases");
+    }
+
+    #[test]
+    fn the_digest_table_is_whole() {
+        for line in DIGESTS.lines() {
+            let (digest, name) = line.split_once('\t').unwrap();
+            assert!(
+                digest.len() == 64 && digest.bytes().all(|byte| byte.is_ascii_hexdigit()),
+                "{line}"
+            );
+            assert!(!name.is_empty(), "{line}");
+        }
+        let pixtral = "0e9433cbbb161f89e264eb32e8e64bfe69e834973ffca5d41d3948a604a3e2a3";
+        assert_eq!(by_digest(pixtral), Some("pixtral"));
+        assert_eq!(by_digest(""), None);
+    }
+
+    fn check(pre_tokenizer: Value, ignore_merges: bool, expected: Option<&str>) {
+        let shape = Shape {
+            pre_tokenizer,
+            ignore_merges,
+        };
+        assert_eq!(shape.name(), expected, "{}", shape.pre_tokenizer);
+    }
+
+    #[test]
+    fn shapes_have_names() {
+        let split = |regex: &str| json!({"type": "Split", "pattern": {"Regex": regex}, "behavior": "Isolated", "invert": false});
+        let bytes = json!({"type": "ByteLevel", "add_prefix_space": false, "use_regex": false});
+        let sequence = |parts: &[&Value]| json!({"type": "Sequence", "pretokenizers": parts});
+        for (regex, ignore_merges, expected) in [
+            (LLAMA3, true, Some("pixtral")),
+            (LLAMA3, false, Some("smaug-bpe")),
+            (TEKKEN, true, Some("tekken")),
+            (TEKKEN, false, None),
+            (QWEN2, false, Some("qwen2")),
+            (QWEN2, true, None),
+            (QWEN35, false, Some("qwen35")),
+            (GPT4O, false, Some("gpt-4o")),
+            (r"\S+", true, None),
+        ] {
+            check(sequence(&[&split(regex), &bytes]), ignore_merges, expected);
+        }
+        let gpt2 = json!({"type": "ByteLevel", "add_prefix_space": false, "use_regex": true});
+        let digits = json!({"type": "Digits", "individual_digits": true});
+        check(gpt2.clone(), false, Some("gpt-2"));
+        check(sequence(&[&digits, &gpt2]), false, Some("starcoder"));
+        check(sequence(&[&split(LLAMA3), &gpt2]), true, None);
+        check(
+            json!({"type": "ByteLevel", "add_prefix_space": true}),
+            false,
+            None,
+        );
+        check(
+            json!({"type": "Split", "pattern": {"Regex": LLAMA3}, "behavior": "Removed"}),
+            true,
+            None,
+        );
+        check(json!({"type": "Metaspace"}), false, None);
+        check(Value::Null, false, None);
+    }
+}

@@ -76,7 +76,7 @@ pub(super) fn read(
     reader.post_processor(&json.post_processor);
     let mut templates = ChatTemplates::default();
     if !reader.config.is_empty() {
-        templates = ChatTemplates::of(&reader.config, files);
+        templates = ChatTemplates::of(&reader.config, files)?;
         reader.tokenizer_config(&json.added_tokens);
     }
     reader.model_config(config)?;

@@ -213,35 +213,38 @@ fn check_added_tokens(
     Ok(())
 }
 
-/// Every special token a template uses must be declared beside it.
+/// Templates must declare their special tokens, and have a second text only in pairs: the encoder
+/// takes both for granted.
 fn check_templates(processor: &Value) -> Result<()> {
-    for part in processor
-        .get("processors")
-        .and_then(Value::as_array)
-        .into_iter()
-        .flatten()
-    {
-        check_templates(part)?;
-    }
+    let array = |key| {
+        processor
+            .get(key)
+            .and_then(Value::as_array)
+            .into_iter()
+            .flatten()
+    };
+    array("processors").try_for_each(check_templates)?;
     if processor.get("type").and_then(Value::as_str) != Some("TemplateProcessing") {
         return Ok(());
     }
-    let pieces = ["single", "pair"]
-        .into_iter()
-        .filter_map(|key| processor.get(key)?.as_array())
-        .flatten();
-    for piece in pieces {
-        let Some(id) = piece.pointer("/SpecialToken/id").and_then(Value::as_str) else {
-            continue;
-        };
-        if processor
+    let declared = |id: &str| {
+        processor
             .get("special_tokens")
-            .and_then(|tokens| tokens.get(id))
-            .is_none()
-        {
-            return Err(Error::malformed(format!(
-                "`post_processor` uses the special token {id:?} without declaring it in `special_tokens`"
-            )));
+            .is_some_and(|tokens| tokens.get(id).is_some())
+    };
+    for (key, sequences) in [("single", &["A"][..]), ("pair", &["A", "B"])] {
+        for piece in array(key) {
+            let id = |kind| piece.pointer(kind).and_then(Value::as_str);
+            match (id("/SpecialToken/id"), id("/Sequence/id")) {
+                (Some(id), _) if declared(id) => {}
+                (None, Some(id)) if sequences.contains(&id) => {}
+                _ => {
+                    return Err(Error::malformed(format!(
+                        "`post_processor.{key}` must consist of {sequences:?} and declared special \
+                         tokens, found {piece}"
+                    )));
+                }
+            }
         }
     }
     Ok(())
