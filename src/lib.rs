@@ -1,4 +1,4 @@
-//! Converts NVIDIA Nemotron-H hybrids into quantized artifacts, with proof that they are right.
+#![doc = include_str!("ARCHITECTURE.md")]
 
 pub mod convert;
 pub mod error;

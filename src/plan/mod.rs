@@ -305,7 +305,10 @@ fn steer(tensors: &mut [PlannedTensor], imatrix: &Imatrix) -> Result<usize> {
         ));
         used += 1;
     }
-    if used == 0 && tensors.iter().any(|tensor| !ignores_importance(tensor.ty)) {
+    if tensors
+        .iter()
+        .all(|tensor| imatrix.importance(&tensor.name).is_none())
+    {
         let fault = Fault::new("the importance matrix names no tensor of this model");
         return Err(Error::Plan(fault.hint("it was collected on another model")));
     }

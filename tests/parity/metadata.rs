@@ -149,7 +149,7 @@ fn plain(value: &Value) -> (&'static str, Json) {
         Value::String(text) => ("string", json!(text)),
         Value::U32(value) => ("uint32", json!(value)),
         Value::I32(value) => ("int32", json!(value)),
-        Value::F32(value) => ("float32", json!(value)),
+        Value::F32(value) => ("float32", json!(f64::from(*value))),
         Value::Bool(value) => ("bool", json!(value)),
         Value::Array(Array::String(texts)) => ("array string", json!(texts)),
         Value::Array(Array::I32(values)) => ("array int32", json!(values)),

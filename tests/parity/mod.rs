@@ -1,4 +1,7 @@
 //! Our answers beside those of the published programs.
 
+mod converter;
+mod independent_reader;
+mod llama_cpp;
 mod metadata;
 mod quantization_error;
