@@ -1,3 +1,5 @@
 //! Integration tests: one binary.
 
+mod cli;
 mod parity;
+mod support;

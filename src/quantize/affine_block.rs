@@ -59,13 +59,13 @@ impl<S: Simd> Line<S> {
 
     /// The line that keeps its value of code 0 and reaches `high` in so many steps.
     #[inline(always)]
-    fn from_lower_end(&self, high: Lanes<S>, steps: f32) -> Self {
+    fn upwards_to(&self, high: Lanes<S>, steps: f32) -> Self {
         Self::new((high - self.m) * high.like(1.0 / steps), self.m)
     }
 
     /// The line that keeps its value of the largest code and reaches `low` in so many steps down.
     #[inline(always)]
-    fn from_upper_end(&self, low: Lanes<S>, steps: f32, largest: f32) -> Self {
+    fn downwards_to(&self, low: Lanes<S>, steps: f32, largest: f32) -> Self {
         let top = self.m + self.d * low.like(largest);
         let d = (top - low) * low.like(1.0 / steps);
         Self::new(d, top - d * low.like(largest))
@@ -181,9 +181,9 @@ fn first_fit<S: Simd>(simd: S, problem: &Problem<S>, totals: &Totals<S>, largest
     for attempt in 0..PASSES * TRIES {
         let steps = largest + FIRST + STEP * (attempt % TRIES) as f32;
         let tried = if (attempt / TRIES).is_multiple_of(2) {
-            best.from_lower_end(totals.high, steps)
+            best.upwards_to(totals.high, steps)
         } else {
-            best.from_upper_end(totals.low, steps, largest)
+            best.downwards_to(totals.low, steps, largest)
         };
         let fit = Fit::of(problem, totals, &tried, largest);
         let line = fit.line(totals);

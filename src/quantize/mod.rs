@@ -64,8 +64,8 @@ pub fn can_quantize(ty: GgmlType) -> bool {
             | Q4_K
             | Q5_K
             | Q6_K
-            | IQ4_XS
             | IQ4_NL
+            | IQ4_XS
     )
 }
 

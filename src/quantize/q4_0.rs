@@ -6,10 +6,11 @@ use pulp::Simd;
 use crate::formats::block::BlockQ4_0;
 
 use super::{
-    lanes::Lanes,
     searched_block::{Energy, Problem, SearchedType, Solution},
     small_block::{Grid, PlainType, first_extreme, low_byte},
-    symmetric_block::{self, Values},
+    super_block::Sweep,
+    symmetric::Whole,
+    symmetric_block,
 };
 
 /// Without importance the same bytes as ggml's `quantize_row_q4_0_ref`; with it, weights of errors as in
@@ -47,35 +48,13 @@ impl SearchedType for Q4_0 {
 
     #[inline(always)]
     fn search<S: Simd>(simd: S, problem: &Problem<S>) -> Solution<S> {
-        let d = symmetric_block::search::<S, Self>(simd, problem);
-        let inverse = d.recip_or_zero();
-        let mut codes = problem.x;
-        for code in &mut codes {
-            *code = Self::nearest(*code * inverse) + inverse.like(8.0);
-        }
-        Solution {
-            d,
-            m: Lanes::zero(simd),
-            codes,
-        }
+        const FIRST: Sweep = Sweep::new(-1.0, 0.3, 10);
+        const LAST: Sweep = Sweep::new(1.4, -0.3, 10);
+        symmetric_block::search::<S, Whole<8>>(simd, problem, &FIRST, &LAST)
     }
 
     #[inline(always)]
     fn pack(d: f16, _: f16, codes: &[u8; 32]) -> BlockQ4_0 {
         BlockQ4_0::pack(d, codes)
-    }
-}
-
-impl Values for Q4_0 {
-    #[inline(always)]
-    fn targets() -> impl Iterator<Item = f32> {
-        (0..10)
-            .map(|k| 0.3 * k as f32)
-            .flat_map(|k| [k - 9.0, 8.4 - k])
-    }
-
-    #[inline(always)]
-    fn nearest<S: Simd>(x: Lanes<S>) -> Lanes<S> {
-        x.max(x.like(-8.0)).min(x.like(7.0)).round()
     }
 }

@@ -6,10 +6,11 @@ use pulp::Simd;
 use crate::formats::block::BlockQ5_0;
 
 use super::{
-    lanes::Lanes,
     searched_block::{Energy, Problem, SearchedType, Solution},
     small_block::{Grid, PlainType, first_extreme, low_byte},
-    symmetric_block::{self, Values},
+    super_block::Sweep,
+    symmetric::Whole,
+    symmetric_block,
 };
 
 /// Without importance the same bytes as ggml's `quantize_row_q5_0_ref`; with it, weights of errors as in
@@ -47,35 +48,13 @@ impl SearchedType for Q5_0 {
 
     #[inline(always)]
     fn search<S: Simd>(simd: S, problem: &Problem<S>) -> Solution<S> {
-        let d = symmetric_block::search::<S, Self>(simd, problem);
-        let inverse = d.recip_or_zero();
-        let mut codes = problem.x;
-        for code in &mut codes {
-            *code = Self::nearest(*code * inverse) + inverse.like(16.0);
-        }
-        Solution {
-            d,
-            m: Lanes::zero(simd),
-            codes,
-        }
+        const FIRST: Sweep = Sweep::new(-1.0, 0.6, 10);
+        const LAST: Sweep = Sweep::new(1.4, -0.6, 10);
+        symmetric_block::search::<S, Whole<16>>(simd, problem, &FIRST, &LAST)
     }
 
     #[inline(always)]
     fn pack(d: f16, _: f16, codes: &[u8; 32]) -> BlockQ5_0 {
         BlockQ5_0::pack(d, codes)
-    }
-}
-
-impl Values for Q5_0 {
-    #[inline(always)]
-    fn targets() -> impl Iterator<Item = f32> {
-        (0..10)
-            .map(|k| 0.6 * k as f32)
-            .flat_map(|k| [k - 17.0, 16.4 - k])
-    }
-
-    #[inline(always)]
-    fn nearest<S: Simd>(x: Lanes<S>) -> Lanes<S> {
-        x.max(x.like(-16.0)).min(x.like(15.0)).round()
     }
 }

@@ -11,7 +11,8 @@ use pulp::{Arch, Simd, WithSimd};
 
 use super::{
     ScaleOverflow,
-    lanes::{F16_MAX, Lanes, load, unload_codes},
+    lanes::{Lanes, load, unload_codes},
+    super_block::{mean_square, power_of_two_of, saturates},
 };
 
 /// Weights in a block.
@@ -25,6 +26,8 @@ pub struct Problem<S: Simd> {
     pub weight: [Lanes<S>; BLOCK],
     /// A power of two, the exponent of the largest magnitude.
     unit: Lanes<S>,
+    /// 1 where the block held a NaN or an infinity, which the search sees as zero.
+    nonfinite: Lanes<S>,
 }
 
 /// What a search found: each weight is `d value(code) + m`, in units of the problem.
@@ -60,7 +63,8 @@ pub trait SearchedType {
     fn pack(d: f16, m: f16, codes: &[u8; BLOCK]) -> Self::Block;
 }
 
-/// Quantizes whole rows.
+/// Quantizes whole rows. Counted in the result: f16 scales cut to the largest f16, and blocks with a NaN
+/// or an infinity, which is stored as if it were zero.
 ///
 /// # Panics
 /// If the lengths do not fit each other.
@@ -93,47 +97,55 @@ impl<T: SearchedType> WithSimd for Run<'_, T> {
     type Output = ScaleOverflow;
 
     #[inline(always)]
-    fn with_simd<S: Simd>(self, simd: S) -> ScaleOverflow {
+    fn with_simd<S: Simd>(mut self, simd: S) -> ScaleOverflow {
+        let out = std::mem::take(&mut self.out);
         let lanes = Lanes::<S>::COUNT;
         let mut overflow = 0;
         let mut problem = Problem::empty(simd);
-        let batches = self
-            .rows
-            .chunks(lanes * BLOCK)
-            .zip(self.out.chunks_mut(lanes));
+        let batches = self.rows.chunks(lanes * BLOCK).zip(out.chunks_mut(lanes));
         for (batch, (rows, out)) in batches.enumerate() {
             problem.load(simd, rows);
-            match self.importance {
-                None => problem.weigh_by_square(),
-                Some(importance) => {
-                    let first = batch * lanes * BLOCK;
-                    let starts = (first..first + rows.len()).step_by(BLOCK);
-                    let columns = starts
-                        .clone()
-                        .map(|at| &importance[at % self.row_len..][..BLOCK]);
-                    let energy = match T::ENERGY {
-                        Energy::Row => problem.energy_of_rows(
-                            simd,
-                            starts.map(|at| {
-                                &self.rows[at / self.row_len * self.row_len..][..self.row_len]
-                            }),
-                        ),
-                        Energy::TwiceBlock => problem.twice_mean_square(),
-                    };
-                    problem.weigh_by_importance(simd, columns, energy);
-                }
-            }
+            self.weigh(simd, batch * lanes * BLOCK, &mut problem);
             let solution = T::search(simd, &problem);
             let (d, m) = (solution.d * problem.unit, solution.m * problem.unit);
             for (lane, block) in out.iter_mut().enumerate() {
                 let mut codes = [0; BLOCK];
                 unload_codes(&solution.codes, lane, &mut codes);
                 let (d, m) = (d.as_slice()[lane], m.as_slice()[lane]);
-                overflow += u64::from(d.abs() >= F16_MAX) + u64::from(m.abs() >= F16_MAX);
+                overflow += saturates(d) + saturates(m);
+                overflow += u64::from(problem.nonfinite.as_slice()[lane] != 0.0);
                 *block = T::pack(f16::from_f32(d), f16::from_f32(m), &codes);
             }
         }
         ScaleOverflow(overflow)
+    }
+}
+
+impl<T: SearchedType> Run<'_, T> {
+    /// Weighs the errors of the blocks from element `first` on.
+    #[inline(always)]
+    fn weigh<S: Simd>(&self, simd: S, first: usize, problem: &mut Problem<S>) {
+        let Some(importance) = self.importance else {
+            return problem.weigh_by_square();
+        };
+        let starts = (first..self.rows.len())
+            .step_by(BLOCK)
+            .take(Lanes::<S>::COUNT);
+        let energy = match T::ENERGY {
+            Energy::Row => {
+                let row_start = |at| at / self.row_len * self.row_len;
+                let rows = starts
+                    .clone()
+                    .map(|at| &self.rows[row_start(at)..][..self.row_len]);
+                problem.energy_of_rows(simd, rows)
+            }
+            Energy::TwiceBlock => {
+                let energy = mean_square(&problem.x);
+                energy + energy
+            }
+        };
+        let columns = starts.map(|at| &importance[at % self.row_len..][..BLOCK]);
+        problem.weigh_by_importance(simd, columns, energy);
     }
 }
 
@@ -145,6 +157,7 @@ impl<S: Simd> Problem<S> {
             x: [zero; BLOCK],
             weight: [zero; BLOCK],
             unit: zero,
+            nonfinite: zero,
         }
     }
 
@@ -154,17 +167,20 @@ impl<S: Simd> Problem<S> {
         (scale * self.unit).round_to_f16() / self.unit
     }
 
-    /// Brings blocks to one size, so that no square overflows or vanishes. What is not finite becomes zero.
+    /// Brings blocks to one size, so that no square overflows or vanishes.
     #[inline(always)]
     fn load(&mut self, simd: S, rows: &[f32]) {
         load(simd, &mut self.x, rows.chunks_exact(BLOCK));
         let zero = Lanes::zero(simd);
         let mut largest = zero;
+        self.nonfinite = zero;
         for x in &mut self.x {
-            *x = x.abs().lt(zero.like(f32::INFINITY)).select(*x, zero);
+            let finite = x.abs().lt(zero.like(f32::INFINITY));
+            self.nonfinite = finite.select(self.nonfinite, zero.like(1.0));
+            *x = finite.select(*x, zero);
             largest = largest.max(x.abs());
         }
-        self.unit = normal_power_of_two(largest);
+        self.unit = power_of_two_of(largest);
         let inverse = zero.like(1.0) / self.unit;
         for x in &mut self.x {
             *x = *x * inverse;
@@ -176,15 +192,6 @@ impl<S: Simd> Problem<S> {
         for (weight, x) in self.weight.iter_mut().zip(&self.x) {
             *weight = *x * *x;
         }
-    }
-
-    #[inline(always)]
-    fn twice_mean_square(&self) -> Lanes<S> {
-        let mut sum = self.unit.like(0.0);
-        for x in &self.x {
-            sum += *x * *x;
-        }
-        sum * sum.like(2.0 / BLOCK as f32)
     }
 
     /// The mean of `x^2` over the row of each lane.
@@ -199,7 +206,7 @@ impl<S: Simd> Problem<S> {
             .zip(rows)
         {
             if last.0 != Some(row.as_ptr()) {
-                last = (Some(row.as_ptr()), mean_square(row));
+                last = (Some(row.as_ptr()), mean_square_of_row(row));
             }
             let in_units = last.1 / (f64::from(*unit) * f64::from(*unit));
             *energy = in_units.min(1e30) as f32;
@@ -225,7 +232,7 @@ impl<S: Simd> Problem<S> {
                 .min(zero.like(f32::MAX));
             largest = largest.max(*weight);
         }
-        let inverse = zero.like(1.0) / normal_power_of_two(largest);
+        let inverse = zero.like(1.0) / power_of_two_of(largest);
         let floor = (largest * inverse).max(zero.like(f32::MIN_POSITIVE)) * zero.like(1e-6);
         for (weight, &x) in self.weight.iter_mut().zip(&self.x) {
             *weight = (*weight * inverse).max(floor) * (energy + x * x).sqrt();
@@ -235,7 +242,7 @@ impl<S: Simd> Problem<S> {
 
 /// Summed in eight columns, which compiles to vector code with the same bits on every CPU.
 #[inline(always)]
-fn mean_square(row: &[f32]) -> f64 {
+fn mean_square_of_row(row: &[f32]) -> f64 {
     let mut sums = [0.0; 8];
     for x in row.as_chunks::<8>().0 {
         for (sum, x) in sums.iter_mut().zip(x) {
@@ -244,15 +251,4 @@ fn mean_square(row: &[f32]) -> f64 {
         }
     }
     sums.iter().sum::<f64>() / row.len() as f64
-}
-
-/// The power of two in the exponent, kept where it and its inverse are normal; 1 for 0.
-#[inline(always)]
-fn normal_power_of_two<S: Simd>(magnitude: Lanes<S>) -> Lanes<S> {
-    let one = magnitude.like(1.0);
-    let clamped = magnitude
-        .power_of_two()
-        .max(one.like(2f32.powi(-126)))
-        .min(one.like(2f32.powi(126)));
-    magnitude.gt(magnitude.like(0.0)).select(clamped, one)
 }

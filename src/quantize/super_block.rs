@@ -309,9 +309,9 @@ impl<S: Simd> Problem<S> {
     }
 }
 
-/// The power of two in the exponent, kept where it and its inverse are normal.
+/// The power of two in the exponent, kept where it and its inverse are normal; 1 for 0.
 #[inline(always)]
-fn power_of_two_of<S: Simd>(magnitude: Lanes<S>) -> Lanes<S> {
+pub fn power_of_two_of<S: Simd>(magnitude: Lanes<S>) -> Lanes<S> {
     let one = magnitude.like(1.0);
     let clamped = magnitude
         .power_of_two()
@@ -320,8 +320,9 @@ fn power_of_two_of<S: Simd>(magnitude: Lanes<S>) -> Lanes<S> {
     magnitude.gt(magnitude.like(0.0)).select(clamped, one)
 }
 
+/// The mean of the squares.
 #[inline(always)]
-fn mean_square<S: Simd>(xs: &[Lanes<S>]) -> Lanes<S> {
+pub fn mean_square<S: Simd>(xs: &[Lanes<S>]) -> Lanes<S> {
     let mut sum = xs[0].like(0.0);
     for &x in xs {
         sum += x * x;

@@ -158,12 +158,13 @@ fn choose_scales<S: Simd, C: Codebook, const SUBS: usize>(
 
 /// A sub-block stored as `step value(q)` with any step.
 #[derive(Clone, Copy)]
-struct Fit<S: Simd> {
-    step: Lanes<S>,
+pub struct Fit<S: Simd> {
+    /// The step.
+    pub step: Lanes<S>,
     /// How much of the weighted energy it explains.
-    gain: Lanes<S>,
+    pub gain: Lanes<S>,
     /// Sum of weight value^2: how much an error of the step costs.
-    stiffness: Lanes<S>,
+    pub stiffness: Lanes<S>,
 }
 
 impl<S: Simd> Fit<S> {
@@ -193,7 +194,7 @@ impl<S: Simd> Fit<S> {
 
     /// Rounds to values and fits the step to them by weighted least squares.
     #[inline(always)]
-    fn to<C: Codebook>(xs: &[Lanes<S>], ws: &[Lanes<S>], inverse: Lanes<S>) -> Self {
+    pub fn to<C: Codebook>(xs: &[Lanes<S>], ws: &[Lanes<S>], inverse: Lanes<S>) -> Self {
         let zero = inverse.like(0.0);
         let (mut qq, mut qx) = (zero, zero);
         for (&x, &w) in xs.iter().zip(ws) {
@@ -419,7 +420,7 @@ impl SymmetricGrid {
 
 /// The value of largest magnitude, the first of equals.
 #[inline(always)]
-fn largest<S: Simd>(values: &[Lanes<S>]) -> Lanes<S> {
+pub fn largest<S: Simd>(values: &[Lanes<S>]) -> Lanes<S> {
     let mut largest = values[0];
     for &value in values {
         largest = value.abs().gt(largest.abs()).select(value, largest);

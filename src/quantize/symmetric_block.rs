@@ -1,96 +1,68 @@
-//! The search behind the types without an offset: a weight is `d value(code)`.
+//! The search behind Q4_0, Q5_0 and IQ4_NL, where a weight is `d value(code)`.
 //!
-//! Enters: a problem. Leaves: the f16 scale and the values of least weighted squared error that were found.
+//! Enters: a problem. Leaves: the f16 scale and the codes of least weighted squared error that were found.
 
 use pulp::Simd;
 
-use super::{lanes::Lanes, searched_block::Problem};
+use super::{
+    lanes::Lanes,
+    searched_block::{Problem, Solution},
+    super_block::Sweep,
+    symmetric::{Codebook, Fit, largest},
+};
 
-/// The values codes stand for.
-pub trait Values {
-    /// Where the search starts: what the value of largest magnitude is mapped to, in turn.
-    fn targets() -> impl Iterator<Item = f32>;
-
-    /// The nearest value.
-    fn nearest<S: Simd>(x: Lanes<S>) -> Lanes<S>;
-}
-
-/// Rounds of choosing values for the scale and the scale for the values.
+/// Rounds of choosing codes for the scale and the scale for the codes.
 const ROUNDS: usize = 3;
 
-/// Returns the scale; the codes follow from it.
+/// Chooses scale and codes.
+///
+/// `first`, `last`: where the weight of largest magnitude is put in turn, less the first and the last
+/// value. ggml's searches stay within one step of the first value; wider ones from both ends lower the
+/// error by 1 % (Q4_0), 3 % (Q5_0), 7 % and without importance 13 % (IQ4_NL).
 #[inline(always)]
-pub fn search<S: Simd, V: Values>(simd: S, problem: &Problem<S>) -> Lanes<S> {
+pub fn search<S: Simd, C: Codebook>(
+    simd: S,
+    problem: &Problem<S>,
+    first: &Sweep,
+    last: &Sweep,
+) -> Solution<S> {
     let zero = Lanes::zero(simd);
-    let per_extreme = extreme(simd, problem).recip_or_zero();
+    let per_largest = largest(&problem.x).recip_or_zero();
     let (mut most, mut d) = (zero, zero);
-    for target in V::targets() {
-        let fit = Fit::of::<V>(problem, zero.like(target) * per_extreme);
-        // Compares qx^2 / qq without dividing.
-        let better = (fit.qx * fit.qx).gt(most * fit.qq);
-        let scale = fit.scale();
-        d = better.select(scale, d);
-        most = better.select(scale * fit.qx, most);
+    for (end, sweep) in [(C::FIRST, first), (C::LAST, last)] {
+        for k in 0..sweep.tries {
+            let inverse = per_largest * zero.like(end + sweep.at(k));
+            let fit = Fit::to::<C>(&problem.x, &problem.weight, inverse);
+            let better = fit.gain.gt(most);
+            most = better.select(fit.gain, most);
+            d = better.select(fit.step, d);
+        }
     }
-    refine::<S, V>(problem, d)
+    let d = refine::<S, C>(problem, d);
+    let inverse = d.recip_or_zero();
+    let mut codes = problem.x;
+    for code in &mut codes {
+        *code = C::code(*code * inverse);
+    }
+    Solution { d, m: zero, codes }
 }
 
-/// Alternates between the nearest values and their best scale, and keeps the best scale seen, all as f16.
+/// Alternates between the nearest codes and their best scale, and keeps the best scale seen, all as f16.
 #[inline(always)]
-fn refine<S: Simd, V: Values>(problem: &Problem<S>, d: Lanes<S>) -> Lanes<S> {
+fn refine<S: Simd, C: Codebook>(problem: &Problem<S>, d: Lanes<S>) -> Lanes<S> {
     let mut d = problem.round_to_f16(d);
     let (mut best, mut least) = (d, d.like(f32::INFINITY));
     for _ in 0..ROUNDS {
-        let fit = Fit::of::<V>(problem, d.recip_or_zero());
-        // The error without the sum of weight x^2, which no scale changes.
-        let error = d * (d * fit.qq - fit.qx - fit.qx);
+        let fit = Fit::to::<C>(&problem.x, &problem.weight, d.recip_or_zero());
+        // The error without the weighted energy, which no scale changes.
+        let error = fit.stiffness * (d - fit.step) * (d - fit.step) - fit.gain;
         let better = error.lt(least);
         if !better.any() {
             break;
         }
         best = better.select(d, best);
         least = better.select(error, least);
-        d = problem.round_to_f16(fit.scale());
+        d = problem.round_to_f16(fit.step);
     }
     best
-}
-
-/// Weighted sums over the values nearest to the scaled weights.
-#[derive(Clone, Copy)]
-struct Fit<S: Simd> {
-    /// Sum of weight value x.
-    qx: Lanes<S>,
-    /// Sum of weight value^2.
-    qq: Lanes<S>,
-}
-
-impl<S: Simd> Fit<S> {
-    #[inline(always)]
-    fn of<V: Values>(problem: &Problem<S>, inverse: Lanes<S>) -> Self {
-        let zero = inverse.like(0.0);
-        let (mut qx, mut qq) = (zero, zero);
-        for (&x, &weight) in problem.x.iter().zip(&problem.weight) {
-            let value = V::nearest(x * inverse);
-            let wq = weight * value;
-            qx += wq * x;
-            qq += wq * value;
-        }
-        Self { qx, qq }
-    }
-
-    /// The scale of least error for these values.
-    #[inline(always)]
-    fn scale(self) -> Lanes<S> {
-        self.qx * self.qq.recip_or_zero()
-    }
-}
-
-/// The first value of largest magnitude.
-#[inline(always)]
-fn extreme<S: Simd>(simd: S, problem: &Problem<S>) -> Lanes<S> {
-    let mut extreme = Lanes::zero(simd);
-    for &x in &problem.x {
-        extreme = x.abs().gt(extreme.abs()).select(x, extreme);
-    }
-    extreme
 }

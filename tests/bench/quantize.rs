@@ -1,13 +1,13 @@
-//! Nanoseconds per weight of every type that can be quantized to, on one core, with and without importance.
+//! Nanoseconds per weight of every type that can be quantized to, on one core, with and without importance, and to decode.
 //!
-//! Run: `cargo bench --bench quantize [TYPE...]`
+//! Run: `cargo bench --bench quantize -- [TYPE...]`
 
 #![allow(clippy::print_stdout, reason = "a bench prints its results")]
 
 use std::{hint::black_box, time::Instant};
 
 use nemoconv::{
-    formats::GgmlType,
+    formats::{GgmlType, block::dequantize},
     quantize::{can_quantize, quantize_rows},
 };
 
@@ -22,35 +22,48 @@ fn main() {
         .collect();
     let rows = normal(ROWS * ROW_LEN);
     let importance: Vec<f32> = normal(ROW_LEN).iter().map(|x| x * x).collect();
-    println!("{:8} {:>10} {:>16}", "type", "ns/weight", "with importance");
+    println!(
+        "{:8} {:>10} {:>16} {:>8}",
+        "type", "ns/weight", "with importance", "decode"
+    );
     for ty in
         GgmlType::all().filter(|ty| can_quantize(*ty) && (wanted.is_empty() || wanted.contains(ty)))
     {
-        let plain = nanoseconds_per_weight(ty, &rows, None);
-        let weighted = nanoseconds_per_weight(ty, &rows, Some(&importance));
-        println!("{ty:8} {plain:10.3} {weighted:16.3}");
+        let bytes = ty
+            .bytes_for(rows.len() as u64)
+            .expect("rows of whole blocks");
+        let mut out = vec![0; usize::try_from(bytes).expect("a small buffer")];
+        let mut decoded = vec![0.0; rows.len()];
+        let plain = nanoseconds_per_weight(|| {
+            let _ = black_box(quantize_rows(ty, ROW_LEN, black_box(&rows), None, &mut out));
+        });
+        let weighted = nanoseconds_per_weight(|| {
+            let importance = Some(&importance[..]);
+            let _ = black_box(quantize_rows(
+                ty,
+                ROW_LEN,
+                black_box(&rows),
+                importance,
+                &mut out,
+            ));
+        });
+        let decode = nanoseconds_per_weight(|| {
+            dequantize(ty, black_box(&out), &mut decoded).expect("what was just written");
+            black_box(&decoded);
+        });
+        println!("{ty:8} {plain:10.3} {weighted:16.3} {decode:8.3}");
     }
 }
 
 /// The least of some rounds, so that other programs on the machine count little.
-fn nanoseconds_per_weight(ty: GgmlType, rows: &[f32], importance: Option<&[f32]>) -> f64 {
-    let bytes = ty
-        .bytes_for(rows.len() as u64)
-        .expect("rows of whole blocks");
-    let mut out = vec![0; usize::try_from(bytes).expect("a small buffer")];
+fn nanoseconds_per_weight(mut run: impl FnMut()) -> f64 {
     let round = |_| {
         let start = Instant::now();
-        let _ = black_box(quantize_rows(
-            ty,
-            ROW_LEN,
-            black_box(rows),
-            importance,
-            &mut out,
-        ));
+        run();
         start.elapsed().as_secs_f64()
     };
     let fastest = (0..ROUNDS).map(round).fold(f64::INFINITY, f64::min);
-    fastest * 1e9 / rows.len() as f64
+    fastest * 1e9 / (ROWS * ROW_LEN) as f64
 }
 
 /// Sums of twelve uniform numbers: close to normal, the same on every machine.

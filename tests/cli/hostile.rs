@@ -1,0 +1,276 @@
+//! Bad input: a message with file, tensor and mend, the documented exit code, nothing under the final name.
+
+use std::path::Path;
+
+use nemoconv_fixtures::nano;
+use serde_json::json;
+use tempfile::tempdir;
+
+use crate::support::{
+    copy_of, edit_config, nemoconv, read_tensors, stderr, try_to_gguf, write_tensors,
+};
+
+/// Damages a copy of the model and expects exit code 1, all of `expected` in the message, and no artifact.
+fn refuses(flags: &[&str], damage: impl FnOnce(&Path), expected: &[&str]) {
+    let folder = tempdir().unwrap();
+    let model = copy_of(&nano(), folder.path());
+    damage(&model);
+    let out = folder.path().join("out");
+    std::fs::create_dir(&out).unwrap();
+    let output = try_to_gguf(&model, &out.join("m.gguf"), flags);
+    let message = stderr(&output);
+    assert_eq!(output.status.code(), Some(1), "{message}");
+    for part in expected {
+        assert!(message.contains(part), "`{part}` is missing in: {message}");
+    }
+    assert_eq!(
+        std::fs::read_dir(&out).unwrap().count(),
+        0,
+        "something was left behind"
+    );
+}
+
+/// Changes one tensor of the copied model.
+fn edit_tensor(model: &Path, name: &str, edit: impl FnOnce(&mut (String, Vec<usize>, Vec<u8>))) {
+    let path = model.join("model.safetensors");
+    let mut tensors = read_tensors(&path);
+    edit(tensors.get_mut(name).unwrap());
+    write_tensors(&path, &tensors);
+}
+
+const IN_PROJ: &str = "backbone.layers.0.mixer.in_proj.weight";
+
+#[test]
+fn a_truncated_shard() {
+    let truncate = |model: &Path| {
+        let path = model.join("model.safetensors");
+        let bytes = std::fs::read(&path).unwrap();
+        std::fs::write(path, &bytes[..bytes.len() - 100]).unwrap();
+    };
+    refuses(&[], truncate, &["truncated", "model.safetensors"]);
+}
+
+#[test]
+fn an_index_that_names_a_missing_shard() {
+    let index = |model: &Path| {
+        let index = json!({ "metadata": {}, "weight_map": { IN_PROJ: "model-00009-of-00009.safetensors" } });
+        std::fs::remove_file(model.join("model.safetensors")).unwrap();
+        std::fs::write(
+            model.join("model.safetensors.index.json"),
+            index.to_string(),
+        )
+        .unwrap();
+    };
+    refuses(&[], index, &["model-00009-of-00009.safetensors"]);
+}
+
+#[test]
+fn a_missing_or_unknown_tensor() {
+    let path = |model: &Path| model.join("model.safetensors");
+    let remove = |model: &Path| {
+        let mut tensors = read_tensors(&path(model));
+        tensors.remove(IN_PROJ);
+        write_tensors(&path(model), &tensors);
+    };
+    refuses(&[], remove, &["layers.0.mixer.in_proj.weight", "hint"]);
+    let add = |model: &Path| {
+        let mut tensors = read_tensors(&path(model));
+        tensors.insert(
+            "backbone.layers.0.mixer.in_proj.bias".into(),
+            ("F32".into(), vec![1], vec![0; 4]),
+        );
+        write_tensors(&path(model), &tensors);
+    };
+    refuses(&[], add, &["in_proj.bias", "accounts for"]);
+}
+
+#[test]
+fn a_shape_or_type_that_is_not_the_configs() {
+    let transpose = |model: &Path| edit_tensor(model, IN_PROJ, |tensor| tensor.1.reverse());
+    refuses(
+        &[],
+        transpose,
+        &[
+            IN_PROJ,
+            "[1288, 256]",
+            "[256, 1288]",
+            "model.safetensors at 0x",
+        ],
+    );
+    let retype = |model: &Path| edit_tensor(model, IN_PROJ, |tensor| tensor.0 = "I16".into());
+    refuses(&[], retype, &[IN_PROJ, "found I16"]);
+}
+
+#[test]
+fn a_config_that_is_absurd() {
+    let set = |field: &'static str, value: serde_json::Value| {
+        move |model: &Path| edit_config(model, |config| config[field] = value)
+    };
+    refuses(
+        &[],
+        set("hidden_size", json!(-1)),
+        &["hidden_size", "config.json"],
+    );
+    refuses(&[], set("vocab_size", json!(1u64 << 60)), &["vocab_size"]);
+    refuses(
+        &[],
+        set("hybrid_override_pattern", json!("M".repeat(100_000))),
+        &["limit is 512"],
+    );
+    refuses(
+        &[],
+        set("architectures", json!(["LlamaForCausalLM"])),
+        &["LlamaForCausalLM"],
+    );
+    let break_json = |model: &Path| std::fs::write(model.join("config.json"), "{\"a\": ").unwrap();
+    refuses(&[], break_json, &["config.json"]);
+}
+
+#[test]
+fn nan_and_infinite_weights_are_counted_and_refused() {
+    let damage = |model: &Path| {
+        edit_tensor(model, IN_PROJ, |tensor| {
+            tensor.2[..4].copy_from_slice(&[0xc0, 0x7f, 0x80, 0xff]);
+        });
+    };
+    for file_type in ["bf16", "q8_0", "q4_k_m", "iq4_xs", "q2_k"] {
+        refuses(
+            &["-t", file_type],
+            damage,
+            &[
+                "blk.0.ssm_in.weight",
+                "2 NaN or infinite",
+                "--allow-nonfinite",
+            ],
+        );
+    }
+    let folder = tempdir().unwrap();
+    let model = copy_of(&nano(), folder.path());
+    damage(&model);
+    let out = folder.path().join("m.gguf");
+    assert!(
+        try_to_gguf(&model, &out, &["-t", "bf16", "--allow-nonfinite"])
+            .status
+            .success()
+    );
+}
+
+#[test]
+fn what_does_not_fit_f16_is_counted_and_refused() {
+    // 1e30 as BF16.
+    let damage = |model: &Path| {
+        edit_tensor(model, IN_PROJ, |tensor| {
+            tensor.2[..2].copy_from_slice(&[0x4a, 0x71])
+        })
+    };
+    for file_type in ["f16", "q8_0", "q4_0", "q4_k_m"] {
+        refuses(
+            &["-t", file_type],
+            damage,
+            &[
+                "blk.0.ssm_in.weight",
+                "too large for F16",
+                "--allow-f16-overflow",
+            ],
+        );
+    }
+}
+
+#[test]
+fn a_pattern_that_matches_nothing() {
+    refuses(
+        &["--tensor-type", "no_such_tensor=q8_0", "-t", "q4_k_m"],
+        |_| (),
+        &["matches no tensor", "hint"],
+    );
+}
+
+#[test]
+fn an_importance_matrix_of_another_model() {
+    let folder = tempdir().unwrap();
+    let path = folder.path().join("other.dat");
+    let mut bytes = 1i32.to_le_bytes().to_vec();
+    bytes.extend(5i32.to_le_bytes());
+    bytes.extend(b"other");
+    bytes.extend(1i32.to_le_bytes());
+    bytes.extend(1i32.to_le_bytes());
+    bytes.extend(1f32.to_le_bytes());
+    std::fs::write(&path, bytes).unwrap();
+    refuses(
+        &["-t", "q4_k_m", "--imatrix", path.to_str().unwrap()],
+        |_| (),
+        &["no tensor of this model"],
+    );
+}
+
+#[test]
+fn an_output_folder_that_does_not_exist() {
+    let output = try_to_gguf(&nano(), Path::new("/nonexistent-folder/m.gguf"), &[]);
+    assert_eq!(output.status.code(), Some(1));
+    assert!(
+        stderr(&output).contains("/nonexistent-folder"),
+        "{}",
+        stderr(&output)
+    );
+}
+
+#[test]
+fn a_model_that_is_not_there() {
+    let output = nemoconv(["to-gguf", "/nonexistent-model"]);
+    assert_eq!(output.status.code(), Some(1));
+    assert!(stderr(&output).contains("/nonexistent-model"));
+}
+
+#[test]
+fn wrong_usage_is_64() {
+    for args in [
+        &["to-gguf"][..],
+        &["to-gguf", "m", "-t", "q9"],
+        &["no-such-verb"],
+        &[],
+    ] {
+        assert_eq!(nemoconv(args).status.code(), Some(64), "{args:?}");
+    }
+    assert_eq!(nemoconv(["--help"]).status.code(), Some(0));
+}
+
+/// `SIGTERM` in the middle: exit code 130 and an empty folder.
+#[cfg(unix)]
+#[test]
+fn a_signal_leaves_nothing_behind() {
+    use std::process::{Command, Stdio};
+    let folder = tempdir().unwrap();
+    let mut child = Command::new(env!("CARGO_BIN_EXE_nemoconv"))
+        .arg("to-gguf")
+        .arg(nano())
+        .arg("-o")
+        .arg(folder.path().join("m.gguf"))
+        .args(["-t", "iq4_xs", "--threads", "1"])
+        .stderr(Stdio::null())
+        .stdout(Stdio::null())
+        .spawn()
+        .unwrap();
+    // Until its temporary file is there.
+    let begun = std::time::Instant::now();
+    while std::fs::read_dir(folder.path()).unwrap().next().is_none()
+        && begun.elapsed().as_secs() < 20
+    {
+        std::thread::yield_now();
+    }
+    let killed = Command::new("kill")
+        .arg(child.id().to_string())
+        .status()
+        .unwrap()
+        .success();
+    let code = child.wait().unwrap().code();
+    let left: Vec<_> = std::fs::read_dir(folder.path())
+        .unwrap()
+        .map(|e| e.unwrap().file_name())
+        .collect();
+    match code {
+        Some(130) => assert!(left.is_empty(), "left behind: {left:?}"),
+        // It was faster than the signal: then the whole artifact is there.
+        Some(0) => assert_eq!(left.len(), 2, "killed: {killed}, {left:?}"),
+        other => panic!("exit code {other:?}"),
+    }
+}

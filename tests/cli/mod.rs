@@ -1,0 +1,5 @@
+//! The program from outside: files, exit codes, messages.
+
+mod artifacts;
+mod hostile;
+mod inspect;
