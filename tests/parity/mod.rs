@@ -4,4 +4,5 @@ mod converter;
 mod independent_reader;
 mod llama_cpp;
 mod metadata;
+mod mixes;
 mod quantization_error;
