@@ -1,5 +1,7 @@
 //! Integration tests: one binary.
 
+#![allow(clippy::print_stdout, reason = "tests say what they skip and measure")]
+
 mod cli;
 mod parity;
 mod support;

@@ -11,7 +11,7 @@ use nemoconv::formats::gguf::NewTensor;
 use nemoconv::formats::{Dtype, Imatrix};
 use nemoconv::model::config::NemotronHConfig;
 use nemoconv::model::description::{DescriptionSources, ModelDescription, ParameterCounts};
-use nemoconv::model::tokenizer::Tokenizer;
+use nemoconv::model::tokenizer::{TokenType, Tokenizer};
 use nemoconv::plan::Plan;
 use nemoconv::plan::file_type::FileType;
 use nemoconv::plan::sources::Fate;
@@ -122,8 +122,7 @@ fn prepare(args: &ToGguf) -> Result<Prepared> {
         vocab_size,
         args.pre_tokenizer.as_deref(),
     )?;
-    // The converter pads the list to a multiple of 8 but not the embedding, and such a file does not load.
-    tokenizer.tokens.truncate(vocab_size);
+    drop_padding(&mut tokenizer, vocab_size)?;
     let description = describe(args, &checkpoint, &json, &plan)?;
     let imatrix_path = args.imatrix.as_ref().map(|path| path.to_string_lossy());
     let named = imatrix
@@ -158,6 +157,23 @@ fn prepare(args: &ToGguf) -> Result<Prepared> {
         parts,
         peak_bytes,
     })
+}
+
+/// The converter pads the token list to a multiple of 8 but not the embedding, and such a file does not load.
+fn drop_padding(tokenizer: &mut Tokenizer, vocab_size: usize) -> Result<()> {
+    let padding = tokenizer
+        .tokens
+        .drain(vocab_size.min(tokenizer.tokens.len())..);
+    match padding
+        .into_iter()
+        .find(|token| token.token_type != TokenType::Unused)
+    {
+        Some(token) => Err(Error::Model(Fault::new(format!(
+            "token `{}` has no row in the embedding of {vocab_size} rows",
+            token.text.escape_debug()
+        )))),
+        None => Ok(()),
+    }
 }
 
 /// The program itself and the mapped pages that are in use at a time.

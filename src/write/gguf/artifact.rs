@@ -230,7 +230,7 @@ mod tests {
             .write_at(0, parts.slots[0].offset, &[7; 128])
             .unwrap();
         artifact.sync().unwrap();
-        assert_eq!(artifact.publish().unwrap(), [path.clone()]);
+        assert_eq!(artifact.publish().unwrap(), std::slice::from_ref(&path));
         let gguf = Gguf::open(&path).unwrap();
         assert_eq!(gguf.tensor_bytes(&gguf.header().tensors[0]), [7; 128]);
         assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 1);
