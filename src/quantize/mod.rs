@@ -71,7 +71,7 @@ pub fn can_quantize(ty: GgmlType) -> bool {
 
 /// Quantizes whole rows; every row gives the same bytes alone and together with others.
 ///
-/// `rows`: [n, `row_len`], row-major; `importance`: [`row_len`], how much an error in each column counts
+/// `rows`: `[n, row_len]`, row-major; `importance`: `[row_len]`, how much an error in each column counts
 /// (used by the types whose scales are searched); `out`: exactly the bytes of n rows. NaN and infinities
 /// give unspecified codes in their block.
 ///
