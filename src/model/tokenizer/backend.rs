@@ -111,10 +111,14 @@ impl Backend {
         );
         encoder.with_decoder(DECODER.build::<DecoderWrapper>(json.decoder)?);
         encoder
-            .add_tokens(json.added_tokens.into_iter().map(|entry| entry.token))
+            .add_tokens(
+                json.added_tokens
+                    .into_iter()
+                    .map(|entry| bounded(entry.token)),
+            )
             .map_err(refused)?;
         encoder
-            .add_tokens(additions.iter().cloned())
+            .add_tokens(additions.iter().cloned().map(bounded))
             .map_err(refused)?;
         Ok(Self { encoder })
     }
@@ -189,6 +193,12 @@ impl Backend {
             token_type: TokenType::UserDefined,
         })
     }
+}
+
+/// Without `rstrip`: the encoder panics where a token that takes the white space after it is followed
+/// by a token of white space. The flag is not stored, and changes nothing where a text is one token.
+fn bounded(token: AddedToken) -> AddedToken {
+    token.rstrip(false)
 }
 
 /// Tokens that some publishers forgot to mark as special; the stock converter's list.

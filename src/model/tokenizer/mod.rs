@@ -167,6 +167,8 @@ mod tests {
 
     #[test]
     fn hostile_tokenizers_are_refused() {
+        let template =
+            json!({"type": "TemplateProcessing", "single": [], "pair": [], "special_tokens": {}});
         for (pointer, value, expected) in [
             (
                 "/model/vocab/x",
@@ -271,6 +273,11 @@ mod tests {
             ),
             (
                 "/post_processor",
+                json!({"type": "Sequence", "processors": [template, template]}),
+                "`post_processor` must have at most one TemplateProcessing, found 2",
+            ),
+            (
+                "/post_processor",
                 json!({"type": "Nothing"}),
                 "`post_processor` must be one of ",
             ),
@@ -312,6 +319,26 @@ mod tests {
             usize::MAX,
             "`vocab_size` must be 1 to 1048576",
         );
+    }
+
+    #[test]
+    fn tokens_of_white_space_may_follow_tokens_that_take_it() {
+        let token = |id: u32, content: &str, rstrip: bool, lstrip: bool| {
+            json!({"id": id, "content": content, "single_word": false, "lstrip": lstrip,
+                   "rstrip": rstrip, "normalized": false, "special": true})
+        };
+        // The probe has both, one after the other.
+        let added = json!([
+            token(288, "\n\n", true, false),
+            token(289, "\n", false, true)
+        ]);
+        let files = TokenizerFiles {
+            tokenizer_json: changed("/added_tokens", added),
+            ..TokenizerFiles::default()
+        };
+        let tokenizer = Tokenizer::parse(&files, &Value::Null, 290, None).unwrap();
+        assert_eq!(tokenizer.pre_tokenizer, "pixtral");
+        assert_eq!(tokenizer.tokens[288].text, "\n\n");
     }
 
     #[test]

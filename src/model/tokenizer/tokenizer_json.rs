@@ -89,6 +89,7 @@ impl TokenizerJson {
         check_vocab(&model.vocab, token_count)?;
         check_merges(&model)?;
         check_added_tokens(&file.added_tokens, &model.vocab, token_count)?;
+        check_template_count(&file.post_processor)?;
         check_templates(&file.post_processor)?;
         Ok(Self {
             model,
@@ -211,6 +212,26 @@ fn check_added_tokens(
         given.insert(text, *id);
     }
     Ok(())
+}
+
+/// The encoder panics where a template meets the several pieces another one left.
+fn check_template_count(processor: &Value) -> Result<()> {
+    match template_count(processor) {
+        0 | 1 => Ok(()),
+        count => Err(Error::unsupported(format!(
+            "`post_processor` must have at most one TemplateProcessing, found {count}"
+        ))),
+    }
+}
+
+fn template_count(processor: &Value) -> usize {
+    let parts = processor.get("processors").and_then(Value::as_array);
+    let own = processor.get("type").and_then(Value::as_str) == Some("TemplateProcessing");
+    parts
+        .into_iter()
+        .flatten()
+        .map(template_count)
+        .fold(usize::from(own), usize::saturating_add)
 }
 
 /// Templates must declare their special tokens, and have a second text only in pairs: the encoder
