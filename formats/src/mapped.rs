@@ -54,10 +54,19 @@ impl MappedFile {
     /// system has no such call, or where part of the range lies outside the file.
     pub fn release(&self, range: Range<usize>) {
         if range.start < range.end && range.end <= self.map.len() {
-            drop_pages(&self.map, range);
+            let start = range.start.saturating_sub(FAULT_AROUND_BYTES);
+            let end = range
+                .end
+                .saturating_add(FAULT_AROUND_BYTES)
+                .min(self.map.len());
+            drop_pages(&self.map, start..end);
         }
     }
 }
+
+/// Linux maps up to this much around the page that was asked for (`fault_around_bytes`): a neighbour's first read
+/// brings back pages that were dropped, so that a release reaches this far beyond its range.
+const FAULT_AROUND_BYTES: usize = 64 << 10;
 
 /// The one place that maps a file.
 #[allow(unsafe_code, reason = "memory maps have no safe constructor")]
