@@ -140,6 +140,8 @@ pub enum Stream {
     Writes,
     /// It is the weight of a norm over the stream.
     Norm,
+    /// It is the norm before a head whose weights are those of a tensor that writes to the stream.
+    NormOfTiedHead,
 }
 
 /// Whether the checkpoint must hold it.

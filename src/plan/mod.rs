@@ -17,7 +17,7 @@ use nemoconv_formats::{Dtype, GgmlType};
 use crate::error::{Error, Fault, Result};
 use crate::model::config::NemotronHConfig;
 use crate::model::hybrid_pattern::BlockKind;
-use crate::model::nemotron_h::{Dim, TensorRule, ValueRule, Widths};
+use crate::model::nemotron_h::{Dim, Stream, TensorRule, ValueRule, Widths};
 use mixes::ModelTraits;
 use sources::{Fate, Piece, ResolvedTensor};
 use types::{Candidate, TypeSettings};
@@ -129,6 +129,7 @@ impl Plan {
             .into_iter()
             .map(|tensor| shape(tensor, &config, &widening))
             .collect();
+        balance_tied_head(&mut tensors, &widening);
         choose_types(
             &mut tensors,
             checkpoint,
@@ -197,6 +198,19 @@ fn shape(tensor: ResolvedTensor, config: &NemotronHConfig, widening: &Widening) 
         factor: widening.factor(rule.stream),
         head_dim: config.head_dim,
         importance: None,
+    }
+}
+
+/// A head tied to the embedding reads rows that carry a writer's factor; the norm before it takes that back.
+fn balance_tied_head(tensors: &mut [PlannedTensor], widening: &Widening) {
+    if tensors.iter().any(|tensor| tensor.name == "output.weight") {
+        return;
+    }
+    if let Some(norm) = tensors
+        .iter_mut()
+        .find(|tensor| tensor.name == "output_norm.weight")
+    {
+        norm.factor = widening.factor(Stream::NormOfTiedHead);
     }
 }
 

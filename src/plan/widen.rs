@@ -68,6 +68,7 @@ impl Widening {
             Stream::Apart => 1.0,
             Stream::Writes => growth.sqrt() as f32,
             Stream::Norm => (1.0 / growth).sqrt() as f32,
+            Stream::NormOfTiedHead => (1.0 / growth) as f32,
         }
     }
 
