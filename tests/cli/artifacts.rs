@@ -4,6 +4,7 @@ use std::path::Path;
 
 use nemoconv::formats::GgmlType;
 use nemoconv::formats::gguf::{Gguf, Value};
+use nemoconv_fixtures::checkpoint::{Naming, RandomCheckpoint};
 use nemoconv_fixtures::{models, nano};
 use tempfile::tempdir;
 
@@ -52,6 +53,34 @@ fn a_sharded_checkpoint_gives_the_same_tensors() {
         bytes.collect::<Vec<_>>()
     };
     assert!(tensors(single, "a.gguf") == tensors(sharded, "b.gguf"));
+}
+
+#[test]
+fn names_shards_and_stacks_do_not_change_the_tensors() {
+    let separate = RandomCheckpoint {
+        pattern: "ME*".into(),
+        ..RandomCheckpoint::default()
+    };
+    let stacked = RandomCheckpoint {
+        naming: Naming::Transformers,
+        stacked_experts: true,
+        shard_bytes: 1_000_000,
+        ..separate.clone()
+    };
+    let folder = tempdir().unwrap();
+    let tensors = |checkpoint: &RandomCheckpoint, name: &str| {
+        let model = checkpoint.write_as(folder.path(), name).unwrap();
+        let path = folder.path().join(format!("{name}.gguf"));
+        to_gguf(&model, &path, &["-t", "q4_k_m"]);
+        let gguf = Gguf::open(&path).unwrap();
+        let bytes = gguf
+            .header()
+            .tensors
+            .iter()
+            .map(|t| (t.name.clone(), gguf.tensor_bytes(t).to_vec()));
+        bytes.collect::<Vec<_>>()
+    };
+    assert!(tensors(&separate, "separate") == tensors(&stacked, "stacked"));
 }
 
 #[test]

@@ -8,6 +8,10 @@ import sys
 
 import xllamacpp
 
+# A token of plain text in every model asked about. Tokens that are only part of a character are answered without
+# probabilities, so sampling is pushed to this one; the probabilities are those before any push.
+WHOLE_CHARACTER = 70
+
 request = json.load(sys.stdin)
 for path in request["files"]:
     params = xllamacpp.CommonParams()
@@ -22,6 +26,7 @@ for path in request["files"]:
         answer = server.handle_completions({
             "prompt": prompt, "n_predict": count, "n_probs": probs, "temperature": -1.0,
             "post_sampling_probs": False, "cache_prompt": False, "ignore_eos": True,
+            "logit_bias": [[WHOLE_CHARACTER, 1e9]] if probs else [],
         })
         return json.loads(answer) if isinstance(answer, str) else answer
 

@@ -7,6 +7,7 @@ use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
+use nemoconv_fixtures::checkpoint::cases;
 use nemoconv_fixtures::{models, nano};
 use serde::Deserialize;
 use serde_json::json;
@@ -288,4 +289,41 @@ fn widening_keeps_the_function_and_makes_super_blocks_legal() {
         mean_kl(&answers[0], &answers[2]) < 0.2,
         "Q4_K_M of the widened model is another function"
     );
+}
+
+/// Experts with and without a latent space, multi-token prediction, biases, FP8, tied embeddings.
+#[test]
+fn random_checkpoints_load_and_keep_their_function_when_widened() {
+    let Some(python) = python() else { return };
+    let folder = tempdir().unwrap();
+    for case in cases() {
+        let model = case.checkpoint.write_as(folder.path(), case.name).unwrap();
+        let files = [
+            ("plain", &["-t", "f32"][..]),
+            ("widened", &["-t", "f32", "--widen", "--no-mtp"]),
+            ("q8_0", &["-t", "q8_0", "--allow-fallback"]),
+            ("q4_k_m", &["-t", "q4_k_m", "--allow-fallback"]),
+        ]
+        .map(|(name, flags)| {
+            let path = folder.path().join(format!("{}-{name}.gguf", case.name));
+            to_gguf(&model, &path, flags);
+            path
+        });
+        let prompts = [(20..28).collect(), (300..340).rev().collect()];
+        let answers = ask(&python, &files, &prompts, case.checkpoint.vocab_size);
+        assert!(
+            answers.iter().all(|answer| answer.generated == 4),
+            "{}",
+            case.name
+        );
+        let finite = |answer: &Answer| answer.logprobs.iter().flatten().all(|l| l.is_finite());
+        assert!(answers.iter().all(finite), "{}", case.name);
+        let difference = relative_difference(&answers[1], &answers[0].logprobs);
+        println!("{} widened: {difference:.2e}", case.name);
+        assert!(
+            difference <= LOGIT_TOLERANCE,
+            "{}: {difference:e}",
+            case.name
+        );
+    }
 }
