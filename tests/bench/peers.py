@@ -4,7 +4,7 @@
 
 `--convert` is the stock converter's command line up to the model's path. The peer's way to a quantized file is the
 converter to BF16, then llama-quantize. Prints medians: CPU milliseconds (user + system) per million weights, peak
-memory of the largest process, and ratios.
+memory of the largest process, and ratios. `cargo fixtures FOLDER --preset 1b` (or `4b`) writes a checkpoint to compare on.
 """
 import argparse
 import json
