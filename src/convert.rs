@@ -1,4 +1,4 @@
-//! The spine: every tensor of a plan, tile by tile, from the mapped checkpoint to its place in the artifact.
+//! The spine: every tensor of a plan, tile by tile, from the checkpoint to its place in the artifact.
 //!
 //! Enters: an open checkpoint, a [`Plan`], an [`Artifact`] with all offsets known. Leaves: written and re-read
 //! bytes, [`Summary`]. Tiles are independent of each other and of who computes them, so any number of threads gives
@@ -183,7 +183,6 @@ impl Job<'_> {
         self.artifact
             .write_at(slot.part, slot.offset + tile.offset(tensor), made.bytes)?;
         self.progress.advance(made.bytes.len() as u64);
-        tile.release(self.checkpoint, tensor);
         Ok(())
     }
 

@@ -2,18 +2,19 @@
 //!
 //! Enters: a path. Leaves: its bytes, paged in on demand. Knows no format.
 
-use crate::{Error, Result};
+use crate::{Error, Result, positioned};
 use memmap2::Mmap;
 use std::{
     fs::File,
-    ops::Range,
     path::{Path, PathBuf},
 };
 
-/// A file mapped read-only. Pages come from disk when touched and can be given back with [`Self::release`].
+/// A file mapped read-only. Headers are read from the map; what is streamed goes through [`Self::read_at`], whose
+/// memory is the caller's buffer: pages of a map stay resident behind a pass over it.
 #[derive(Debug)]
 pub struct MappedFile {
     path: PathBuf,
+    file: File,
     map: Mmap,
 }
 
@@ -35,6 +36,7 @@ impl MappedFile {
         let map = map_read_only(&file).map_err(|e| name(e.into()))?;
         Ok(Self {
             path: path.to_owned(),
+            file,
             map,
         })
     }
@@ -49,24 +51,15 @@ impl MappedFile {
         &self.map
     }
 
-    /// Lets the system drop the resident pages that hold `range`, so that a pass over a file larger than the memory
-    /// stays small. The bytes stay readable; a later read fetches them again. Advice only: nothing happens where the
-    /// system has no such call, or where part of the range lies outside the file.
-    pub fn release(&self, range: Range<usize>) {
-        if range.start < range.end && range.end <= self.map.len() {
-            let start = range.start.saturating_sub(FAULT_AROUND_BYTES);
-            let end = range
-                .end
-                .saturating_add(FAULT_AROUND_BYTES)
-                .min(self.map.len());
-            drop_pages(&self.map, start..end);
-        }
+    /// Fills `bytes` from `offset` on.
+    ///
+    /// # Errors
+    /// The file cannot be read, or ends before; with its path and the offset.
+    pub fn read_at(&self, offset: u64, bytes: &mut [u8]) -> Result<()> {
+        positioned::read_exact_at(&self.file, bytes, offset)
+            .map_err(|e| Error::from(e).in_file(&self.path).at(offset))
     }
 }
-
-/// Linux maps up to this much around the page that was asked for (`fault_around_bytes`): a neighbour's first read
-/// brings back pages that were dropped, so that a release reaches this far beyond its range.
-const FAULT_AROUND_BYTES: usize = 64 << 10;
 
 /// The one place that maps a file.
 #[allow(unsafe_code, reason = "memory maps have no safe constructor")]
@@ -77,44 +70,44 @@ fn map_read_only(file: &File) -> std::io::Result<Mmap> {
     unsafe { Mmap::map(file) }
 }
 
-#[cfg(unix)]
-#[allow(
-    unsafe_code,
-    reason = "memmap2 marks this advice unsafe because it discards private writes"
-)]
-fn drop_pages(map: &Mmap, range: Range<usize>) {
-    // SAFETY: discarding pages of a shared read-only file map loses nothing, they are read from the file again.
-    // A refusal is of no consequence: the pages stay.
-    let _ = unsafe {
-        map.unchecked_advise_range(memmap2::UncheckedAdvice::DontNeed, range.start, range.len())
-    };
-}
-
-#[cfg(not(unix))]
-fn drop_pages(_: &Mmap, _: Range<usize>) {}
-
 #[cfg(test)]
 mod tests {
     use super::*;
 
     #[test]
-    fn released_pages_read_the_same() {
+    fn parts_read_as_they_are_mapped() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("bytes");
         let bytes: Vec<u8> = (0..100_000u32).map(|i| i as u8).collect();
         std::fs::write(&path, &bytes).unwrap();
         let file = MappedFile::open(&path).unwrap();
         assert_eq!(file.bytes(), bytes);
-        for range in [
-            0..100_000,
-            5_000..5_001,
-            7..7,
-            99_999..100_001,
-            usize::MAX - 1..usize::MAX,
-        ] {
-            file.release(range);
-            assert_eq!(file.bytes(), bytes);
+        let mut part = [0; 77];
+        file.read_at(5_000, &mut part).unwrap();
+        assert_eq!(part, bytes[5_000..5_077]);
+        for beyond in [99_999, 100_000, u64::MAX] {
+            let error = file.read_at(beyond, &mut part).unwrap_err();
+            assert_eq!(
+                (error.place.path, error.place.offset),
+                (Some(path.clone()), Some(beyond))
+            );
         }
+    }
+
+    /// A file cut while it is mapped is an error of the read, not a signal.
+    #[test]
+    fn a_file_cut_meanwhile_is_an_error() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("bytes");
+        std::fs::write(&path, [1; 10_000]).unwrap();
+        let file = MappedFile::open(&path).unwrap();
+        File::options()
+            .write(true)
+            .open(&path)
+            .unwrap()
+            .set_len(100)
+            .unwrap();
+        assert!(file.read_at(5_000, &mut [0; 10]).is_err());
     }
 
     #[test]

@@ -1,10 +1,8 @@
 //! One tile: consecutive stored rows of one matrix, small enough to stay in the cache.
 //!
-//! Enters: mapped source bytes. Leaves: the bytes to store. Knows nothing of files and threads.
+//! Enters: source bytes, read into the worker's own buffers. Leaves: the bytes to store. Knows nothing of files and threads.
 
-use std::ops::Range;
-
-use nemoconv_formats::checkpoint::{Checkpoint, TensorEntry};
+use nemoconv_formats::checkpoint::Checkpoint;
 use nemoconv_formats::{Dtype, GgmlType, float};
 
 use crate::error::Result;
@@ -76,10 +74,11 @@ impl Scratch {
     /// Bytes that tiles of `tensor` need.
     pub fn bytes_for(tensor: &PlannedTensor) -> usize {
         let rows = rows_per_tile(tensor);
-        rows * (4 * tensor.stored.columns + tensor.row_bytes())
+        // Values as f32, and the larger of source bytes (at most f32 too) and stored bytes.
+        rows * 8 * tensor.stored.columns
     }
 
-    /// A buffer of `count` bytes with unspecified content.
+    /// A buffer of `count` bytes with unspecified content: source bytes, then stored bytes.
     pub fn bytes(&mut self, count: usize) -> &mut [u8] {
         self.out.resize(self.out.len().max(count), 0);
         &mut self.out[..count]
@@ -95,20 +94,23 @@ impl Tile {
     /// Computes the stored bytes.
     ///
     /// # Errors
-    /// A source type that is not a float (the plan has checked that).
+    /// The checkpoint cannot be read.
     pub fn make<'a>(
         &self,
-        checkpoint: &'a Checkpoint,
+        checkpoint: &Checkpoint,
         tensor: &PlannedTensor,
         scratch: &'a mut Scratch,
     ) -> Result<Made<'a>> {
-        if let Some(made) = self.copy(checkpoint, tensor) {
-            return Ok(made);
+        if let Some(source) = self.unchanged(checkpoint, tensor) {
+            return self.copy(checkpoint, tensor, source, scratch);
         }
         let count = self.rows * tensor.stored.columns;
         scratch.values.resize(scratch.values.len().max(count), 0.0);
+        let mut values = std::mem::take(&mut scratch.values);
+        let read = self.read(checkpoint, tensor, &mut values[..count], scratch);
+        scratch.values = values;
+        read?;
         let values = &mut scratch.values[..count];
-        self.read(checkpoint, tensor, values, &mut scratch.scales)?;
         let nonfinite = values
             .iter()
             .map(|value| u64::from(!value.is_finite()))
@@ -135,8 +137,8 @@ impl Tile {
         })
     }
 
-    /// The source bytes themselves, where they are already what is stored.
-    fn copy<'a>(&self, checkpoint: &'a Checkpoint, tensor: &PlannedTensor) -> Option<Made<'a>> {
+    /// The first source row, where the source bytes already are what is stored.
+    fn unchanged(&self, checkpoint: &Checkpoint, tensor: &PlannedTensor) -> Option<Rows> {
         let Piece::Tensor {
             source,
             first_row,
@@ -145,24 +147,33 @@ impl Tile {
         else {
             return None;
         };
-        let entry = &checkpoint.tensors()[source];
         let same_type = matches!(
-            (entry.dtype, tensor.ty),
+            (checkpoint.tensors()[source].dtype, tensor.ty),
             (Dtype::Bf16, GgmlType::BF16)
                 | (Dtype::F16, GgmlType::F16)
                 | (Dtype::F32, GgmlType::F32)
         );
         let same_place = tensor.source == tensor.stored && tensor.rule.value == ValueRule::Copy;
-        if !same_type || !same_place || tensor.factor != 1.0 {
-            return None;
-        }
-        let rows = first_row + self.row..first_row + self.row + self.rows;
-        let bytes = checkpoint
-            .bytes(entry)
-            .get(byte_range(entry, tensor, rows))?;
-        Some(Made {
-            bytes,
+        (same_type && same_place && tensor.factor == 1.0).then_some(Rows {
+            source,
+            first: first_row + self.row,
+        })
+    }
+
+    fn copy<'a>(
+        &self,
+        checkpoint: &Checkpoint,
+        tensor: &PlannedTensor,
+        rows: Rows,
+        scratch: &'a mut Scratch,
+    ) -> Result<Made<'a>> {
+        let entry = &checkpoint.tensors()[rows.source];
+        let row_bytes = tensor.row_bytes();
+        let bytes = scratch.bytes(self.rows * row_bytes);
+        checkpoint.read_at(entry, rows.first * row_bytes, bytes)?;
+        Ok(Made {
             nonfinite: nonfinite_in(entry.dtype, bytes),
+            bytes,
             overflows: 0,
         })
     }
@@ -173,7 +184,7 @@ impl Tile {
         checkpoint: &Checkpoint,
         tensor: &PlannedTensor,
         values: &mut [f32],
-        scales: &mut Vec<f32>,
+        scratch: &mut Scratch,
     ) -> Result<()> {
         let Piece::Tensor {
             source,
@@ -185,29 +196,34 @@ impl Tile {
             return Ok(());
         };
         let entry = &checkpoint.tensors()[source];
-        let bytes = checkpoint.bytes(entry);
         let interleave = head_dim(tensor);
-        let whole = tensor.source.columns == tensor.stored.columns && interleave.is_none();
         let inside = self.rows.min(tensor.source.rows.saturating_sub(self.row));
         let (filled, rest) = values.split_at_mut(inside * tensor.stored.columns);
         rest.fill(0.0);
-        if whole {
-            let rows = first_row + self.row..first_row + self.row + inside;
-            float::to_f32(entry.dtype, &bytes[byte_range(entry, tensor, rows)], filled)?;
+        let row_bytes = tensor.source.columns * entry.dtype.bytes();
+        let bytes = scratch.bytes(inside * row_bytes);
+        match interleave {
+            None => checkpoint.read_at(entry, (first_row + self.row) * row_bytes, bytes)?,
+            Some(_) => {
+                for (index, row) in bytes.chunks_exact_mut(row_bytes).enumerate() {
+                    let from = first_row + interleaved(self.row + index, interleave);
+                    checkpoint.read_at(entry, from * row_bytes, row)?;
+                }
+            }
+        }
+        if tensor.source.columns == tensor.stored.columns {
+            float::to_f32(entry.dtype, bytes, filled)?;
         } else {
-            for (index, row) in filled.chunks_exact_mut(tensor.stored.columns).enumerate() {
-                let from = first_row + interleaved(self.row + index, interleave);
+            let rows = filled.chunks_exact_mut(tensor.stored.columns);
+            for (row, bytes) in rows.zip(bytes.chunks_exact(row_bytes)) {
                 let (data, padding) = row.split_at_mut(tensor.source.columns);
-                float::to_f32(
-                    entry.dtype,
-                    &bytes[byte_range(entry, tensor, from..from + 1)],
-                    data,
-                )?;
+                float::to_f32(entry.dtype, bytes, data)?;
                 padding.fill(0.0);
             }
         }
         let Some(scale) = scale else { return Ok(()) };
         let scale = &checkpoint.tensors()[scale];
+        let scales = &mut scratch.scales;
         scales.resize(scale.shape.iter().product(), 0.0);
         float::to_f32(scale.dtype, checkpoint.bytes(scale), scales)?;
         if let Some(grid) = Grid::new(&entry.shape, &scale.shape) {
@@ -218,25 +234,15 @@ impl Tile {
         }
         Ok(())
     }
-
-    /// Lets the system drop the source pages of this tile.
-    pub fn release(&self, checkpoint: &Checkpoint, tensor: &PlannedTensor) {
-        if let Piece::Tensor {
-            source, first_row, ..
-        } = tensor.pieces[self.piece]
-        {
-            let entry = &checkpoint.tensors()[source];
-            let end = (self.row + self.rows).min(tensor.source.rows);
-            let rows = first_row + self.row.min(end)..first_row + end;
-            checkpoint.release(entry, byte_range(entry, tensor, rows));
-        }
-    }
 }
 
-/// Bytes of source rows within their tensor.
-fn byte_range(entry: &TensorEntry, tensor: &PlannedTensor, rows: Range<usize>) -> Range<usize> {
-    let row_bytes = tensor.source.columns * entry.dtype.bytes();
-    rows.start * row_bytes..rows.end * row_bytes
+/// Consecutive rows of a checkpoint tensor.
+#[derive(Debug, Clone, Copy)]
+struct Rows {
+    /// Index into [`Checkpoint::tensors`].
+    source: usize,
+    /// The first.
+    first: usize,
 }
 
 /// Rows per head where heads are interleaved.

@@ -169,11 +169,18 @@ impl Checkpoint {
             .unwrap_or_default()
     }
 
-    /// Lets the system drop the pages that hold the bytes `part` of `entry`, see [`crate::MappedFile::release`].
-    pub fn release(&self, entry: &TensorEntry, part: Range<usize>) {
-        if let (Some(shard), Some(range)) = (self.shards.get(entry.shard), entry.range(part)) {
-            shard.file().release(range);
-        }
+    /// Fills `bytes` with the tensor's bytes from `start` on.
+    ///
+    /// # Errors
+    /// The part reaches past the tensor, or the shard cannot be read; with path, tensor and offset.
+    pub fn read_at(&self, entry: &TensorEntry, start: usize, bytes: &mut [u8]) -> Result<()> {
+        let part = start..start.saturating_add(bytes.len());
+        let (Some(shard), Some(range)) = (self.shards.get(entry.shard), entry.range(part)) else {
+            let what = "a part was asked for that reaches past the tensor";
+            return Err(Error::malformed(what).in_tensor(&entry.name));
+        };
+        let read = shard.file().read_at(range.start as u64, bytes);
+        read.map_err(|e| e.in_tensor(&entry.name))
     }
 
     /// The JSON file `name` of the folder; `None` if there is no such file. Bare infinities and NaN become strings, see
@@ -300,9 +307,12 @@ mod tests {
                 checkpoint.bytes(a),
                 [0f32, 1.0, 2.0].map(f32::to_le_bytes).concat()
             );
-            checkpoint.release(a, 0..12);
-            checkpoint.release(a, 4..usize::MAX);
-            assert_eq!(checkpoint.bytes(a).len(), 12);
+            let mut part = [0; 8];
+            checkpoint.read_at(a, 4, &mut part).unwrap();
+            assert_eq!(part, checkpoint.bytes(a)[4..]);
+            for beyond in [5, usize::MAX] {
+                assert!(checkpoint.read_at(a, beyond, &mut part).is_err());
+            }
             assert_eq!(checkpoint.tensor("c"), None);
         }
     }

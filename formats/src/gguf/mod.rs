@@ -63,13 +63,6 @@ impl Gguf {
             .unwrap_or_default()
     }
 
-    /// Lets the system drop the pages of `tensor`, see [`MappedFile::release`].
-    pub fn release(&self, tensor: &TensorInfo) {
-        if let Some(range) = self.tensor_range(tensor) {
-            self.file.release(range);
-        }
-    }
-
     fn tensor_range(&self, tensor: &TensorInfo) -> Option<Range<usize>> {
         let start = self.header.data_offset.checked_add(tensor.offset)?;
         let end = start.checked_add(tensor.bytes())?;
