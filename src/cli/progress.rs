@@ -63,7 +63,7 @@ impl Progress for Report {
             said: now,
         };
         if let Some(bar) = &self.bar {
-            let template = "{msg:<9} [{bar:30}] {bytes}/{total_bytes}  {bytes_per_sec}  {eta} left";
+            let template = "{msg:<9} [{bar:30}] {decimal_bytes}/{decimal_total_bytes}  {decimal_bytes_per_sec}  {eta} left";
             let style = ProgressStyle::with_template(template)
                 .unwrap_or_else(|_| ProgressStyle::default_bar());
             bar.reset();
