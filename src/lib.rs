@@ -2,6 +2,7 @@
 
 pub mod convert;
 pub mod error;
+pub mod forward;
 pub mod model;
 pub mod plan;
 pub mod quantize;
