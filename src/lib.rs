@@ -1,5 +1,6 @@
 #![doc = include_str!("ARCHITECTURE.md")]
 
+pub mod artifact;
 pub mod convert;
 pub mod error;
 pub mod forward;
