@@ -91,7 +91,7 @@ pub struct KeyValues<B> {
 }
 
 /// How a MoE block chooses experts.
-#[derive(Debug, Clone, Copy, PartialEq)]
+#[derive(Debug, Clone, Copy, PartialEq, Default)]
 pub struct RouteShape {
     /// Routed experts.
     pub experts: usize,
@@ -229,6 +229,9 @@ pub trait Backend: Sync {
 
     /// Adds one row of values to every row, in place.
     fn add_bias(&self, rows: &mut Self::Buffer, bias: &Self::Buffer);
+
+    /// Whether no value is NaN or infinite.
+    fn is_finite(&self, values: &Self::Buffer) -> bool;
 
     /// `sum += values`.
     fn add(&self, sum: &mut Self::Buffer, values: &Self::Buffer);

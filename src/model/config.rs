@@ -186,6 +186,11 @@ impl NemotronHConfig {
         self.inner_size() + 2 * self.n_groups * self.ssm_state_size
     }
 
+    /// The epsilon of every norm: block norms, gated norm, final norm.
+    pub fn norm_epsilon(&self) -> f32 {
+        self.layer_norm_epsilon
+    }
+
     /// Whether the sizes fit each other.
     pub(crate) fn check_consistency(&self) -> Result<(), Fault> {
         let check = |ok: bool, what: String| if ok { Ok(()) } else { Err(Fault::new(what)) };

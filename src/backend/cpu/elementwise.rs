@@ -23,6 +23,13 @@ pub fn add(sum: &mut [f32], values: &[f32]) {
         .for_each(|(sum, values)| sum.iter_mut().zip(values).for_each(|(s, v)| *s += v));
 }
 
+/// Whether no value is NaN or infinite.
+pub fn is_finite(values: &[f32]) -> bool {
+    values
+        .par_chunks(PART)
+        .all(|part| part.iter().all(|x| x.is_finite()))
+}
+
 /// `e^x` to about 1e-7 relative, at least the smallest normal number.
 ///
 /// `x = n ln 2 + r`, a polynomial in r, and n into the exponent. Coefficients: Cephes `expf`.

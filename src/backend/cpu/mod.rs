@@ -8,6 +8,7 @@ mod conv1d;
 mod elementwise;
 mod input;
 pub mod kernels;
+pub use elementwise::exp;
 mod matmul;
 mod panel;
 mod rms_norm;
@@ -215,6 +216,10 @@ impl Backend for Cpu {
         for row in rows.chunks_exact_mut(bias.len()) {
             row.iter_mut().zip(bias).for_each(|(x, b)| *x += b);
         }
+    }
+
+    fn is_finite(&self, values: &Vec<f32>) -> bool {
+        elementwise::is_finite(values)
     }
 
     fn add(&self, sum: &mut Vec<f32>, values: &Vec<f32>) {
