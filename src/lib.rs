@@ -6,6 +6,7 @@ pub mod forward;
 pub mod model;
 pub mod plan;
 pub mod quantize;
+pub mod report;
 pub mod write;
 
 pub use nemoconv_formats as formats;
