@@ -148,6 +148,8 @@ pub struct LayerDrift {
     pub kind: String,
     /// Tokens compared.
     pub tokens: u64,
+    /// Tokens left out because a value was not a number.
+    pub non_finite_tokens: u64,
     /// Mean over tokens of ||h - h_ref|| / ||h_ref||.
     pub relative_error: f64,
     /// Largest over tokens.

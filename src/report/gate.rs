@@ -122,7 +122,7 @@ impl Gate {
     }
 
     fn measured(self, report: &ValidationReport) -> Option<f64> {
-        let logits = report.logits.as_ref();
+        let logits = report.logits.as_ref().filter(|logits| logits.positions > 0);
         let layers = report.layers.iter();
         match self {
             Self::MaxKld => Some(logits?.kl_divergence.mean.value),
@@ -509,7 +509,7 @@ mod tests {
             max_layer_error: Some(1.0),
             ..Gates::default()
         };
-        report.logits.as_mut().unwrap().kl_divergence.mean.value = f64::NAN;
+        report.logits.as_mut().unwrap().positions = 0;
         report.layers.clear();
         for result in gates.results(&report) {
             assert_eq!(result.outcome, Outcome::NotMeasured, "{result}");

@@ -124,6 +124,7 @@ fn layers(scale: f64) -> Vec<LayerDrift> {
                 layer,
                 kind: kind.into(),
                 tokens: 2048,
+                non_finite_tokens: 0,
                 relative_error,
                 max_relative_error: relative_error * 3.0,
                 state: (kind == "mamba2").then(|| state(layer, scale)),
