@@ -18,7 +18,7 @@ use tempfile::NamedTempFile;
 
 use super::compact_reference::CompactRow;
 use super::kld_base::{MAX_VOCAB, persist, temporary, write_error};
-use super::perplexity::{ChunkedText, MAX_CONTEXT_TOKENS, scored_positions};
+use super::perplexity::{ChunkedText, MAX_CONTEXT_TOKENS};
 use crate::error::{Error, Fault, Result};
 use crate::formats;
 
