@@ -43,28 +43,18 @@ fn figure(title: &str, caption: &str, plot: &Markup) -> Markup {
     }
 }
 
-/// The kinds of block present, each with its mark.
-fn kinds(layers: &[LayerDrift]) -> BTreeMap<&str, (Shape, String)> {
-    let known = ["mamba2", "attention", "mlp", "moe"];
-    let mut kinds = BTreeMap::new();
-    for layer in layers {
-        let index = known
-            .iter()
-            .position(|kind| *kind == layer.kind)
-            .unwrap_or(3);
-        kinds.insert(
-            layer.kind.as_str(),
-            (Shape::ALL[index], format!("k{index}")),
-        );
-    }
-    kinds
+/// Kinds of block in the order of their marks; unknown ones look like the last.
+const KINDS: [&str; 4] = ["mamba2", "attention", "mlp", "moe"];
+
+fn kind_index(kind: &str) -> usize {
+    let index = KINDS.iter().position(|known| *known == kind);
+    index.unwrap_or(KINDS.len() - 1)
 }
 
 fn kind_legend(layers: &[LayerDrift], has_floor: bool) -> Markup {
-    let kinds = kinds(layers).into_iter();
-    let mut entries: Vec<_> = kinds
-        .map(|(kind, (shape, class))| (shape, class, kind.into()))
-        .collect();
+    let present = |index: &usize| layers.iter().any(|layer| kind_index(&layer.kind) == *index);
+    let entry = |index: usize| (Shape::ALL[index], format!("k{index}"), KINDS[index].into());
+    let mut entries: Vec<_> = (0..KINDS.len()).filter(present).map(entry).collect();
     if has_floor {
         entries.push((Shape::Disc, "m-floor".into(), "noise floor".into()));
     }
@@ -88,14 +78,13 @@ fn layer_errors(layers: &[LayerDrift], floor: &[LayerDrift]) -> Option<Markup> {
             .map(|layer| (layer.layer as f64, layer.relative_error));
         points.collect()
     };
-    let kinds = kinds(layers);
     let marks = html! {
         @if !floor.is_empty() { (frame.line("s-floor", points(floor))) }
         (frame.line("s-link", points(layers)))
         @for layer in layers {
-            @let (shape, class) = &kinds[layer.kind.as_str()];
+            @let index = kind_index(&layer.kind);
             @let tooltip = format!("layer {} ({}): {}", layer.layer, layer.kind, number(layer.relative_error));
-            (frame.mark(*shape, class, (layer.layer as f64, layer.relative_error), &tooltip))
+            (frame.mark(Shape::ALL[index], &format!("k{index}"), (layer.layer as f64, layer.relative_error), &tooltip))
         }
     };
     let title = "Drift per layer";

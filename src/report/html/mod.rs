@@ -113,8 +113,8 @@ fn tiles(report: &ValidationReport) -> Markup {
                     span.muted { (what) }
                     @let (figure, error) = value.split_once(" ± ").unwrap_or((value, ""));
                     b { (figure) @if error.ends_with('%') { " %" } }
-                    span.sub {
-                        @if !error.is_empty() { "± " (error) ", " }
+                    @if !error.is_empty() { div.sub { "± " (error) } }
+                    div.sub {
                         @match floor {
                             Some(floor) => { "noise floor " (floor) }
                             None => { "noise floor not measured" }
@@ -132,7 +132,7 @@ fn gates(gates: &[GateResult]) -> Markup {
             h2 { "Gates" }
             div.card.scroll {
                 table {
-                    thead { tr { th { "gate" } th { "figure" } th.number { "measured" } th.number { "limit" } th { "" } } }
+                    thead { tr { th { "gate" } th.number { "measured" } th.number { "limit" } th { "" } } }
                     tbody { @for gate in gates { (gate_row(gate)) } }
                 }
             }
@@ -148,8 +148,7 @@ fn gate_row(gate: &GateResult) -> Markup {
     };
     html! {
         tr {
-            td { code { (gate.gate.name()) } }
-            td { (gate.gate.measure()) }
+            td { code.whole { (gate.gate.name()) } div.sub { (gate.gate.measure()) } }
             td.number { (gate.measured.map_or("–".into(), number)) }
             td.number { (gate.gate.sign()) " " (gate.limit) }
             td { span class=(format!("badge {class}")) { (word) } }
@@ -222,7 +221,11 @@ fn and_more(count: usize) -> Markup {
 
 /// HTML has no place for control characters; names from files may hold some.
 fn printable(c: char) -> char {
-    if c.is_control() && c != '\n' { '\u{fffd}' } else { c }
+    if c.is_control() && c != '\n' {
+        '\u{fffd}'
+    } else {
+        c
+    }
 }
 
 fn plots(report: &ValidationReport) -> Markup {

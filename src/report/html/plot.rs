@@ -153,7 +153,7 @@ pub(super) fn legend(entries: &[(Shape, String, String)]) -> Markup {
     let mut places = Vec::new();
     for (shape, class, label) in entries {
         places.push((x, shape, class, label));
-        x += 24.0 + 7.0 * label.chars().count() as f64;
+        x += 30.0 + 7.2 * label.chars().count() as f64;
     }
     html! {
         svg viewBox=(format!("0 0 {WIDTH} 18")) aria-hidden="true" {

@@ -10,6 +10,8 @@ use super::*;
 
 /// Desk and phone.
 const WIDTHS: [u32; 2] = [1280, 390];
+/// Enough for the whole page on a phone.
+const HEIGHT: u32 = 5200;
 
 #[test]
 fn nothing_breaks_out_and_nothing_is_fetched() {
@@ -69,7 +71,7 @@ fn browse(browser: &Path, width: u32, args: &[String]) -> Vec<u8> {
             "--hide-scrollbars",
         ])
         .arg(format!("--user-data-dir={}", profile.path().display()))
-        .arg(format!("--window-size={width},2400"))
+        .arg(format!("--window-size={width},{HEIGHT}"))
         .args(args)
         .output()
         .expect("the browser starts");
@@ -80,7 +82,7 @@ fn browse(browser: &Path, width: u32, args: &[String]) -> Vec<u8> {
 /// than 500 pixels, a frame may be.)
 fn measuring(page: &Path, width: u32) -> String {
     format!(
-        "<!doctype html><body style='margin:0'><iframe id=f width={width} height=2400 style='border:0' src='{}'></iframe>\
+        "<!doctype html><body style='margin:0'><iframe id=f width={width} height={HEIGHT} style='border:0' src='{}'></iframe>\
          <script>onload=()=>{{const d=f.contentDocument.documentElement;\
          document.title=['measured',d.clientWidth,d.scrollWidth,f.contentDocument.querySelectorAll('svg').length].join(' ')}}\
          </script>",
