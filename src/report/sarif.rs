@@ -62,7 +62,11 @@ fn gate_result(report: &ValidationReport, gate: &GateResult) -> Value {
         ..FindingPlace::default()
     };
     let message = format!("{}: {gate}", gate.gate.name());
-    result(gate.gate.rule(), Severity::Error, &message, &place)
+    let mut result = result(gate.gate.rule(), Severity::Error, &message, &place);
+    // Two gates may share a rule.
+    let fingerprint = fingerprint(gate.gate.name(), &place);
+    result["partialFingerprints"]["place/v1"] = json!(fingerprint);
+    result
 }
 
 fn result(rule: Rule, severity: Severity, message: &str, place: &FindingPlace) -> Value {
@@ -71,7 +75,7 @@ fn result(rule: Rule, severity: Severity, message: &str, place: &FindingPlace) -
         "ruleIndex": Rule::ALL.iter().position(|known| *known == rule),
         "level": severity.name(),
         "message": { "text": message },
-        "partialFingerprints": { "place/v1": fingerprint(rule, place) },
+        "partialFingerprints": { "place/v1": fingerprint(rule.id(), place) },
     });
     if let Some(location) = location(place) {
         result["locations"] = json!([location]);
@@ -102,9 +106,13 @@ fn location(place: &FindingPlace) -> Option<Value> {
 }
 
 /// What makes the same finding of the next run the same: rule and place, not the figures of the message.
-fn fingerprint(rule: Rule, place: &FindingPlace) -> String {
+fn fingerprint(id: &str, place: &FindingPlace) -> String {
     let file = place.file.as_deref().map(file_name);
-    let key = json!([rule.id(), file, place.tensor, place.layer]).to_string();
+    // Where nothing else tells two findings apart.
+    let offset = place
+        .offset
+        .filter(|_| place.tensor.is_none() && place.layer.is_none());
+    let key = json!([id, file, place.tensor, place.layer, offset]).to_string();
     let digest = Sha256::digest(key.as_bytes());
     hex(&digest[..16])
 }
@@ -188,7 +196,7 @@ mod tests {
                 .in_file(file)
                 .in_tensor("output.weight")
         };
-        let print = |finding: Finding| fingerprint(finding.rule, &finding.place);
+        let print = |finding: Finding| fingerprint(finding.rule.id(), &finding.place);
         let first = print(finding("3 % of the codes", "a/x.gguf"));
         assert_eq!(first, print(finding("4 % of the codes", "b/x.gguf")));
         assert_ne!(first, print(finding("3 % of the codes", "a/y.gguf")));

@@ -142,7 +142,9 @@ fn kl_histogram(logits: &LogitsDrift, floor: Option<&LogitsDrift>) -> Option<Mar
         (legend(entries))
         (frame.render(title, "KL divergence in nats", &BOTH, &marks))
     };
-    Some(figure(title, "Share of scored positions in %.", &plot))
+    let (mean, p99) = (number(distribution.mean.value), number(distribution.p99));
+    let caption = format!("Share of scored positions in %. Mean {mean}, 99 % {p99}.");
+    Some(figure(title, &caption, &plot))
 }
 
 fn bar(frame: &Frame, class: &str, (from, to): (f64, f64), share: f64) -> Markup {
@@ -161,7 +163,7 @@ fn bar(frame: &Frame, class: &str, (from, to): (f64, f64), share: f64) -> Markup
 /// A vertical line with its name, `down` from the top.
 fn upright(frame: &Frame, value: f64, name: &str, down: f64) -> Markup {
     let x = frame.at_x(value);
-    let is_right = x > frame.right() - 110.0;
+    let is_right = x > frame.right() - 60.0;
     let (anchor, dx) = if is_right {
         ("end", -5.0)
     } else {
@@ -170,7 +172,7 @@ fn upright(frame: &Frame, value: f64, name: &str, down: f64) -> Markup {
     html! {
         line class="s-mark" x1=(short(x)) x2=(short(x)) y1=(frame.top) y2=(frame.bottom()) {}
         text class="strong" x=(short(x + dx)) y=(frame.top + down + 6.0) text-anchor=(anchor) {
-            (name) " " (number(value))
+            (name)
         }
     }
 }

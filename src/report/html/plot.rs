@@ -147,19 +147,15 @@ impl Shape {
     }
 }
 
-/// A row of marks and what they stand for, above the plot.
+/// Marks and what they stand for, above the plot.
 pub(super) fn legend(entries: &[(Shape, String, String)]) -> Markup {
-    let mut x = 6.0;
-    let mut places = Vec::new();
-    for (shape, class, label) in entries {
-        places.push((x, shape, class, label));
-        x += 30.0 + 7.2 * label.chars().count() as f64;
-    }
     html! {
-        svg viewBox=(format!("0 0 {WIDTH} 18")) aria-hidden="true" {
-            @for (x, shape, class, label) in places {
-                path class=(class) d=(shape.path(x, 9.0)) {}
-                text x=(x + 9.0) y="13" { (label) }
+        ul.legend {
+            @for (shape, class, label) in entries {
+                li {
+                    svg viewBox="0 0 12 12" aria-hidden="true" { path class=(class) d=(shape.path(6.0, 6.0)) {} }
+                    (label)
+                }
             }
         }
     }

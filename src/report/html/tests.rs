@@ -84,7 +84,7 @@ fn measuring(page: &Path, width: u32) -> String {
     format!(
         "<!doctype html><body style='margin:0'><iframe id=f width={width} height={HEIGHT} style='border:0' src='{}'></iframe>\
          <script>onload=()=>{{const d=f.contentDocument.documentElement;\
-         document.title=['measured',d.clientWidth,d.scrollWidth,f.contentDocument.querySelectorAll('svg').length].join(' ')}}\
+         document.title=['measured',d.clientWidth,d.scrollWidth,f.contentDocument.querySelectorAll('svg[role=img]').length].join(' ')}}\
          </script>",
         page.file_name().unwrap().to_string_lossy()
     )
@@ -131,7 +131,9 @@ fn a_browser_lays_it_out() {
         );
         let png = std::fs::read(&shot).expect("a screenshot was made");
         if let Some(keep) = std::env::var_os("NEMOCONV_SCREENSHOTS") {
-            std::fs::copy(&shot, Path::new(&keep).join(format!("report-{width}.png"))).unwrap();
+            let keep = Path::new(&keep);
+            std::fs::copy(&shot, keep.join(format!("report-{width}.png"))).unwrap();
+            std::fs::copy(&page, keep.join("report.html")).unwrap();
         }
         assert_eq!(&png[1..4], b"PNG");
         // One colour compresses to a few kilobytes.
