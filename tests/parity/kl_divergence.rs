@@ -1,6 +1,6 @@
 //! llama.cpp's own `--kl-divergence` report and ours of the same two models, and base files both ways.
 //!
-//! Needs the folder of llama.cpp's tools in `NEMOCONV_LLAMA_BIN`; `NEMOCONV_REQUIRE_LLAMA=1` makes its absence a failure.
+//! The stored files always; a run of llama.cpp itself where `NEMOCONV_LLAMA_BIN` names the folder of its tools.
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -11,7 +11,7 @@ use nemoconv::validate::logits::drift::{DriftAccumulator, ScoredPosition};
 use nemoconv::validate::logits::kl_divergence::compare_log_probs;
 use nemoconv::validate::logits::kld_base::{KldBaseReader, KldBaseWriter};
 use nemoconv::validate::logits::perplexity::{ChunkedText, scored_positions};
-use nemoconv_fixtures::nano;
+use nemoconv_fixtures::{nano, reference};
 use tempfile::tempdir;
 
 use crate::support::to_gguf;
@@ -23,10 +23,6 @@ const CONTEXT: usize = 512;
 fn llama_bin() -> Option<PathBuf> {
     let folder = std::env::var_os("NEMOCONV_LLAMA_BIN").map(PathBuf::from);
     if folder.is_none() {
-        assert!(
-            std::env::var_os("NEMOCONV_REQUIRE_LLAMA").is_none(),
-            "NEMOCONV_LLAMA_BIN is not set"
-        );
         println!("skipped: NEMOCONV_LLAMA_BIN names no folder of llama.cpp tools");
     }
     folder
@@ -103,7 +99,24 @@ fn near_estimate(report: &str, label: &str, found: Estimate, percent: bool) {
 }
 
 #[test]
-fn the_report_is_that_of_llama_cpp() {
+fn a_stored_report_of_llama_cpp_is_ours() {
+    let folder = reference().join("llama-kl-divergence");
+    let (base, artifact) = (folder.join("f32.kld"), folder.join("q4_0.kld"));
+    let report = std::fs::read_to_string(folder.join("report.txt")).unwrap();
+    let found = drift(&base, &artifact);
+    assert_eq!((found.positions, found.chunks), (124, 4));
+    check_report(&report, &found);
+    near_estimate(
+        &report,
+        "Mean PPL(Q)/PPL(base)",
+        found.perplexity_ratio,
+        false,
+    );
+    check_compact(&base, &artifact);
+}
+
+#[test]
+fn a_run_of_llama_cpp_is_ours() {
     let Some(bin) = llama_bin() else { return };
     let folder = tempdir().unwrap();
     let at = |name: &str| folder.path().join(name);
@@ -204,7 +217,8 @@ fn check_report(report: &str, found: &LogitsDrift) {
 fn check_compact(base: &Path, artifact: &Path) {
     let ((base, reference), (_, artifact)) = (rows(base), rows(artifact));
     let positions = positions(&base);
-    assert_eq!(reference.len() % scored_positions(CONTEXT).len(), 0);
+    let scored = scored_positions(base.context_tokens()).len();
+    assert_eq!(reference.len() % scored, 0);
     for tail_mass in [1e-1, 1e-2, 1e-3, 1e-4] {
         let (mut exact, mut lumped, mut lower, mut upper, mut kept) = (0.0, 0.0, 0.0, 0.0, 0);
         for ((_, target), (reference, artifact)) in

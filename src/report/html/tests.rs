@@ -1,5 +1,7 @@
 //! The page: nothing breaks out of it, nothing is fetched, and a real browser lays it out.
 
+#![allow(clippy::print_stdout, reason = "tests say what they skip")]
+
 use std::path::{Path, PathBuf};
 use std::process::Command;
 

@@ -35,12 +35,12 @@ pub(super) fn covariance_of_means(a: &[f64], b: &[f64]) -> f64 {
     products.sum::<f64>() / count as f64 / (count - 1) as f64
 }
 
-/// exp of a mean; the error by first order.
+/// exp of a mean; the error by first order. Cut at the largest number: JSON has no infinity.
 pub(super) fn exp(estimate: Estimate) -> Estimate {
-    let value = estimate.value.exp();
+    let value = estimate.value.exp().min(f64::MAX);
     Estimate {
         value,
-        error: value * estimate.error,
+        error: (value * estimate.error).min(f64::MAX),
     }
 }
 
@@ -164,6 +164,15 @@ mod tests {
         let rms = root_mean_square(&roots());
         near(rms.value, 2.5495097567963922);
         near(rms.error, 0.2041241452319315);
+    }
+
+    #[test]
+    fn what_overflows_is_cut() {
+        let found = exp(Estimate {
+            value: 1e4,
+            error: 10.0,
+        });
+        assert_eq!((found.value, found.error), (f64::MAX, f64::MAX));
     }
 
     #[test]
