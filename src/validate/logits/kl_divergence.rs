@@ -60,11 +60,6 @@ impl<'a> LogitsRow<'a> {
         self.logits.len()
     }
 
-    /// The logits themselves.
-    pub fn logits(&self) -> &'a [f32] {
-        self.logits
-    }
-
     /// ln p of one token.
     ///
     /// # Panics
