@@ -63,6 +63,7 @@ impl Activation {
     /// Replaces a row by what the runtime sees of it.
     ///
     /// The F16 sums of [`Self::Q8_1`] are not part of the row; see [`block_q8_1_sum`].
+    #[inline(always)]
     pub fn round_trip(self, row: &mut [f32]) {
         match self {
             Self::None => {}
@@ -99,8 +100,17 @@ impl Activation {
     }
 }
 
+/// Compared as integers: compilers turn that into vectors, and a NaN is larger than every number.
+#[inline(always)]
 fn max_magnitude(values: &[f32]) -> f32 {
-    values.iter().fold(0.0, |max, x| x.abs().max(max))
+    let bits = values.iter().map(|x| x.to_bits() & 0x7fff_ffff);
+    f32::from_bits(bits.fold(0, u32::max))
+}
+
+/// The nearest integer from -128 to 127, ties to even: the last byte of the sum with 1.5 * 2^23.
+#[inline(always)]
+fn nearest_code(x: f32) -> i8 {
+    (x + 12_582_912.0).to_bits() as i8
 }
 
 fn round_to_scale(row: &mut [f32], scale: f32) {
@@ -112,14 +122,16 @@ fn round_to_scale(row: &mut [f32], scale: f32) {
 /// Codes and scale of one block of 32.
 ///
 /// Source: ggml `quantize_row_q8_0` (x86): scale is the largest magnitude over 127, codes round to even.
+#[inline(always)]
 pub fn quantize_q8_0(values: &[f32], codes: &mut [i8]) -> f16 {
     let (d, inverse) = scale_q8_0(values);
     for (code, x) in codes.iter_mut().zip(values) {
-        *code = (x * inverse).round_ties_even() as i8;
+        *code = nearest_code(x * inverse);
     }
     f16::from_f32(d)
 }
 
+#[inline(always)]
 fn scale_q8_0(values: &[f32]) -> (f32, f32) {
     let max = max_magnitude(values);
     (max / 127.0, if max > 0.0 { 127.0 / max } else { 0.0 })
@@ -128,6 +140,7 @@ fn scale_q8_0(values: &[f32]) -> (f32, f32) {
 /// The F16 product of scale and sum of codes that Q8_1 keeps for types with a minimum.
 ///
 /// Source: ggml `quantize_row_q8_1` (x86): the scale is not rounded before it is multiplied.
+#[inline(always)]
 pub fn block_q8_1_sum(values: &[f32], codes: &[i8]) -> f16 {
     let sum: i32 = codes.iter().map(|code| i32::from(*code)).sum();
     f16::from_f32(scale_q8_0(values).0 * sum as f32)
@@ -136,20 +149,18 @@ pub fn block_q8_1_sum(values: &[f32], codes: &[i8]) -> f16 {
 /// Codes and scale of one block of 256.
 ///
 /// Source: ggml `quantize_row_q8_K_ref`: the value of largest magnitude gets the code -127.
+#[inline(always)]
 pub fn quantize_q8_k(values: &[f32], codes: &mut [i8]) -> f32 {
-    let mut extreme = 0.0_f32;
-    for &x in values {
-        if x.abs() > extreme.abs() {
-            extreme = x;
-        }
-    }
+    let max = max_magnitude(values);
+    let is_extreme = |x: &&f32| x.abs() == max;
+    let extreme = values.iter().find(is_extreme).copied().unwrap_or(max);
     if extreme == 0.0 {
         codes.fill(0);
         return 0.0;
     }
     let inverse = -127.0 / extreme;
     for (code, x) in codes.iter_mut().zip(values) {
-        *code = (x * inverse).round_ties_even().min(127.0) as i8;
+        *code = nearest_code(x * inverse);
     }
     1.0 / inverse
 }

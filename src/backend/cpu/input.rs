@@ -5,6 +5,7 @@
 use half::bf16;
 use rayon::prelude::*;
 
+use super::Machine;
 use super::kernels::{BlockInput, MAX_TOKENS, SuperInput};
 use super::panel::Form;
 use crate::backend::activation::{Activation, block_q8_1_sum, quantize_q8_0, quantize_q8_k};
@@ -83,7 +84,13 @@ struct Row {
 
 impl Input {
     /// Packs `rows` of `columns` values.
-    pub fn pack(values: &[f32], columns: usize, form: Form, activation: Activation) -> Self {
+    pub fn pack(
+        machine: Machine,
+        values: &[f32],
+        columns: usize,
+        form: Form,
+        activation: Activation,
+    ) -> Self {
         let tiles = token_tiles(values.len() / columns);
         let sizes = Sizes::of(form, columns);
         let rows = values.len() / columns;
@@ -120,8 +127,10 @@ impl Input {
             |row, (tile, words, d, sums, s)| {
                 for token in 0..tile.tokens {
                     let from = &values[(tile.first + token) * columns..][..columns];
-                    row.fill(from, form, activation);
-                    row.pack_words(form, words, tile.tokens, token);
+                    machine.arch.dispatch(|| {
+                        row.fill(from, form, activation);
+                        row.pack_words(form, words, tile.tokens, token);
+                    });
                     spread(&row.d, d, tile.tokens, token);
                     spread(&row.sums, sums, tile.tokens, token);
                     spread(&row.s, s, tile.tokens, token);
@@ -211,6 +220,7 @@ fn spread<T: Copy>(values: &[T], out: &mut [T], tokens: usize, token: usize) {
 }
 
 impl Row {
+    #[inline(always)]
     fn fill(&mut self, values: &[f32], form: Form, activation: Activation) {
         self.d.clear();
         self.sums.clear();
@@ -253,6 +263,7 @@ impl Row {
         }
     }
 
+    #[inline(always)]
     fn pack_words(&self, form: Form, words: &mut [u32], tokens: usize, token: usize) {
         let places = words
             .chunks_exact_mut(tokens)
@@ -264,14 +275,15 @@ impl Row {
             Form::Bf16 => places
                 .zip(self.values.as_chunks::<2>().0)
                 .for_each(|(word, pair)| {
-                    let [low, high] = pair.map(|x| u32::from(bf16::from_f32(x).to_bits()));
+                    let low = u32::from(bf16::from_f32(pair[0]).to_bits());
+                    let high = u32::from(bf16::from_f32(pair[1]).to_bits());
                     *word = low | high << 16;
                 }),
             Form::Blocks { .. } | Form::SuperBlocks { .. } => {
                 places
                     .zip(self.codes.as_chunks::<4>().0)
                     .for_each(|(word, codes)| {
-                        *word = u32::from_le_bytes(codes.map(|code| code as u8));
+                        *word = bytemuck::cast(*codes);
                     });
             }
         }

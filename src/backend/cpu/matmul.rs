@@ -7,11 +7,11 @@ use std::cell::RefCell;
 
 use rayon::prelude::*;
 
-use super::CpuWeight;
 use super::input::{Input, TokenTile};
-use super::kernels::{self, FLOAT_ROWS, Isa, LANES, MAX_TOKENS};
-use super::panel::{CHUNK, Form, Panels, Rows};
+use super::kernels::{self, FLOAT_ROWS, LANES, MAX_TOKENS};
+use super::panel::{CHUNK, Form, Panels, Part, Rows};
 use super::shared_rows::SharedRows;
+use super::{CpuWeight, Machine};
 use crate::backend::activation::Activation;
 use crate::error::Result;
 
@@ -38,7 +38,7 @@ thread_local! {
 /// # Errors
 /// The weight cannot be read.
 pub fn matmul(
-    isa: Isa,
+    machine: Machine,
     weight: &CpuWeight,
     matrix: usize,
     input: &[f32],
@@ -47,7 +47,7 @@ pub fn matmul(
     let (out_features, columns) = (weight.tensor.rows, weight.tensor.columns);
     let tokens = input.len() / columns;
     let form = Form::of(weight.tensor.ty, activation, columns);
-    let packed = Input::pack(input, columns, form, activation);
+    let packed = Input::pack(machine, input, columns, form, activation);
     let mut out = vec![0.0; tokens * out_features];
     let shared = SharedRows::new(&mut out, out_features);
     let row_tiles = out_features.div_ceil(TILE_ROWS);
@@ -64,7 +64,7 @@ pub fn matmul(
             let begin = token_item * per_item;
             let tiles = &tiles[begin..(begin + per_item).min(tiles.len())];
             let product = Product {
-                isa,
+                machine,
                 form,
                 input: &packed,
                 tiles,
@@ -78,7 +78,7 @@ pub fn matmul(
 
 /// One work item: up to 64 weight rows times some tiles of tokens.
 struct Product<'a> {
-    isa: Isa,
+    machine: Machine,
     form: Form,
     input: &'a Input,
     tiles: &'a [TokenTile],
@@ -100,103 +100,75 @@ impl Product<'_> {
             Form::Blocks { .. } | Form::SuperBlocks { .. } => LANES,
         };
         for first in (0..rows.columns).step_by(CHUNK) {
-            let columns = (first, CHUNK.min(rows.columns - first));
             for row in (0..count).step_by(step) {
-                let filled = step.min(count - row);
+                let part = Part {
+                    row,
+                    first,
+                    count: CHUNK.min(rows.columns - first),
+                };
                 match self.form {
-                    Form::Float => self.floats(panels, rows, row, filled, columns),
-                    Form::Bf16 => self.bf16(panels, rows, row, filled, columns),
-                    Form::Blocks { .. } => self.blocks(panels, rows, row, filled, columns),
-                    Form::SuperBlocks { .. } => {
-                        self.super_blocks(panels, rows, row, filled, columns)
-                    }
+                    Form::Float => self.floats(panels, rows, part),
+                    Form::Bf16 => self.bf16(panels, rows, part),
+                    Form::Blocks { .. } => self.blocks(panels, rows, part),
+                    Form::SuperBlocks { .. } => self.super_blocks(panels, rows, part),
                 }
             }
         }
         Ok(())
     }
 
-    fn floats(
-        &self,
-        panels: &mut Panels,
-        rows: Rows,
-        row: usize,
-        filled: usize,
-        (first, count): (usize, usize),
-    ) {
-        let panel = panels.floats(self.isa, rows, row, first, count);
+    fn floats(&self, panels: &mut Panels, rows: Rows, part: Part) {
+        let panel = panels.floats(self.machine, rows, part);
         let mut sums = [[0.0; FLOAT_ROWS]; MAX_TOKENS];
         for &tile in self.tiles {
-            let input = self.input.floats(tile, first, count);
-            kernels::float(self.isa, tile.tokens, panel, input, &mut sums);
-            self.add(tile, row, filled, &sums);
+            let input = self.input.floats(tile, part.first, part.count);
+            kernels::float(self.machine.isa, tile.tokens, panel, input, &mut sums);
+            self.add(tile, rows, part, &sums);
         }
     }
 
-    fn bf16(
-        &self,
-        panels: &mut Panels,
-        rows: Rows,
-        row: usize,
-        filled: usize,
-        (first, count): (usize, usize),
-    ) {
-        let panel = panels.bf16(self.isa, rows, row, first, count);
+    fn bf16(&self, panels: &mut Panels, rows: Rows, part: Part) {
+        let panel = panels.bf16(self.machine, rows, part);
         let mut sums = [[0.0; FLOAT_ROWS]; MAX_TOKENS];
         for &tile in self.tiles {
-            let input = self.input.bf16(tile, first, count);
-            kernels::bf16(self.isa, tile.tokens, panel, input, &mut sums);
-            self.add(tile, row, filled, &sums);
+            let input = self.input.bf16(tile, part.first, part.count);
+            kernels::bf16(self.machine.isa, tile.tokens, panel, input, &mut sums);
+            self.add(tile, rows, part, &sums);
         }
     }
 
-    fn blocks(
-        &self,
-        panels: &mut Panels,
-        rows: Rows,
-        row: usize,
-        filled: usize,
-        (first, count): (usize, usize),
-    ) {
-        let panel = panels.blocks(self.isa, rows, row, first, count);
+    fn blocks(&self, panels: &mut Panels, rows: Rows, part: Part) {
+        let panel = panels.blocks(self.machine, rows, part);
         let mut sums = [[0.0; LANES]; MAX_TOKENS];
         for &tile in self.tiles {
-            let input = self.input.blocks(tile, first, count);
-            kernels::blocks(self.isa, tile.tokens, panel, input, &mut sums);
-            self.add(tile, row, filled, &sums);
+            let input = self.input.blocks(tile, part.first, part.count);
+            kernels::blocks(self.machine.isa, tile.tokens, panel, input, &mut sums);
+            self.add(tile, rows, part, &sums);
         }
     }
 
-    fn super_blocks(
-        &self,
-        panels: &mut Panels,
-        rows: Rows,
-        row: usize,
-        filled: usize,
-        (first, count): (usize, usize),
-    ) {
-        let panel = panels.super_blocks(self.isa, rows, row, first, count);
+    fn super_blocks(&self, panels: &mut Panels, rows: Rows, part: Part) {
+        let panel = panels.super_blocks(self.machine, rows, part);
         let mut sums = [[0.0; LANES]; MAX_TOKENS];
         for &tile in self.tiles {
-            let input = self.input.super_blocks(tile, first, count);
-            kernels::super_blocks(self.isa, tile.tokens, panel, input, &mut sums);
-            self.add(tile, row, filled, &sums);
+            let input = self.input.super_blocks(tile, part.first, part.count);
+            kernels::super_blocks(self.machine.isa, tile.tokens, panel, input, &mut sums);
+            self.add(tile, rows, part, &sums);
         }
     }
 
     fn add<const N: usize>(
         &self,
         tile: TokenTile,
-        row: usize,
-        filled: usize,
+        rows: Rows,
+        part: Part,
         sums: &[[f32; N]; MAX_TOKENS],
     ) {
+        let filled = N.min(rows.count() - part.row);
         for (token, sums) in sums.iter().enumerate().take(tile.tokens) {
+            let (token, first) = (tile.first + token, self.first_row + part.row);
             // SAFETY: the rows of this tile and these tokens belong to this work item alone.
-            let out = unsafe {
-                self.out
-                    .part(tile.first + token, self.first_row + row, filled)
-            };
+            let out = unsafe { self.out.part(token, first, filled) };
             out.iter_mut().zip(sums).for_each(|(out, sum)| *out += sum);
         }
     }

@@ -39,13 +39,21 @@ pub enum Residence {
     Streamed,
 }
 
+/// What the processor can do.
+#[derive(Debug, Clone, Copy)]
+struct Machine {
+    /// For the kernels of matrix products.
+    isa: Isa,
+    /// For loops that the compiler turns into vectors.
+    arch: Arch,
+}
+
 /// The machine this program runs on.
 #[derive(Debug)]
 pub struct Cpu {
     model: Arc<StoredModel>,
     residence: Residence,
-    isa: Isa,
-    arch: Arch,
+    machine: Machine,
 }
 
 /// A weight in its file.
@@ -84,8 +92,10 @@ impl Cpu {
         Self {
             model,
             residence,
-            isa: Isa::detect(),
-            arch: Arch::new(),
+            machine: Machine {
+                isa: Isa::detect(),
+                arch: Arch::new(),
+            },
         }
     }
 }
@@ -149,11 +159,11 @@ impl Backend for Cpu {
         activation: Activation,
     ) -> Result<Vec<f32>> {
         let input = &input[..rows * weight.tensor.columns];
-        matmul::matmul(self.isa, weight, matrix, input, activation)
+        matmul::matmul(self.machine, weight, matrix, input, activation)
     }
 
     fn rms_norm(&self, input: &Vec<f32>, weight: &Vec<f32>, eps: f32) -> Vec<f32> {
-        rms_norm::rms_norm(self.arch, input, weight, eps)
+        rms_norm::rms_norm(self.machine.arch, input, weight, eps)
     }
 
     fn gated_rms_norm(
@@ -165,7 +175,7 @@ impl Backend for Cpu {
         groups: usize,
         eps: f32,
     ) -> Vec<f32> {
-        rms_norm::gated_rms_norm(self.arch, y, z, z_stride, weight, groups, eps)
+        rms_norm::gated_rms_norm(self.machine.arch, y, z, z_stride, weight, groups, eps)
     }
 
     fn conv1d_silu(
@@ -182,7 +192,7 @@ impl Backend for Cpu {
             stride,
             first,
         };
-        conv1d::conv1d_silu(self.arch, source, weight, bias, segments)
+        conv1d::conv1d_silu(self.machine.arch, source, weight, bias, segments)
     }
 
     fn selective_scan(
@@ -194,7 +204,15 @@ impl Backend for Cpu {
         shape: ScanShape,
         segments: &mut [Segment<'_, Vec<f32>>],
     ) -> Vec<f32> {
-        selective_scan::selective_scan(self.arch, xbc, dt, dt_stride, weights, shape, segments)
+        selective_scan::selective_scan(
+            self.machine.arch,
+            xbc,
+            dt,
+            dt_stride,
+            weights,
+            shape,
+            segments,
+        )
     }
 
     fn attention(
@@ -205,7 +223,7 @@ impl Backend for Cpu {
         shape: AttentionShape,
         segments: &mut [Segment<'_, KeyValues<Vec<f32>>>],
     ) -> Vec<f32> {
-        attention::attention(self.arch, query, keys, values, shape, segments)
+        attention::attention(self.machine.arch, query, keys, values, shape, segments)
     }
 
     fn relu_squared(&self, values: &mut Vec<f32>) {

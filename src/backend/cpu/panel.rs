@@ -11,6 +11,7 @@ use nemoconv_formats::block::{
     mxfp4_scale,
 };
 
+use super::Machine;
 use super::kernels::{self, Blocks, FLOAT_ROWS, Isa, LANES, SuperBlocks};
 use crate::backend::activation::Activation;
 
@@ -97,6 +98,17 @@ pub struct Panels {
     rows: Vec<u32>,
 }
 
+/// What is packed: columns `first..first + count` of a panel of rows from `row` on.
+#[derive(Debug, Clone, Copy)]
+pub struct Part {
+    /// First row of the panel.
+    pub row: usize,
+    /// First column.
+    pub first: usize,
+    /// Columns.
+    pub count: usize,
+}
+
 /// Stored rows of one matrix.
 #[derive(Debug, Clone, Copy)]
 pub struct Rows<'a> {
@@ -117,7 +129,8 @@ impl<'a> Rows<'a> {
         columns / self.ty.block_elements() * self.ty.block_bytes()
     }
 
-    fn count(&self) -> usize {
+    /// Rows.
+    pub fn count(&self) -> usize {
         self.bytes.len() / self.row_bytes()
     }
 
@@ -135,15 +148,9 @@ fn resize<T: Clone + bytemuck::Zeroable>(buffer: &mut Vec<T>, len: usize) -> &mu
 }
 
 impl Panels {
-    /// Packs columns `first..first + count` of 32 rows from `row` on as f32 (fewer rows are filled up with zeros).
-    pub fn floats(
-        &mut self,
-        isa: Isa,
-        rows: Rows,
-        row: usize,
-        first: usize,
-        count: usize,
-    ) -> &[[f32; FLOAT_ROWS]] {
+    /// Packs 32 rows as f32; rows that are not there are zeros.
+    pub fn floats(&mut self, machine: Machine, rows: Rows, part: Part) -> &[[f32; FLOAT_ROWS]] {
+        let Part { row, first, count } = part;
         let values = resize(&mut self.rows, FLOAT_ROWS * count);
         let filled = (rows.count() - row).min(FLOAT_ROWS);
         values[filled * count..].fill(0);
@@ -153,19 +160,13 @@ impl Panels {
                 .expect("the type was checked when the weight was opened");
         }
         let panel = resize(&mut self.floats, count);
-        interleave_halves(isa, values, count, &mut self.words, panel);
+        interleave_halves(machine.isa, values, count, &mut self.words, panel);
         cast_slice(panel)
     }
 
     /// The same for BF16 rows, as pairs.
-    pub fn bf16(
-        &mut self,
-        isa: Isa,
-        rows: Rows,
-        row: usize,
-        first: usize,
-        count: usize,
-    ) -> &[[u32; FLOAT_ROWS]] {
+    pub fn bf16(&mut self, machine: Machine, rows: Rows, part: Part) -> &[[u32; FLOAT_ROWS]] {
+        let Part { row, first, count } = part;
         let pairs = count / 2;
         let words = resize(&mut self.rows, FLOAT_ROWS * pairs);
         let filled = (rows.count() - row).min(FLOAT_ROWS);
@@ -174,19 +175,13 @@ impl Panels {
             cast_slice_mut::<u32, u8>(out).copy_from_slice(rows.part(row + index, first, count));
         }
         let panel = resize(&mut self.floats, pairs);
-        interleave_halves(isa, words, pairs, &mut self.words, panel);
+        interleave_halves(machine.isa, words, pairs, &mut self.words, panel);
         panel
     }
 
-    /// Packs columns `first..first + count` of 16 rows from `row` on as codes in blocks of 32.
-    pub fn blocks(
-        &mut self,
-        isa: Isa,
-        rows: Rows,
-        row: usize,
-        first: usize,
-        count: usize,
-    ) -> Blocks<'_> {
+    /// Packs 16 rows as codes in blocks of 32.
+    pub fn blocks(&mut self, machine: Machine, rows: Rows, part: Part) -> Blocks<'_> {
+        let Part { row, first, count } = part;
         let blocks = count / 32;
         let d = resize(&mut self.d, blocks);
         let m = resize(&mut self.m, blocks);
@@ -201,13 +196,15 @@ impl Panels {
             }
             let bytes = rows.part(row + lane, first, count);
             let (codes, _) = cast_slice_mut::<u32, u8>(codes).as_chunks_mut::<32>();
-            affine = block_row(rows.ty, bytes, codes, |block, scale, min| {
-                d[block][lane] = scale;
-                m[block][lane] = min;
+            affine = machine.arch.dispatch(|| {
+                block_row(rows.ty, bytes, codes, |block, scale, min| {
+                    d[block][lane] = scale;
+                    m[block][lane] = min;
+                })
             });
         }
         let words = resize(&mut self.words, count / 4);
-        kernels::interleave(isa, lanes(codes, count / 4), words);
+        kernels::interleave(machine.isa, lanes(codes, count / 4), words);
         Blocks {
             codes: words,
             d,
@@ -216,14 +213,8 @@ impl Panels {
     }
 
     /// The same in super-blocks of 256.
-    pub fn super_blocks(
-        &mut self,
-        isa: Isa,
-        rows: Rows,
-        row: usize,
-        first: usize,
-        count: usize,
-    ) -> SuperBlocks<'_> {
+    pub fn super_blocks(&mut self, machine: Machine, rows: Rows, part: Part) -> SuperBlocks<'_> {
+        let Part { row, first, count } = part;
         let blocks = count / 256;
         let sub_block = match rows.ty {
             GgmlType::Q2_K | GgmlType::Q3_K | GgmlType::Q6_K => 16,
@@ -245,22 +236,25 @@ impl Panels {
             }
             let bytes = rows.part(row + lane, first, count);
             let (codes, _) = cast_slice_mut::<u32, u8>(codes).as_chunks_mut::<256>();
-            for (index, codes) in codes.iter_mut().enumerate() {
-                let block = super_block(rows.ty, bytes, index, codes);
-                d[index][lane] = block.d;
-                dmin[index][lane] = block.dmin.unwrap_or(0.0);
-                has_dmin = block.dmin.is_some();
-                for sub in 0..subs {
-                    scales[index * subs + sub][lane] = i32::from(block.scales[sub]);
+            machine.arch.dispatch(|| {
+                for (index, codes) in codes.iter_mut().enumerate() {
+                    let block = super_block(rows.ty, bytes, index, codes);
+                    d[index][lane] = block.d;
+                    dmin[index][lane] = block.dmin.unwrap_or(0.0);
+                    has_dmin = block.dmin.is_some();
+                    for sub in 0..subs {
+                        scales[index * subs + sub][lane] = i32::from(block.scales[sub]);
+                    }
+                    for pair in 0..subs / 2 {
+                        let word = |i: usize| u32::from(block.mins[i] as u16);
+                        let pair_word = word(2 * pair) | word(2 * pair + 1) << 16;
+                        mins[index * subs / 2 + pair][lane] = pair_word;
+                    }
                 }
-                for pair in 0..subs / 2 {
-                    let word = |i: usize| u32::from(block.mins[i] as u16);
-                    mins[index * subs / 2 + pair][lane] = word(2 * pair) | word(2 * pair + 1) << 16;
-                }
-            }
+            });
         }
         let words = resize(&mut self.words, count / 4);
-        kernels::interleave(isa, lanes(codes, count / 4), words);
+        kernels::interleave(machine.isa, lanes(codes, count / 4), words);
         SuperBlocks {
             codes: words,
             scales,
@@ -294,7 +288,16 @@ fn interleave_halves(
     }
 }
 
+/// `out[i] = code(stored[i])`. Not `array::map`, which compilers leave as a call per element.
+#[inline(always)]
+fn lift<T: Copy, const N: usize>(stored: &[T; N], out: &mut [u8; N], code: impl Fn(T) -> u8) {
+    for (out, stored) in out.iter_mut().zip(stored) {
+        *out = code(*stored);
+    }
+}
+
 /// Unpacks a row of 32-blocks: unsigned codes, scale and minimum of each. Whether the type has minima.
+#[inline(always)]
 fn block_row(
     ty: GgmlType,
     bytes: &[u8],
@@ -318,7 +321,7 @@ fn block_row(
             BlockQ8_0,
             |b, out| {
                 let (d, signed) = b.parts();
-                *out = signed.map(|code| code as u8 ^ 0x80);
+                lift(&signed, out, |code| code as u8 ^ 0x80);
                 d.to_f32()
             },
             0.0
@@ -345,7 +348,7 @@ fn block_row(
             BlockIQ4NL,
             |b, out| {
                 let (d, indices) = b.parts();
-                *out = indices.map(|i| IQ4_NL_CODES[usize::from(i & 15)]);
+                lift(&indices, out, |i| IQ4_NL_CODES[usize::from(i & 15)]);
                 d.to_f32()
             },
             0.0
@@ -354,7 +357,7 @@ fn block_row(
             BlockMXFP4,
             |b, out| {
                 let (e, indices) = b.parts();
-                *out = indices.map(|i| MXFP4_CODES[usize::from(i & 15)]);
+                lift(&indices, out, |i| MXFP4_CODES[usize::from(i & 15)]);
                 mxfp4_scale(e)
             },
             0.0
@@ -400,20 +403,24 @@ struct SuperBlock {
 
 impl SuperBlock {
     /// `d * scale * (code - zero)`.
+    #[inline(always)]
     fn symmetric<const N: usize>(d: f32, scales: [i8; N], zero: i16) -> Self {
         let mut all = [0; 16];
-        all.iter_mut()
-            .zip(scales)
-            .for_each(|(wide, scale)| *wide = i16::from(scale));
+        let mut mins = [0; 16];
+        for ((wide, min), scale) in all.iter_mut().zip(&mut mins).zip(scales) {
+            *wide = i16::from(scale);
+            *min = *wide * zero;
+        }
         Self {
             d,
             dmin: None,
             scales: all,
-            mins: all.map(|scale| scale * zero),
+            mins,
         }
     }
 
     /// `d * scale * code - dmin * min`.
+    #[inline(always)]
     fn affine<const N: usize>(d: f32, dmin: f32, scales: [u8; N], mins: [u8; N]) -> Self {
         let widen = |narrow: [u8; N]| {
             let mut all = [0; 16];
@@ -431,6 +438,7 @@ impl SuperBlock {
     }
 }
 
+#[inline(always)]
 fn super_block(ty: GgmlType, bytes: &[u8], index: usize, codes: &mut [u8; 256]) -> SuperBlock {
     match ty {
         GgmlType::Q2_K => {
@@ -463,7 +471,7 @@ fn super_block(ty: GgmlType, bytes: &[u8], index: usize, codes: &mut [u8; 256]) 
         }
         GgmlType::IQ4_XS => {
             let (d, scales, indices) = cast_slice::<u8, BlockIQ4XS>(bytes)[index].parts();
-            *codes = indices.map(|i| IQ4_NL_CODES[usize::from(i & 15)]);
+            lift(&indices, codes, |i| IQ4_NL_CODES[usize::from(i & 15)]);
             SuperBlock::symmetric(d.to_f32(), scales, 128)
         }
         _ => unreachable!("`Form::of` names the types of this form"),

@@ -3,7 +3,6 @@
 //! Sums stay in registers: a tile of 8 tokens has 16 vectors of float sums, or 8 of float and 16 of integer sums.
 
 use std::arch::x86_64::*;
-use std::array::from_fn;
 
 use super::{BlockInput, Blocks, CodeTile, FLOAT_ROWS, FloatTile, LANES, SuperBlocks, SuperInput};
 
@@ -125,7 +124,10 @@ pub fn blocks<const TOKENS: usize>(weights: Blocks, input: BlockInput, tile: &mu
         .zip(scales)
         .zip(starts);
     for (block, ((((d, codes), inputs), scales), starts)) in blocks.enumerate() {
-        let mut products: [__m512i; TOKENS] = from_fn(|token| _mm512_set1_epi32(starts[token]));
+        let mut products = [_mm512_setzero_si512(); TOKENS];
+        for token in 0..TOKENS {
+            products[token] = _mm512_set1_epi32(starts[token]);
+        }
         for (codes, input) in codes.iter().zip(inputs) {
             let w = load_words(codes);
             for token in 0..TOKENS {
@@ -197,7 +199,9 @@ fn super_blocks_of<const TOKENS: usize, const WORDS: usize, const DMIN: bool>(
                 sums[token] = _mm512_fnmadd_ps(_mm512_cvtepi32_ps(mins[token]), scale, sums[token]);
             }
         } else {
-            totals = from_fn(|token| _mm512_sub_epi32(_mm512_setzero_si512(), mins[token]));
+            for token in 0..TOKENS {
+                totals[token] = _mm512_sub_epi32(totals[token], mins[token]);
+            }
         }
         let range = block * subs..(block + 1) * subs;
         let rows = codes[range.clone()].iter().zip(&inputs[range.clone()]);
@@ -233,16 +237,20 @@ pub fn interleave(rows: [&[u32]; LANES], panel: &mut [[u32; LANES]]) {
     let (tiles, rest) = panel.as_chunks_mut::<LANES>();
     let whole = tiles.len() * LANES;
     for (index, tile) in tiles.iter_mut().enumerate() {
-        let row: [__m512i; LANES] = from_fn(|lane| {
+        let mut row = [_mm512_setzero_si512(); LANES];
+        for lane in 0..LANES {
             let (words, _) = rows[lane][index * LANES..].as_chunks::<LANES>();
-            load_words(&words[0])
-        });
-        for (lanes, column) in tile.iter_mut().zip(transpose(row)) {
-            store_words(lanes, column);
+            row[lane] = load_words(&words[0]);
+        }
+        let columns = transpose(row);
+        for lane in 0..LANES {
+            store_words(&mut tile[lane], columns[lane]);
         }
     }
     for (word, lanes) in rest.iter_mut().enumerate() {
-        *lanes = rows.map(|row| row[whole + word]);
+        for lane in 0..LANES {
+            lanes[lane] = rows[lane][whole + word];
+        }
     }
 }
 
@@ -250,44 +258,35 @@ pub fn interleave(rows: [&[u32]; LANES], panel: &mut [[u32; LANES]]) {
 #[inline]
 #[target_feature(enable = "avx512f")]
 fn transpose(r: [__m512i; LANES]) -> [__m512i; LANES] {
-    let words: [__m512i; LANES] = from_fn(|i| {
-        let (a, b) = (r[i & !1], r[i | 1]);
-        if i % 2 == 0 {
-            _mm512_unpacklo_epi32(a, b)
-        } else {
-            _mm512_unpackhi_epi32(a, b)
+    let zero = _mm512_setzero_si512();
+    let (mut words, mut pairs, mut quarters, mut columns) =
+        ([zero; LANES], [zero; LANES], [zero; LANES], [zero; LANES]);
+    for i in (0..LANES).step_by(2) {
+        words[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
+        words[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
+    }
+    for i in (0..LANES).step_by(4) {
+        for half in 0..2 {
+            let (a, b) = (words[i + half], words[i + half + 2]);
+            pairs[i + 2 * half] = _mm512_unpacklo_epi64(a, b);
+            pairs[i + 2 * half + 1] = _mm512_unpackhi_epi64(a, b);
         }
-    });
-    let pairs: [__m512i; LANES] = from_fn(|i| {
-        let (group, within) = (i & !3, i % 4);
-        let (a, b) = (words[group + within / 2], words[group + within / 2 + 2]);
-        if within % 2 == 0 {
-            _mm512_unpacklo_epi64(a, b)
-        } else {
-            _mm512_unpackhi_epi64(a, b)
-        }
-    });
+    }
     // `pairs[4 g + c]` holds, per 128-bit quarter q, column 4 q + c of rows 4 g .. 4 g + 4.
-    let quarters: [__m512i; LANES] = from_fn(|i| {
-        let (half, which, c) = (i / 8, i % 8 / 4, i % 4);
-        let (a, b) = (pairs[8 * half + c], pairs[8 * half + 4 + c]);
-        if which == 0 {
-            _mm512_shuffle_i32x4::<0x88>(a, b)
-        } else {
-            _mm512_shuffle_i32x4::<0xdd>(a, b)
+    for half in 0..2 {
+        for c in 0..4 {
+            let (a, b) = (pairs[8 * half + c], pairs[8 * half + 4 + c]);
+            quarters[8 * half + c] = _mm512_shuffle_i32x4::<0x88>(a, b);
+            quarters[8 * half + 4 + c] = _mm512_shuffle_i32x4::<0xdd>(a, b);
         }
-    });
+    }
     // Quarters 0 and 2 (or 1 and 3) of both row groups of a half.
-    from_fn(|column| {
-        let (quarter, c) = (column / 4, column % 4);
-        let (a, b) = (
-            quarters[quarter % 2 * 4 + c],
-            quarters[8 + quarter % 2 * 4 + c],
-        );
-        if quarter / 2 == 0 {
-            _mm512_shuffle_i32x4::<0x88>(a, b)
-        } else {
-            _mm512_shuffle_i32x4::<0xdd>(a, b)
+    for odd in 0..2 {
+        for c in 0..4 {
+            let (a, b) = (quarters[4 * odd + c], quarters[8 + 4 * odd + c]);
+            columns[4 * odd + c] = _mm512_shuffle_i32x4::<0x88>(a, b);
+            columns[8 + 4 * odd + c] = _mm512_shuffle_i32x4::<0xdd>(a, b);
         }
-    })
+    }
+    columns
 }
