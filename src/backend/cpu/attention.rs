@@ -1,10 +1,11 @@
 //! Causal grouped-query attention without positions: `softmax(q k^T / sqrt(head_dim)) v`.
 
 use half::f16;
-use pulp::Arch;
 use rayon::prelude::*;
 
 use super::elementwise::{dot, exp};
+use super::kernels::Isa;
+use super::multiversion::multiversion;
 use super::shared_rows::SharedRows;
 use crate::backend::{AttentionShape, KeyValues, Segment};
 
@@ -13,7 +14,7 @@ const PART_ROWS: usize = 16;
 
 /// Gives `[rows, heads * head_dim]` and appends keys and values to the caches.
 pub fn attention(
-    arch: Arch,
+    isa: Isa,
     query: &[f32],
     keys: &[f32],
     values: &[f32],
@@ -55,7 +56,7 @@ pub fn attention(
                         width: cache_width,
                         first: kv_head * shape.head_dim,
                     };
-                    arch.dispatch(|| cache.attend(q, seen, scores, out));
+                    attend(isa, &cache, q, seen, scores, out);
                 }
             }
         });
@@ -68,6 +69,10 @@ fn append(cache: &mut Vec<f32>, rows: &[f32], f16_cache: bool) {
     } else {
         cache.extend_from_slice(rows);
     }
+}
+
+multiversion! {
+    fn attend(cache: &Cache<'_>, q: &[f32], seen: usize, scores: &mut Vec<f32>, out: &mut [f32]) = Cache::attend;
 }
 
 /// One key-value head of a cache.
@@ -138,7 +143,7 @@ mod tests {
             };
             let part = |x: &[f32], width: usize| x[begin * width..end * width].to_vec();
             out.extend(attention(
-                Arch::new(),
+                Isa::detect(),
                 &part(&q, 24),
                 &part(&k, 12),
                 &part(&v, 12),

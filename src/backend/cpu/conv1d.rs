@@ -1,9 +1,10 @@
 //! Causal depthwise convolution over time, then SiLU: `silu(b + sum_k w_k x_{t-K+1+k})`.
 
-use pulp::Arch;
 use rayon::prelude::*;
 
 use super::elementwise::silu;
+use super::kernels::Isa;
+use super::multiversion::multiversion;
 use crate::backend::Segment;
 
 /// Some channels of wider rows.
@@ -28,7 +29,7 @@ const PART_ROWS: usize = 32;
 
 /// `weight [channels, taps]`, oldest tap first; a state holds the last `taps - 1` raw rows.
 pub fn conv1d_silu(
-    arch: Arch,
+    isa: Isa,
     input: Channels,
     weight: &[f32],
     bias: &[f32],
@@ -61,22 +62,38 @@ pub fn conv1d_silu(
         };
         for (index, out) in part.chunks_exact_mut(channels).enumerate() {
             let t = (first + index) as isize;
-            arch.dispatch(|| {
-                out.copy_from_slice(bias);
-                for (tap, weight) in by_tap.iter().enumerate() {
-                    let x = source(t + 1 + tap as isize - taps as isize);
-                    for ((out, weight), x) in out.iter_mut().zip(weight).zip(x) {
-                        *out += weight * x;
-                    }
-                }
-                out.iter_mut().for_each(|x| *x = silu(*x));
-            });
+            out.copy_from_slice(bias);
+            for (tap, weight) in by_tap.iter().enumerate() {
+                let x = source(t + 1 + tap as isize - taps as isize);
+                add_tap(isa, out, weight, x);
+            }
+            silu_row(isa, out);
         }
     });
     for segment in segments {
         advance(input, channels, taps - 1, segment);
     }
     out
+}
+
+multiversion! {
+    fn add_tap(out: &mut [f32], weight: &[f32], x: &[f32]) = add_products;
+}
+
+multiversion! {
+    fn silu_row(row: &mut [f32]) = silu_each;
+}
+
+#[inline(always)]
+fn add_products(out: &mut [f32], weight: &[f32], x: &[f32]) {
+    for ((out, weight), x) in out.iter_mut().zip(weight).zip(x) {
+        *out += weight * x;
+    }
+}
+
+#[inline(always)]
+fn silu_each(row: &mut [f32]) {
+    row.iter_mut().for_each(|x| *x = silu(*x));
 }
 
 /// Keeps the last `keep` raw rows.
@@ -115,7 +132,7 @@ mod tests {
                 state: &mut state,
             };
             out.extend(conv1d_silu(
-                Arch::new(),
+                Isa::detect(),
                 part,
                 &weight,
                 &[0.1, 0.2],

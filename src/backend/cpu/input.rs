@@ -5,8 +5,8 @@
 use half::bf16;
 use rayon::prelude::*;
 
-use super::Machine;
-use super::kernels::{BlockInput, MAX_TOKENS, SuperInput};
+use super::kernels::{BlockInput, Isa, MAX_TOKENS, SuperInput};
+use super::multiversion::multiversion;
 use super::panel::Form;
 use crate::backend::activation::{Activation, block_q8_1_sum, quantize_q8_0, quantize_q8_k};
 
@@ -85,7 +85,7 @@ struct Row {
 impl Input {
     /// Packs `rows` of `columns` values.
     pub fn pack(
-        machine: Machine,
+        isa: Isa,
         values: &[f32],
         columns: usize,
         form: Form,
@@ -127,10 +127,8 @@ impl Input {
             |row, (tile, words, d, sums, s)| {
                 for token in 0..tile.tokens {
                     let from = &values[(tile.first + token) * columns..][..columns];
-                    machine.arch.dispatch(|| {
-                        row.fill(from, form, activation);
-                        row.pack_words(form, words, tile.tokens, token);
-                    });
+                    fill_row(isa, row, from, form, activation);
+                    row.pack_words(form, words, tile.tokens, token);
                     spread(&row.d, d, tile.tokens, token);
                     spread(&row.sums, sums, tile.tokens, token);
                     spread(&row.s, s, tile.tokens, token);
@@ -219,6 +217,10 @@ fn spread<T: Copy>(values: &[T], out: &mut [T], tokens: usize, token: usize) {
     }
 }
 
+multiversion! {
+    fn fill_row(row: &mut Row, values: &[f32], form: Form, activation: Activation) = Row::fill;
+}
+
 impl Row {
     #[inline(always)]
     fn fill(&mut self, values: &[f32], form: Form, activation: Activation) {
@@ -263,7 +265,6 @@ impl Row {
         }
     }
 
-    #[inline(always)]
     fn pack_words(&self, form: Form, words: &mut [u32], tokens: usize, token: usize) {
         let places = words
             .chunks_exact_mut(tokens)

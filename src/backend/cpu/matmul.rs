@@ -7,11 +7,11 @@ use std::cell::RefCell;
 
 use rayon::prelude::*;
 
+use super::CpuWeight;
 use super::input::{Input, TokenTile};
-use super::kernels::{self, FLOAT_ROWS, LANES, MAX_TOKENS};
+use super::kernels::{self, FLOAT_ROWS, Isa, LANES, MAX_TOKENS};
 use super::panel::{CHUNK, Form, Panels, Part, Rows};
 use super::shared_rows::SharedRows;
-use super::{CpuWeight, Machine};
 use crate::backend::activation::Activation;
 use crate::error::Result;
 
@@ -38,7 +38,7 @@ thread_local! {
 /// # Errors
 /// The weight cannot be read.
 pub fn matmul(
-    machine: Machine,
+    isa: Isa,
     weight: &CpuWeight,
     matrix: usize,
     input: &[f32],
@@ -47,7 +47,7 @@ pub fn matmul(
     let (out_features, columns) = (weight.tensor.rows, weight.tensor.columns);
     let tokens = input.len() / columns;
     let form = Form::of(weight.tensor.ty, activation, columns);
-    let packed = Input::pack(machine, input, columns, form, activation);
+    let packed = Input::pack(isa, input, columns, form, activation);
     let mut out = vec![0.0; tokens * out_features];
     let shared = SharedRows::new(&mut out, out_features);
     let row_tiles = out_features.div_ceil(TILE_ROWS);
@@ -64,7 +64,7 @@ pub fn matmul(
             let begin = token_item * per_item;
             let tiles = &tiles[begin..(begin + per_item).min(tiles.len())];
             let product = Product {
-                machine,
+                isa,
                 form,
                 input: &packed,
                 tiles,
@@ -78,7 +78,7 @@ pub fn matmul(
 
 /// One work item: up to 64 weight rows times some tiles of tokens.
 struct Product<'a> {
-    machine: Machine,
+    isa: Isa,
     form: Form,
     input: &'a Input,
     tiles: &'a [TokenTile],
@@ -118,41 +118,41 @@ impl Product<'_> {
     }
 
     fn floats(&self, panels: &mut Panels, rows: Rows, part: Part) {
-        let panel = panels.floats(self.machine, rows, part);
+        let panel = panels.floats(self.isa, rows, part);
         let mut sums = [[0.0; FLOAT_ROWS]; MAX_TOKENS];
         for &tile in self.tiles {
             let input = self.input.floats(tile, part.first, part.count);
-            kernels::float(self.machine.isa, tile.tokens, panel, input, &mut sums);
+            kernels::float(self.isa, tile.tokens, panel, input, &mut sums);
             self.add(tile, rows, part, &sums);
         }
     }
 
     fn bf16(&self, panels: &mut Panels, rows: Rows, part: Part) {
-        let panel = panels.bf16(self.machine, rows, part);
+        let panel = panels.bf16(self.isa, rows, part);
         let mut sums = [[0.0; FLOAT_ROWS]; MAX_TOKENS];
         for &tile in self.tiles {
             let input = self.input.bf16(tile, part.first, part.count);
-            kernels::bf16(self.machine.isa, tile.tokens, panel, input, &mut sums);
+            kernels::bf16(self.isa, tile.tokens, panel, input, &mut sums);
             self.add(tile, rows, part, &sums);
         }
     }
 
     fn blocks(&self, panels: &mut Panels, rows: Rows, part: Part) {
-        let panel = panels.blocks(self.machine, rows, part);
+        let panel = panels.blocks(self.isa, rows, part);
         let mut sums = [[0.0; LANES]; MAX_TOKENS];
         for &tile in self.tiles {
             let input = self.input.blocks(tile, part.first, part.count);
-            kernels::blocks(self.machine.isa, tile.tokens, panel, input, &mut sums);
+            kernels::blocks(self.isa, tile.tokens, panel, input, &mut sums);
             self.add(tile, rows, part, &sums);
         }
     }
 
     fn super_blocks(&self, panels: &mut Panels, rows: Rows, part: Part) {
-        let panel = panels.super_blocks(self.machine, rows, part);
+        let panel = panels.super_blocks(self.isa, rows, part);
         let mut sums = [[0.0; LANES]; MAX_TOKENS];
         for &tile in self.tiles {
             let input = self.input.super_blocks(tile, part.first, part.count);
-            kernels::super_blocks(self.machine.isa, tile.tokens, panel, input, &mut sums);
+            kernels::super_blocks(self.isa, tile.tokens, panel, input, &mut sums);
             self.add(tile, rows, part, &sums);
         }
     }

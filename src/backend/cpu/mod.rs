@@ -10,17 +10,18 @@ mod input;
 pub mod kernels;
 pub use elementwise::exp;
 mod matmul;
+mod multiversion;
 mod panel;
 mod rms_norm;
 mod route;
 mod selective_scan;
 mod shared_rows;
+mod unpack;
 
 use std::ops::Range;
 use std::sync::Arc;
 
 use nemoconv_formats::block;
-use pulp::Arch;
 
 use super::activation::Activation;
 use super::{
@@ -39,21 +40,12 @@ pub enum Residence {
     Streamed,
 }
 
-/// What the processor can do.
-#[derive(Debug, Clone, Copy)]
-struct Machine {
-    /// For the kernels of matrix products.
-    isa: Isa,
-    /// For loops that the compiler turns into vectors.
-    arch: Arch,
-}
-
 /// The machine this program runs on.
 #[derive(Debug)]
 pub struct Cpu {
     model: Arc<StoredModel>,
     residence: Residence,
-    machine: Machine,
+    isa: Isa,
 }
 
 /// A weight in its file.
@@ -92,10 +84,7 @@ impl Cpu {
         Self {
             model,
             residence,
-            machine: Machine {
-                isa: Isa::detect(),
-                arch: Arch::new(),
-            },
+            isa: Isa::detect(),
         }
     }
 }
@@ -159,11 +148,11 @@ impl Backend for Cpu {
         activation: Activation,
     ) -> Result<Vec<f32>> {
         let input = &input[..rows * weight.tensor.columns];
-        matmul::matmul(self.machine, weight, matrix, input, activation)
+        matmul::matmul(self.isa, weight, matrix, input, activation)
     }
 
     fn rms_norm(&self, input: &Vec<f32>, weight: &Vec<f32>, eps: f32) -> Vec<f32> {
-        rms_norm::rms_norm(self.machine.arch, input, weight, eps)
+        rms_norm::rms_norm(self.isa, input, weight, eps)
     }
 
     fn gated_rms_norm(
@@ -175,7 +164,7 @@ impl Backend for Cpu {
         groups: usize,
         eps: f32,
     ) -> Vec<f32> {
-        rms_norm::gated_rms_norm(self.machine.arch, y, z, z_stride, weight, groups, eps)
+        rms_norm::gated_rms_norm(self.isa, y, z, z_stride, weight, groups, eps)
     }
 
     fn conv1d_silu(
@@ -192,7 +181,7 @@ impl Backend for Cpu {
             stride,
             first,
         };
-        conv1d::conv1d_silu(self.machine.arch, source, weight, bias, segments)
+        conv1d::conv1d_silu(self.isa, source, weight, bias, segments)
     }
 
     fn selective_scan(
@@ -204,15 +193,7 @@ impl Backend for Cpu {
         shape: ScanShape,
         segments: &mut [Segment<'_, Vec<f32>>],
     ) -> Vec<f32> {
-        selective_scan::selective_scan(
-            self.machine.arch,
-            xbc,
-            dt,
-            dt_stride,
-            weights,
-            shape,
-            segments,
-        )
+        selective_scan::selective_scan(self.isa, xbc, dt, dt_stride, weights, shape, segments)
     }
 
     fn attention(
@@ -223,7 +204,7 @@ impl Backend for Cpu {
         shape: AttentionShape,
         segments: &mut [Segment<'_, KeyValues<Vec<f32>>>],
     ) -> Vec<f32> {
-        attention::attention(self.machine.arch, query, keys, values, shape, segments)
+        attention::attention(self.isa, query, keys, values, shape, segments)
     }
 
     fn relu_squared(&self, values: &mut Vec<f32>) {

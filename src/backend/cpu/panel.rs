@@ -5,34 +5,14 @@
 
 use bytemuck::{cast_slice, cast_slice_mut};
 use nemoconv_formats::GgmlType;
-use nemoconv_formats::block::{
-    BlockIQ4NL, BlockIQ4XS, BlockMXFP4, BlockQ2K, BlockQ3K, BlockQ4_0, BlockQ4_1, BlockQ4K,
-    BlockQ5_0, BlockQ5_1, BlockQ5K, BlockQ6K, BlockQ8_0, IQ4_NL_VALUES, MXFP4_VALUES, dequantize,
-    mxfp4_scale,
-};
+use nemoconv_formats::block::dequantize;
 
-use super::Machine;
-use super::kernels::{self, Blocks, FLOAT_ROWS, Isa, LANES, SuperBlocks};
+use super::kernels::{self, Blocks, FLOAT_ROWS, Halves, Isa, LANES, SuperBlocks};
+use super::unpack::{self, BlockScales, MAX_SUPER_BLOCKS, SuperScales};
 use crate::backend::activation::Activation;
 
 /// Columns that are packed at a time: a multiple of every block, small enough that panels stay in the cache.
 pub const CHUNK: usize = 512;
-
-/// The table of IQ4_NL and IQ4_XS as unsigned codes around 128.
-const IQ4_NL_CODES: [u8; 16] = unsigned(IQ4_NL_VALUES);
-/// The table of MXFP4 as unsigned codes around 128.
-const MXFP4_CODES: [u8; 16] = unsigned(MXFP4_VALUES);
-
-/// Whole numbers from -128 to 127, moved by 128.
-const fn unsigned(values: [f32; 16]) -> [u8; 16] {
-    let mut codes = [0; 16];
-    let mut i = 0;
-    while i < codes.len() {
-        codes[i] = (values[i] as i32 + 128) as u8;
-        i += 1;
-    }
-    codes
-}
 
 /// How a stored type is multiplied.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -89,7 +69,8 @@ impl Form {
 #[derive(Debug, Default)]
 pub struct Panels {
     words: Vec<[u32; LANES]>,
-    floats: Vec<[u32; FLOAT_ROWS]>,
+    /// The second half of a panel of floats.
+    high: Vec<[u32; LANES]>,
     d: Vec<[f32; LANES]>,
     m: Vec<[f32; LANES]>,
     scales: Vec<[i32; LANES]>,
@@ -149,7 +130,7 @@ fn resize<T: Clone + bytemuck::Zeroable>(buffer: &mut Vec<T>, len: usize) -> &mu
 
 impl Panels {
     /// Packs 32 rows as f32; rows that are not there are zeros.
-    pub fn floats(&mut self, machine: Machine, rows: Rows, part: Part) -> &[[f32; FLOAT_ROWS]] {
+    pub fn floats(&mut self, isa: Isa, rows: Rows, part: Part) -> Halves<'_, f32> {
         let Part { row, first, count } = part;
         let values = resize(&mut self.rows, FLOAT_ROWS * count);
         let filled = (rows.count() - row).min(FLOAT_ROWS);
@@ -159,13 +140,12 @@ impl Panels {
             dequantize(rows.ty, rows.part(row + index, first, count), out)
                 .expect("the type was checked when the weight was opened");
         }
-        let panel = resize(&mut self.floats, count);
-        interleave_halves(machine.isa, values, count, &mut self.words, panel);
-        cast_slice(panel)
+        let (low, high) = interleave_halves(isa, values, count, &mut self.words, &mut self.high);
+        [cast_slice(low), cast_slice(high)]
     }
 
     /// The same for BF16 rows, as pairs.
-    pub fn bf16(&mut self, machine: Machine, rows: Rows, part: Part) -> &[[u32; FLOAT_ROWS]] {
+    pub fn bf16(&mut self, isa: Isa, rows: Rows, part: Part) -> Halves<'_, u32> {
         let Part { row, first, count } = part;
         let pairs = count / 2;
         let words = resize(&mut self.rows, FLOAT_ROWS * pairs);
@@ -174,48 +154,46 @@ impl Panels {
         for (index, out) in words.chunks_exact_mut(pairs).enumerate().take(filled) {
             cast_slice_mut::<u32, u8>(out).copy_from_slice(rows.part(row + index, first, count));
         }
-        let panel = resize(&mut self.floats, pairs);
-        interleave_halves(machine.isa, words, pairs, &mut self.words, panel);
-        panel
+        let (low, high) = interleave_halves(isa, words, pairs, &mut self.words, &mut self.high);
+        [low, high]
     }
 
     /// Packs 16 rows as codes in blocks of 32.
-    pub fn blocks(&mut self, machine: Machine, rows: Rows, part: Part) -> Blocks<'_> {
+    pub fn blocks(&mut self, isa: Isa, rows: Rows, part: Part) -> Blocks<'_> {
         let Part { row, first, count } = part;
-        let blocks = count / 32;
+        let (blocks, words) = (count / 32, count / 4);
         let d = resize(&mut self.d, blocks);
         let m = resize(&mut self.m, blocks);
-        let codes = resize(&mut self.rows, LANES * count / 4);
-        d.fill([0.0; LANES]);
-        m.fill([0.0; LANES]);
-        let mut affine = false;
-        for (lane, codes) in codes.chunks_exact_mut(count / 4).enumerate() {
-            if row + lane >= rows.count() {
+        let codes = resize(&mut self.rows, LANES * words);
+        let mut scales = BlockScales::default();
+        for (lane, codes) in codes.chunks_exact_mut(words).enumerate() {
+            if row + lane < rows.count() {
+                let (codes, _) = cast_slice_mut::<u32, u8>(codes).as_chunks_mut::<32>();
+                let bytes = rows.part(row + lane, first, count);
+                unpack::blocks(isa, rows.ty, bytes, codes, &mut scales);
+            } else {
                 codes.fill(0);
-                continue;
+                scales = BlockScales::default();
             }
-            let bytes = rows.part(row + lane, first, count);
-            let (codes, _) = cast_slice_mut::<u32, u8>(codes).as_chunks_mut::<32>();
-            affine = machine.arch.dispatch(|| {
-                block_row(rows.ty, bytes, codes, |block, scale, min| {
-                    d[block][lane] = scale;
-                    m[block][lane] = min;
-                })
-            });
+            for block in 0..blocks {
+                d[block][lane] = scales.d[block];
+                m[block][lane] = scales.m[block];
+            }
         }
-        let words = resize(&mut self.words, count / 4);
-        kernels::interleave(machine.isa, lanes(codes, count / 4), words);
+        let panel = resize(&mut self.words, words);
+        kernels::interleave(isa, lanes(codes, words), panel);
+        let is_affine = matches!(rows.ty, GgmlType::Q4_1 | GgmlType::Q5_1);
         Blocks {
-            codes: words,
+            codes: panel,
             d,
-            m: if affine { m } else { &[] },
+            m: if is_affine { m } else { &[] },
         }
     }
 
     /// The same in super-blocks of 256.
-    pub fn super_blocks(&mut self, machine: Machine, rows: Rows, part: Part) -> SuperBlocks<'_> {
+    pub fn super_blocks(&mut self, isa: Isa, rows: Rows, part: Part) -> SuperBlocks<'_> {
         let Part { row, first, count } = part;
-        let blocks = count / 256;
+        let (blocks, words) = (count / 256, count / 4);
         let sub_block = match rows.ty {
             GgmlType::Q2_K | GgmlType::Q3_K | GgmlType::Q6_K => 16,
             _ => 32,
@@ -225,42 +203,37 @@ impl Panels {
         let dmin = resize(&mut self.m, blocks);
         let scales = resize(&mut self.scales, blocks * subs);
         let mins = resize(&mut self.mins, blocks * subs / 2);
-        let codes = resize(&mut self.rows, LANES * count / 4);
-        d.fill([0.0; LANES]);
-        dmin.fill([0.0; LANES]);
-        let mut has_dmin = false;
-        for (lane, codes) in codes.chunks_exact_mut(count / 4).enumerate() {
-            if row + lane >= rows.count() {
+        let codes = resize(&mut self.rows, LANES * words);
+        let mut unpacked = [SuperScales::default(); MAX_SUPER_BLOCKS];
+        for (lane, codes) in codes.chunks_exact_mut(words).enumerate() {
+            if row + lane < rows.count() {
+                let (codes, _) = cast_slice_mut::<u32, u8>(codes).as_chunks_mut::<256>();
+                let bytes = rows.part(row + lane, first, count);
+                unpack::super_blocks(isa, rows.ty, bytes, codes, &mut unpacked);
+            } else {
                 codes.fill(0);
-                continue;
+                unpacked = [SuperScales::default(); MAX_SUPER_BLOCKS];
             }
-            let bytes = rows.part(row + lane, first, count);
-            let (codes, _) = cast_slice_mut::<u32, u8>(codes).as_chunks_mut::<256>();
-            machine.arch.dispatch(|| {
-                for (index, codes) in codes.iter_mut().enumerate() {
-                    let block = super_block(rows.ty, bytes, index, codes);
-                    d[index][lane] = block.d;
-                    dmin[index][lane] = block.dmin.unwrap_or(0.0);
-                    has_dmin = block.dmin.is_some();
-                    for sub in 0..subs {
-                        scales[index * subs + sub][lane] = i32::from(block.scales[sub]);
-                    }
-                    for pair in 0..subs / 2 {
-                        let word = |i: usize| u32::from(block.mins[i] as u16);
-                        let pair_word = word(2 * pair) | word(2 * pair + 1) << 16;
-                        mins[index * subs / 2 + pair][lane] = pair_word;
-                    }
+            for (block, from) in unpacked.iter().enumerate().take(blocks) {
+                d[block][lane] = from.d;
+                dmin[block][lane] = from.dmin;
+                for sub in 0..subs {
+                    scales[block * subs + sub][lane] = i32::from(from.scales[sub]);
                 }
-            });
+                for pair in 0..subs / 2 {
+                    let word = |i: usize| u32::from(from.mins[i] as u16);
+                    mins[block * subs / 2 + pair][lane] = word(2 * pair) | word(2 * pair + 1) << 16;
+                }
+            }
         }
-        let words = resize(&mut self.words, count / 4);
-        kernels::interleave(machine.isa, lanes(codes, count / 4), words);
+        let panel = resize(&mut self.words, words);
+        kernels::interleave(isa, lanes(codes, words), panel);
         SuperBlocks {
-            codes: words,
+            codes: panel,
             scales,
             mins,
             d,
-            dmin: if has_dmin { dmin } else { &[] },
+            dmin: if unpack::has_dmin(rows.ty) { dmin } else { &[] },
             sub_words: sub_block / 4,
         }
     }
@@ -271,209 +244,17 @@ fn lanes(rows: &[u32], words: usize) -> [&[u32]; LANES] {
     std::array::from_fn(|lane| &rows[lane * words..][..words])
 }
 
-/// Interleaves two times sixteen rows into the halves of a float panel.
-fn interleave_halves(
+/// Interleaves the first and the second sixteen rows.
+fn interleave_halves<'a>(
     isa: Isa,
     rows: &[u32],
     words: usize,
-    buffer: &mut Vec<[u32; LANES]>,
-    panel: &mut [[u32; FLOAT_ROWS]],
-) {
-    let half = resize(buffer, words);
-    for side in 0..2 {
-        kernels::interleave(isa, lanes(&rows[side * LANES * words..], words), half);
-        for (out, lanes) in panel.iter_mut().zip(half.iter()) {
-            out[side * LANES..][..LANES].copy_from_slice(lanes);
-        }
-    }
-}
-
-/// `out[i] = code(stored[i])`. Not `array::map`, which compilers leave as a call per element.
-#[inline(always)]
-fn lift<T: Copy, const N: usize>(stored: &[T; N], out: &mut [u8; N], code: impl Fn(T) -> u8) {
-    for (out, stored) in out.iter_mut().zip(stored) {
-        *out = code(*stored);
-    }
-}
-
-/// Unpacks a row of 32-blocks: unsigned codes, scale and minimum of each. Whether the type has minima.
-#[inline(always)]
-fn block_row(
-    ty: GgmlType,
-    bytes: &[u8],
-    codes: &mut [[u8; 32]],
-    mut scales: impl FnMut(usize, f32, f32),
-) -> bool {
-    macro_rules! each {
-        ($block:ident, |$b:ident, $out:ident| $scale:expr, $min:expr) => {
-            for (index, ($b, $out)) in cast_slice::<u8, $block>(bytes)
-                .iter()
-                .zip(codes)
-                .enumerate()
-            {
-                let (scale, min) = ($scale, $min);
-                scales(index, scale, min);
-            }
-        };
-    }
-    match ty {
-        GgmlType::Q8_0 => each!(
-            BlockQ8_0,
-            |b, out| {
-                let (d, signed) = b.parts();
-                lift(&signed, out, |code| code as u8 ^ 0x80);
-                d.to_f32()
-            },
-            0.0
-        ),
-        GgmlType::Q4_0 => each!(
-            BlockQ4_0,
-            |b, out| {
-                let (d, unsigned) = b.parts();
-                *out = unsigned;
-                d.to_f32()
-            },
-            0.0
-        ),
-        GgmlType::Q5_0 => each!(
-            BlockQ5_0,
-            |b, out| {
-                let (d, unsigned) = b.parts();
-                *out = unsigned;
-                d.to_f32()
-            },
-            0.0
-        ),
-        GgmlType::IQ4_NL => each!(
-            BlockIQ4NL,
-            |b, out| {
-                let (d, indices) = b.parts();
-                lift(&indices, out, |i| IQ4_NL_CODES[usize::from(i & 15)]);
-                d.to_f32()
-            },
-            0.0
-        ),
-        GgmlType::MXFP4 => each!(
-            BlockMXFP4,
-            |b, out| {
-                let (e, indices) = b.parts();
-                lift(&indices, out, |i| MXFP4_CODES[usize::from(i & 15)]);
-                mxfp4_scale(e)
-            },
-            0.0
-        ),
-        GgmlType::Q4_1 => {
-            for (index, (b, out)) in cast_slice::<u8, BlockQ4_1>(bytes)
-                .iter()
-                .zip(codes)
-                .enumerate()
-            {
-                let (d, m, unsigned) = b.parts();
-                *out = unsigned;
-                scales(index, d.to_f32(), m.to_f32());
-            }
-            return true;
-        }
-        GgmlType::Q5_1 => {
-            for (index, (b, out)) in cast_slice::<u8, BlockQ5_1>(bytes)
-                .iter()
-                .zip(codes)
-                .enumerate()
-            {
-                let (d, m, unsigned) = b.parts();
-                *out = unsigned;
-                scales(index, d.to_f32(), m.to_f32());
-            }
-            return true;
-        }
-        _ => unreachable!("`Form::of` names the types of this form"),
-    }
-    false
-}
-
-/// Scales of one super-block; codes are written beside.
-struct SuperBlock {
-    d: f32,
-    /// `None` where the minima share `d`.
-    dmin: Option<f32>,
-    scales: [i16; 16],
-    /// With `dmin` the stored minima, else scale times the code of zero.
-    mins: [i16; 16],
-}
-
-impl SuperBlock {
-    /// `d * scale * (code - zero)`.
-    #[inline(always)]
-    fn symmetric<const N: usize>(d: f32, scales: [i8; N], zero: i16) -> Self {
-        let mut all = [0; 16];
-        let mut mins = [0; 16];
-        for ((wide, min), scale) in all.iter_mut().zip(&mut mins).zip(scales) {
-            *wide = i16::from(scale);
-            *min = *wide * zero;
-        }
-        Self {
-            d,
-            dmin: None,
-            scales: all,
-            mins,
-        }
-    }
-
-    /// `d * scale * code - dmin * min`.
-    #[inline(always)]
-    fn affine<const N: usize>(d: f32, dmin: f32, scales: [u8; N], mins: [u8; N]) -> Self {
-        let widen = |narrow: [u8; N]| {
-            let mut all = [0; 16];
-            all.iter_mut()
-                .zip(narrow)
-                .for_each(|(wide, value)| *wide = i16::from(value));
-            all
-        };
-        Self {
-            d,
-            dmin: Some(dmin),
-            scales: widen(scales),
-            mins: widen(mins),
-        }
-    }
-}
-
-#[inline(always)]
-fn super_block(ty: GgmlType, bytes: &[u8], index: usize, codes: &mut [u8; 256]) -> SuperBlock {
-    match ty {
-        GgmlType::Q2_K => {
-            let (d, dmin, scales, mins, unsigned) =
-                cast_slice::<u8, BlockQ2K>(bytes)[index].parts();
-            *codes = unsigned;
-            SuperBlock::affine(d.to_f32(), dmin.to_f32(), scales, mins)
-        }
-        GgmlType::Q4_K => {
-            let (d, dmin, scales, mins, unsigned) =
-                cast_slice::<u8, BlockQ4K>(bytes)[index].parts();
-            *codes = unsigned;
-            SuperBlock::affine(d.to_f32(), dmin.to_f32(), scales, mins)
-        }
-        GgmlType::Q5_K => {
-            let (d, dmin, scales, mins, unsigned) =
-                cast_slice::<u8, BlockQ5K>(bytes)[index].parts();
-            *codes = unsigned;
-            SuperBlock::affine(d.to_f32(), dmin.to_f32(), scales, mins)
-        }
-        GgmlType::Q3_K => {
-            let (d, scales, unsigned) = cast_slice::<u8, BlockQ3K>(bytes)[index].parts();
-            *codes = unsigned;
-            SuperBlock::symmetric(d.to_f32(), scales, 4)
-        }
-        GgmlType::Q6_K => {
-            let (d, scales, unsigned) = cast_slice::<u8, BlockQ6K>(bytes)[index].parts();
-            *codes = unsigned;
-            SuperBlock::symmetric(d.to_f32(), scales, 32)
-        }
-        GgmlType::IQ4_XS => {
-            let (d, scales, indices) = cast_slice::<u8, BlockIQ4XS>(bytes)[index].parts();
-            lift(&indices, codes, |i| IQ4_NL_CODES[usize::from(i & 15)]);
-            SuperBlock::symmetric(d.to_f32(), scales, 128)
-        }
-        _ => unreachable!("`Form::of` names the types of this form"),
-    }
+    low: &'a mut Vec<[u32; LANES]>,
+    high: &'a mut Vec<[u32; LANES]>,
+) -> (&'a [[u32; LANES]], &'a [[u32; LANES]]) {
+    let (low, high) = (resize(low, words), resize(high, words));
+    let (first, second) = rows.split_at(LANES * words);
+    kernels::interleave(isa, lanes(first, words), low);
+    kernels::interleave(isa, lanes(second, words), high);
+    (low, high)
 }

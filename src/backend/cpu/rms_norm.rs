@@ -1,16 +1,17 @@
 //! RMS norms: `x / sqrt(mean(x^2) + eps) * weight`, over a row or over groups of it.
 
-use pulp::Arch;
 use rayon::prelude::*;
 
 use super::elementwise::{silu, sum_of_squares};
+use super::kernels::Isa;
+use super::multiversion::multiversion;
 
 /// One norm per row of `weight`'s length.
-pub fn rms_norm(arch: Arch, input: &[f32], weight: &[f32], eps: f32) -> Vec<f32> {
+pub fn rms_norm(isa: Isa, input: &[f32], weight: &[f32], eps: f32) -> Vec<f32> {
     let mut out = input.to_vec();
     out.par_chunks_mut(weight.len())
         .with_min_len(8)
-        .for_each(|row| arch.dispatch(|| normalize(row, weight, eps)));
+        .for_each(|row| norm_row(isa, row, weight, eps));
     out
 }
 
@@ -18,7 +19,7 @@ pub fn rms_norm(arch: Arch, input: &[f32], weight: &[f32], eps: f32) -> Vec<f32>
 ///
 /// The gate of a row are the first `weight.len()` of its `z_stride` values in `z`.
 pub fn gated_rms_norm(
-    arch: Arch,
+    isa: Isa,
     mut y: Vec<f32>,
     z: &[f32],
     z_stride: usize,
@@ -31,15 +32,24 @@ pub fn gated_rms_norm(
     y.par_chunks_mut(inner)
         .with_min_len(4)
         .zip(z.par_chunks(z_stride))
-        .for_each(|(row, z)| {
-            arch.dispatch(|| {
-                row.iter_mut().zip(z).for_each(|(y, z)| *y *= silu(*z));
-                for (row, weight) in row.chunks_exact_mut(group).zip(weight.chunks_exact(group)) {
-                    normalize(row, weight, eps);
-                }
-            });
-        });
+        .for_each(|(row, z)| gate_and_norm_row(isa, row, z, weight, group, eps));
     y
+}
+
+multiversion! {
+    fn norm_row(row: &mut [f32], weight: &[f32], eps: f32) = normalize;
+}
+
+multiversion! {
+    fn gate_and_norm_row(row: &mut [f32], z: &[f32], weight: &[f32], group: usize, eps: f32) = gate_and_normalize;
+}
+
+#[inline(always)]
+fn gate_and_normalize(row: &mut [f32], z: &[f32], weight: &[f32], group: usize, eps: f32) {
+    row.iter_mut().zip(z).for_each(|(y, z)| *y *= silu(*z));
+    for (row, weight) in row.chunks_exact_mut(group).zip(weight.chunks_exact(group)) {
+        normalize(row, weight, eps);
+    }
 }
 
 #[inline(always)]
@@ -58,7 +68,7 @@ mod tests {
     #[test]
     fn rows_have_unit_mean_square() {
         let input: Vec<f32> = (0..40).map(|i| i as f32 - 7.0).collect();
-        let out = rms_norm(Arch::new(), &input, &[2.0; 20], 0.0);
+        let out = rms_norm(Isa::detect(), &input, &[2.0; 20], 0.0);
         for row in out.chunks(20) {
             let mean = row.iter().map(|x| x * x).sum::<f32>() / 20.0;
             assert!((mean - 4.0).abs() < 1e-4, "{mean}");
@@ -69,7 +79,7 @@ mod tests {
     fn the_gate_comes_before_the_norm_and_groups_are_apart() {
         let y = vec![1.0, 2.0, 100.0, 300.0];
         let z = [1.0, 1.0, 1.0, 1.0, f32::NAN];
-        let out = gated_rms_norm(Arch::new(), y, &z, 5, &[1.0; 4], 2, 0.0);
+        let out = gated_rms_norm(Isa::detect(), y, &z, 5, &[1.0; 4], 2, 0.0);
         let expected = [0.632_455_5, 1.264_911, 0.447_213_6, 1.341_640_8];
         for (found, expected) in out.iter().zip(expected) {
             assert!((found - expected).abs() < 1e-5, "{out:?}");

@@ -5,10 +5,11 @@
 //!
 //! Source: Mamba-2, arXiv:2405.21060, section 6; `time_step_limit` as in the reference modelling file.
 
-use pulp::Arch;
 use rayon::prelude::*;
 
 use super::elementwise::softplus;
+use super::kernels::Isa;
+use super::multiversion::multiversion;
 use super::shared_rows::SharedRows;
 use crate::backend::{ScanShape, ScanWeights, Segment};
 
@@ -25,7 +26,7 @@ struct Head<'a> {
 
 /// Gives `[rows, inner]`; see [`crate::backend::Backend::selective_scan`].
 pub fn selective_scan(
-    arch: Arch,
+    isa: Isa,
     xbc: &[f32],
     dt: &[f32],
     dt_stride: usize,
@@ -57,8 +58,12 @@ pub fn selective_scan(
     };
     heads
         .into_par_iter()
-        .for_each(|head| arch.dispatch(|| scan.head(head)));
+        .for_each(|head| scan_head(isa, &scan, head));
     out
+}
+
+multiversion! {
+    fn scan_head(scan: &Scan<'_>, head: Head<'_>) = Scan::head;
 }
 
 struct Scan<'a> {
@@ -197,7 +202,7 @@ mod tests {
             let end = begin + piece;
             let xbc = &xbc[begin * shape.conv_dim()..end * shape.conv_dim()];
             out.extend(selective_scan(
-                Arch::new(),
+                Isa::detect(),
                 xbc,
                 &dt[begin * 6..end * 6],
                 6,

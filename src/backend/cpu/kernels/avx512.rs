@@ -4,7 +4,7 @@
 
 use std::arch::x86_64::*;
 
-use super::{BlockInput, Blocks, CodeTile, FLOAT_ROWS, FloatTile, LANES, SuperBlocks, SuperInput};
+use super::{BlockInput, Blocks, CodeTile, FloatTile, Halves, LANES, SuperBlocks, SuperInput};
 
 #[inline]
 #[target_feature(enable = "avx512f")]
@@ -41,13 +41,6 @@ fn store_words(lanes: &mut [u32; LANES], values: __m512i) {
     unsafe { _mm512_storeu_si512(lanes.as_mut_ptr().cast(), values) }
 }
 
-/// The two vectors of a float panel's word.
-#[inline]
-fn halves<T>(row: &[T; FLOAT_ROWS]) -> [&[T; LANES]; 2] {
-    let (halves, _) = row.as_chunks::<LANES>();
-    [&halves[0], &halves[1]]
-}
-
 #[inline]
 #[target_feature(enable = "avx512f")]
 fn store_tile<const TOKENS: usize>(sums: [[__m512; 2]; TOKENS], tile: &mut FloatTile) {
@@ -59,15 +52,10 @@ fn store_tile<const TOKENS: usize>(sums: [[__m512; 2]; TOKENS], tile: &mut Float
 }
 
 #[target_feature(enable = "avx512f")]
-pub fn float<const TOKENS: usize>(
-    weights: &[[f32; FLOAT_ROWS]],
-    input: &[f32],
-    tile: &mut FloatTile,
-) {
+pub fn float<const TOKENS: usize>(weights: Halves<'_, f32>, input: &[f32], tile: &mut FloatTile) {
     let mut sums = [[_mm512_setzero_ps(); 2]; TOKENS];
     let (input, _) = input.as_chunks::<TOKENS>();
-    for (weights, input) in weights.iter().zip(input) {
-        let [w0, w1] = halves(weights);
+    for ((w0, w1), input) in weights[0].iter().zip(weights[1]).zip(input) {
         let (w0, w1) = (load_floats(w0), load_floats(w1));
         for token in 0..TOKENS {
             let x = _mm512_set1_ps(input[token]);
@@ -88,15 +76,10 @@ fn dot_bf16(sum: __m512, weights: __m512i, input: __m512i) -> __m512 {
 }
 
 #[target_feature(enable = "avx512f,avx512bf16")]
-pub fn bf16<const TOKENS: usize>(
-    weights: &[[u32; FLOAT_ROWS]],
-    input: &[u32],
-    tile: &mut FloatTile,
-) {
+pub fn bf16<const TOKENS: usize>(weights: Halves<'_, u32>, input: &[u32], tile: &mut FloatTile) {
     let mut sums = [[_mm512_setzero_ps(); 2]; TOKENS];
     let (input, _) = input.as_chunks::<TOKENS>();
-    for (weights, input) in weights.iter().zip(input) {
-        let [w0, w1] = halves(weights);
+    for ((w0, w1), input) in weights[0].iter().zip(weights[1]).zip(input) {
         let (w0, w1) = (load_words(w0), load_words(w1));
         for token in 0..TOKENS {
             let x = _mm512_set1_epi32(input[token] as i32);

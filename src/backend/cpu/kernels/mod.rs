@@ -15,6 +15,9 @@ pub const FLOAT_ROWS: usize = 2 * LANES;
 /// Most tokens of a tile.
 pub const MAX_TOKENS: usize = 8;
 
+/// A panel of floats: the words of its first sixteen rows and of its second, `[word][lane]` each.
+pub type Halves<'a, T> = [&'a [[T; LANES]]; 2];
+
 /// Sums of a tile: one row per token.
 pub type FloatTile = [[f32; FLOAT_ROWS]; MAX_TOKENS];
 /// Sums of a tile of codes.
@@ -150,11 +153,12 @@ macro_rules! dispatch {
 pub fn float(
     isa: Isa,
     tokens: usize,
-    weights: &[[f32; FLOAT_ROWS]],
+    weights: Halves<'_, f32>,
     input: &[f32],
     sums: &mut FloatTile,
 ) {
-    assert_eq!(input.len(), weights.len() * tokens);
+    assert_eq!(weights[0].len(), weights[1].len());
+    assert_eq!(input.len(), weights[0].len() * tokens);
     dispatch!(isa, tokens, float(weights, input, sums));
 }
 
@@ -162,11 +166,12 @@ pub fn float(
 pub fn bf16(
     isa: Isa,
     tokens: usize,
-    weights: &[[u32; FLOAT_ROWS]],
+    weights: Halves<'_, u32>,
     input: &[u32],
     sums: &mut FloatTile,
 ) {
-    assert_eq!(input.len(), weights.len() * tokens);
+    assert_eq!(weights[0].len(), weights[1].len());
+    assert_eq!(input.len(), weights[0].len() * tokens);
     dispatch!(isa, tokens, bf16(weights, input, sums));
 }
 
@@ -240,21 +245,27 @@ mod tests {
             .collect()
     }
 
+    fn split<T: Copy>(words: &[[[T; LANES]; 2]]) -> [Vec<[T; LANES]>; 2] {
+        [0, 1].map(|half| words.iter().map(|word| word[half]).collect())
+    }
+
     #[test]
     fn every_twin_sums_floats() {
         for isa in Isa::all() {
             for tokens in [1, 2, 4, 8] {
                 let words = 37;
-                let weights: Vec<[f32; FLOAT_ROWS]> =
-                    floats(1, words * FLOAT_ROWS).as_chunks().0.to_vec();
+                let weights: Vec<[[f32; LANES]; 2]> =
+                    bytemuck::cast_slice(&floats(1, words * FLOAT_ROWS)).to_vec();
+                let [low, high] = split(&weights);
                 let input = floats(2, words * tokens);
                 let mut sums = [[f32::NAN; FLOAT_ROWS]; MAX_TOKENS];
-                float(isa, tokens, &weights, &input, &mut sums);
+                float(isa, tokens, [&low, &high], &input, &mut sums);
                 for token in 0..tokens {
                     for row in 0..FLOAT_ROWS {
                         let exact: f64 = (0..words)
                             .map(|k| {
-                                f64::from(weights[k][row]) * f64::from(input[k * tokens + token])
+                                f64::from(weights[k][row / LANES][row % LANES])
+                                    * f64::from(input[k * tokens + token])
                             })
                             .sum();
                         assert!(
@@ -284,10 +295,11 @@ mod tests {
                         .map(|pair| word(pair[0], pair[1]))
                         .collect()
                 };
-                let weights: Vec<[u32; FLOAT_ROWS]> = pack(&w).as_chunks().0.to_vec();
+                let weights: Vec<[[u32; LANES]; 2]> = bytemuck::cast_slice(&pack(&w)).to_vec();
+                let [low, high] = split(&weights);
                 let input = pack(&x);
                 let mut sums = [[f32::NAN; FLOAT_ROWS]; MAX_TOKENS];
-                bf16(isa, tokens, &weights, &input, &mut sums);
+                bf16(isa, tokens, [&low, &high], &input, &mut sums);
                 for token in 0..tokens {
                     for row in 0..FLOAT_ROWS {
                         let exact: f32 = (0..2 * words)

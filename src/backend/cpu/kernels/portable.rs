@@ -2,7 +2,7 @@
 //!
 //! The same code compiled with AVX2 and FMA is the twin for machines without AVX-512.
 
-use super::{BlockInput, Blocks, CodeTile, FLOAT_ROWS, FloatTile, LANES, SuperBlocks, SuperInput};
+use super::{BlockInput, Blocks, CodeTile, FloatTile, Halves, LANES, SuperBlocks, SuperInput};
 
 /// `a * b + c`, fused where the machine has the instruction: without it a fused product is a function call.
 #[inline(always)]
@@ -12,15 +12,17 @@ fn multiply_add<const FUSED: bool>(a: f32, b: f32, c: f32) -> f32 {
 
 #[inline(always)]
 pub fn float<const TOKENS: usize, const FUSED: bool>(
-    weights: &[[f32; FLOAT_ROWS]],
+    weights: Halves<'_, f32>,
     input: &[f32],
     sums: &mut FloatTile,
 ) {
     for (token, sums) in sums.iter_mut().enumerate().take(TOKENS) {
-        *sums = [0.0; FLOAT_ROWS];
-        for (weights, input) in weights.iter().zip(input.chunks_exact(TOKENS)) {
-            for (sum, weight) in sums.iter_mut().zip(weights) {
-                *sum = multiply_add::<FUSED>(*weight, input[token], *sum);
+        for (weights, sums) in weights.iter().zip(sums.as_chunks_mut::<LANES>().0) {
+            *sums = [0.0; LANES];
+            for (weights, input) in weights.iter().zip(input.chunks_exact(TOKENS)) {
+                for (sum, weight) in sums.iter_mut().zip(weights) {
+                    *sum = multiply_add::<FUSED>(*weight, input[token], *sum);
+                }
             }
         }
     }
@@ -28,19 +30,21 @@ pub fn float<const TOKENS: usize, const FUSED: bool>(
 
 #[inline(always)]
 pub fn bf16<const TOKENS: usize, const FUSED: bool>(
-    weights: &[[u32; FLOAT_ROWS]],
+    weights: Halves<'_, u32>,
     input: &[u32],
     sums: &mut FloatTile,
 ) {
     let low = |word: u32| f32::from_bits(word << 16);
     let high = |word: u32| f32::from_bits(word & 0xffff_0000);
     for (token, sums) in sums.iter_mut().enumerate().take(TOKENS) {
-        *sums = [0.0; FLOAT_ROWS];
-        for (weights, input) in weights.iter().zip(input.chunks_exact(TOKENS)) {
-            let (x0, x1) = (low(input[token]), high(input[token]));
-            for (sum, weight) in sums.iter_mut().zip(weights) {
-                let first = multiply_add::<FUSED>(low(*weight), x0, *sum);
-                *sum = multiply_add::<FUSED>(high(*weight), x1, first);
+        for (weights, sums) in weights.iter().zip(sums.as_chunks_mut::<LANES>().0) {
+            *sums = [0.0; LANES];
+            for (weights, input) in weights.iter().zip(input.chunks_exact(TOKENS)) {
+                let (x0, x1) = (low(input[token]), high(input[token]));
+                for (sum, weight) in sums.iter_mut().zip(weights) {
+                    let first = multiply_add::<FUSED>(low(*weight), x0, *sum);
+                    *sum = multiply_add::<FUSED>(high(*weight), x1, first);
+                }
             }
         }
     }
@@ -150,7 +154,7 @@ pub mod avx2 {
 
     #[target_feature(enable = "avx2,fma")]
     pub fn float<const TOKENS: usize>(
-        weights: &[[f32; FLOAT_ROWS]],
+        weights: Halves<'_, f32>,
         input: &[f32],
         sums: &mut FloatTile,
     ) {
@@ -159,7 +163,7 @@ pub mod avx2 {
 
     #[target_feature(enable = "avx2,fma")]
     pub fn bf16<const TOKENS: usize>(
-        weights: &[[u32; FLOAT_ROWS]],
+        weights: Halves<'_, u32>,
         input: &[u32],
         sums: &mut FloatTile,
     ) {
