@@ -92,6 +92,9 @@ pub enum Error {
     /// What was written does not read back as it was sent.
     #[error("{0}")]
     Verify(Fault),
+    /// Benchmark data, or results to compare with, cannot be used.
+    #[error("{0}")]
+    Data(Fault),
     /// A signal asked to stop.
     #[error("interrupted; nothing was left under the final name")]
     Interrupted,
@@ -102,9 +105,11 @@ impl Error {
     pub fn place(&self) -> Option<&Place> {
         match self {
             Self::Input(error) => Some(&error.place),
-            Self::Model(fault) | Self::Plan(fault) | Self::Weights(fault) | Self::Verify(fault) => {
-                Some(&fault.place)
-            }
+            Self::Model(fault)
+            | Self::Plan(fault)
+            | Self::Weights(fault)
+            | Self::Verify(fault)
+            | Self::Data(fault) => Some(&fault.place),
             Self::Write { fault, .. } => Some(&fault.place),
             Self::Interrupted => None,
         }
@@ -114,9 +119,11 @@ impl Error {
     pub fn hint(&self) -> Option<&str> {
         match self {
             Self::Input(error) => error.hint.as_deref(),
-            Self::Model(fault) | Self::Plan(fault) | Self::Weights(fault) | Self::Verify(fault) => {
-                fault.hint.as_deref()
-            }
+            Self::Model(fault)
+            | Self::Plan(fault)
+            | Self::Weights(fault)
+            | Self::Verify(fault)
+            | Self::Data(fault) => fault.hint.as_deref(),
             Self::Write { fault, .. } => fault.hint.as_deref(),
             Self::Interrupted => None,
         }

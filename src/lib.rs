@@ -2,6 +2,7 @@
 
 pub mod convert;
 pub mod error;
+pub mod eval;
 pub mod forward;
 pub mod model;
 pub mod plan;
