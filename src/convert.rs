@@ -4,7 +4,7 @@
 //! bytes, [`Summary`]. Tiles are independent of each other and of who computes them, so any number of threads gives
 //! the same bytes; memory holds one tile per thread.
 
-mod tile;
+pub(crate) mod tile;
 
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};

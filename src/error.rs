@@ -92,6 +92,9 @@ pub enum Error {
     /// What was written does not read back as it was sent.
     #[error("{0}")]
     Verify(Fault),
+    /// The model cannot be run on what it was given, or computes something that is not a number.
+    #[error("{0}")]
+    Run(Fault),
     /// Benchmark data, or results to compare with, cannot be used.
     #[error("{0}")]
     Data(Fault),
@@ -109,6 +112,7 @@ impl Error {
             | Self::Plan(fault)
             | Self::Weights(fault)
             | Self::Verify(fault)
+            | Self::Run(fault)
             | Self::Data(fault) => Some(&fault.place),
             Self::Write { fault, .. } => Some(&fault.place),
             Self::Interrupted => None,
@@ -123,6 +127,7 @@ impl Error {
             | Self::Plan(fault)
             | Self::Weights(fault)
             | Self::Verify(fault)
+            | Self::Run(fault)
             | Self::Data(fault) => fault.hint.as_deref(),
             Self::Write { fault, .. } => fault.hint.as_deref(),
             Self::Interrupted => None,

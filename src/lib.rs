@@ -1,5 +1,7 @@
 #![doc = include_str!("ARCHITECTURE.md")]
 
+pub mod artifact;
+pub mod backend;
 pub mod convert;
 pub mod error;
 pub mod eval;

@@ -2,7 +2,7 @@
 //!
 //! Enters: source bytes, read into the worker's own buffers. Leaves: the bytes to store. Knows nothing of files and threads.
 
-use nemoconv_formats::checkpoint::Checkpoint;
+use nemoconv_formats::checkpoint::{Checkpoint, TensorEntry};
 use nemoconv_formats::{Dtype, GgmlType, float};
 
 use crate::error::Result;
@@ -86,6 +86,26 @@ impl Scratch {
 }
 
 impl Tile {
+    /// Rows `row..row + rows` of one piece of the tensor with index `tensor`.
+    pub fn new(tensor: usize, piece: usize, row: usize, rows: usize) -> Self {
+        Self {
+            tensor,
+            piece,
+            row,
+            rows,
+        }
+    }
+
+    /// The checkpoint tensor and its first row, where the source bytes already are what is stored.
+    pub fn source_rows<'a>(
+        &self,
+        checkpoint: &'a Checkpoint,
+        tensor: &PlannedTensor,
+    ) -> Option<(&'a TensorEntry, usize)> {
+        let rows = self.unchanged(checkpoint, tensor)?;
+        Some((&checkpoint.tensors()[rows.source], rows.first))
+    }
+
     /// Offset from the start of the tensor's data, bytes.
     pub fn offset(&self, tensor: &PlannedTensor) -> u64 {
         ((self.piece * tensor.stored.rows + self.row) * tensor.row_bytes()) as u64

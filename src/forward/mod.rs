@@ -1,6 +1,13 @@
 //! The Nemotron-H network at run time.
 //!
-//! Enters: a stored model and token ids. Leaves: logits, states, scores. Knows no benchmark, no file format and no
-//! report.
+//! Enters: a stored model and token ids. Leaves: logits, states, scores. Written once against the backend trait; knows
+//! no benchmark, no file format and no report.
 
+mod linear;
+pub mod log_softmax;
+mod mixers;
+pub mod network;
+pub mod numerics;
+pub mod observer;
 pub mod scoring;
+pub mod state;

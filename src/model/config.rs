@@ -29,10 +29,61 @@ pub struct NemotronHConfig {
     pub layer_norm_epsilon: f32,
     pub rope_theta: Option<f32>,
     pub tie_word_embeddings: bool,
+    pub time_step: TimeStep,
     /// Present when the pattern has MoE blocks.
     pub moe: Option<MoeConfig>,
     /// `num_nextn_predict_layers`: multi-token-prediction heads.
     pub nextn_predict_layers: usize,
+}
+
+/// Bounds of the Mamba-2 time step after softplus.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct TimeStep {
+    /// `time_step_limit`: the bounds the model was trained with.
+    pub limit: (f32, f32),
+    /// `time_step_min`: an initialisation range that transformers' chunked path takes for a lower bound.
+    pub min: f32,
+}
+
+impl TimeStep {
+    /// No bounds: what llama.cpp computes, and the default of the family.
+    pub const UNLIMITED: Self = Self {
+        limit: (0.0, f32::INFINITY),
+        min: 0.001,
+    };
+
+    fn parse(fields: &Fields) -> Result<Self, Fault> {
+        let min = fields.float(&["time_step_min"])?;
+        let limit = match fields.json.get("time_step_limit") {
+            None | Some(Value::Null) => Self::UNLIMITED.limit,
+            Some(Value::Array(bounds)) if bounds.len() == 2 => {
+                let bound = |value| bound(value).ok_or_else(|| time_step_fault(value));
+                (bound(&bounds[0])?, bound(&bounds[1])?)
+            }
+            Some(other) => return Err(time_step_fault(other)),
+        };
+        Ok(Self {
+            limit,
+            min: min.unwrap_or(Self::UNLIMITED.min),
+        })
+    }
+}
+
+/// A number, or infinity in one of its spellings: `Infinity`, or `{"__float__": "Infinity"}` as transformers 5 writes.
+fn bound(value: &Value) -> Option<f32> {
+    let word = value.get("__float__").unwrap_or(value);
+    match word.as_str() {
+        Some("Infinity" | "inf") => Some(f32::INFINITY),
+        Some("-Infinity" | "-inf") => Some(f32::NEG_INFINITY),
+        Some(_) => None,
+        None => word.as_f64().map(|number| number as f32),
+    }
+}
+
+fn time_step_fault(found: &Value) -> Fault {
+    Fault::new(format!(
+        "`time_step_limit` must be two numbers, found {found}"
+    ))
 }
 
 /// Sizes of the MoE blocks.
@@ -116,6 +167,7 @@ impl NemotronHConfig {
             layer_norm_epsilon,
             rope_theta: fields.float(&["rope_theta"])?,
             tie_word_embeddings: fields.flag("tie_word_embeddings")?.unwrap_or(false),
+            time_step: TimeStep::parse(&fields)?,
             nextn_predict_layers: if moe.is_some() { nextn } else { 0 },
             moe,
             pattern,
@@ -134,7 +186,13 @@ impl NemotronHConfig {
         self.inner_size() + 2 * self.n_groups * self.ssm_state_size
     }
 
-    fn check_consistency(&self) -> Result<(), Fault> {
+    /// The epsilon of every norm: block norms, gated norm, final norm.
+    pub fn norm_epsilon(&self) -> f32 {
+        self.layer_norm_epsilon
+    }
+
+    /// Whether the sizes fit each other.
+    pub(crate) fn check_consistency(&self) -> Result<(), Fault> {
         let check = |ok: bool, what: String| if ok { Ok(()) } else { Err(Fault::new(what)) };
         check(
             self.inner_size().is_multiple_of(self.n_groups),
@@ -181,19 +239,32 @@ impl MoeConfig {
             routed_scaling_factor: fields.float(&["routed_scaling_factor"])?.unwrap_or(1.0),
             moe_latent_size: fields.size(&["moe_latent_size"])?,
         };
-        if config.n_routed_experts > MAX_EXPERTS {
+        config.check_consistency()?;
+        Ok(config)
+    }
+
+    /// Whether the sizes fit each other.
+    pub(crate) fn check_consistency(&self) -> Result<(), Fault> {
+        if self.n_routed_experts > MAX_EXPERTS {
             return Err(Fault::new(format!(
                 "n_routed_experts is {}, the limit is {MAX_EXPERTS}",
-                config.n_routed_experts
+                self.n_routed_experts
             )));
         }
-        if config.num_experts_per_tok > config.n_routed_experts {
+        if self.num_experts_per_tok > self.n_routed_experts {
             return Err(Fault::new(format!(
                 "num_experts_per_tok {} exceeds n_routed_experts {}",
-                config.num_experts_per_tok, config.n_routed_experts
+                self.num_experts_per_tok, self.n_routed_experts
             )));
         }
-        Ok(config)
+        let groups = self.n_group.max(1);
+        if !self.n_routed_experts.is_multiple_of(groups) {
+            return Err(Fault::new(format!(
+                "n_routed_experts {} is not a multiple of n_group {groups}",
+                self.n_routed_experts
+            )));
+        }
+        Ok(())
     }
 }
 

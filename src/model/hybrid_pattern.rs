@@ -58,10 +58,20 @@ impl HybridPattern {
             _ => None,
         };
         match kinds {
-            Some(Ok(kinds)) if kinds.is_empty() => Err("block pattern is empty".into()),
-            Some(kinds) => kinds.map(Self),
+            Some(kinds) => Self::from_kinds(kinds?),
             None => Err("block pattern must be a string or a list of block types".into()),
         }
+    }
+
+    /// A pattern from its blocks.
+    ///
+    /// # Errors
+    /// There are none.
+    pub fn from_kinds(kinds: Vec<BlockKind>) -> Result<Self, String> {
+        if kinds.is_empty() {
+            return Err("block pattern is empty".into());
+        }
+        Ok(Self(kinds))
     }
 
     /// One kind per block, in order.

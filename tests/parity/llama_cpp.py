@@ -1,6 +1,6 @@
 """Asks an unmodified llama.cpp (the `xllamacpp` wheel) about GGUF files.
 
-stdin: JSON {"files": [path, ...], "prompts": [[token ids], ...], "generate": n}
+stdin: JSON {"files": [path, ...], "prompts": [[token ids], ...], "generate": n, "ubatch": rows computed together}
 stdout: one JSON line per file: {"logprobs": [[log-probability of every token], ...], "generated": n}
 """
 import json
@@ -20,6 +20,7 @@ for path in request["files"]:
     params.n_parallel = 1
     params.cpuparams.n_threads = 1
     params.warmup = False
+    params.n_ubatch = request["ubatch"]
     server = xllamacpp.Server(params)
 
     def complete(prompt, count, probs):

@@ -1,6 +1,7 @@
 //! Our answers beside those of the published programs.
 
 mod converter;
+mod forward;
 mod independent_reader;
 mod llama_cpp;
 mod metadata;

@@ -1,0 +1,326 @@
+//! A stored model, whatever its container: a Hugging Face checkpoint or a GGUF file seen as one list of tensors.
+//!
+//! Enters: a path or hub id. Leaves: [`StoredModel`], sizes and tensors under GGUF names, rows as stored bytes or as
+//! f32. A checkpoint is read as the GGUF file it would become in its own float type, so that everything downstream
+//! knows one naming and one layout. Computes nothing.
+
+mod checkpoint;
+mod gguf;
+mod gguf_config;
+
+use std::collections::HashMap;
+use std::path::{Path, PathBuf};
+
+use nemoconv_formats::checkpoint::{Checkpoint, resolve_hub_id};
+use nemoconv_formats::gguf::{Gguf, Metadata};
+use nemoconv_formats::{GgmlType, block};
+
+use crate::error::{Error, Fault, Result};
+use crate::model::config::NemotronHConfig;
+use crate::model::nemotron_h::{Presence, Widths, expected_tensors};
+use checkpoint::CheckpointStorage;
+use gguf::GgufStorage;
+
+pub use gguf::open_parts;
+
+/// A tensor as it is stored: one matrix `[rows, columns]`, or a stack of them, one per expert.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct StoredTensor {
+    /// GGUF name, such as `blk.0.ssm_in.weight`.
+    pub name: String,
+    /// Stored type.
+    pub ty: GgmlType,
+    /// Matrices in the stack; 1 for everything but routed experts.
+    pub matrices: usize,
+    /// `out_features` of one matrix.
+    pub rows: usize,
+    /// `in_features`: the row length.
+    pub columns: usize,
+    /// Which file of the container, or which tensor of the plan.
+    place: usize,
+    /// Bytes from the start of that file.
+    offset: u64,
+}
+
+impl StoredTensor {
+    /// Bytes of one row.
+    pub fn row_bytes(&self) -> usize {
+        self.columns / self.ty.block_elements() * self.ty.block_bytes()
+    }
+
+    /// Bytes of the whole stack.
+    pub fn bytes(&self) -> u64 {
+        (self.row_bytes() * self.rows) as u64 * self.matrices as u64
+    }
+
+    /// Weights of the whole stack.
+    pub fn weights(&self) -> u64 {
+        (self.rows * self.columns) as u64 * self.matrices as u64
+    }
+}
+
+/// The container a model is stored in.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Container {
+    /// A Hugging Face folder or safetensors file.
+    Checkpoint,
+    /// GGUF, in one file or in parts.
+    Gguf,
+}
+
+#[derive(Debug)]
+enum Storage {
+    Checkpoint(Box<CheckpointStorage>),
+    Gguf(GgufStorage),
+}
+
+/// A model that can be read: headers checked against the architecture, weights untouched.
+#[derive(Debug)]
+pub struct StoredModel {
+    path: PathBuf,
+    config: NemotronHConfig,
+    tensors: Vec<StoredTensor>,
+    by_name: HashMap<String, usize>,
+    storage: Storage,
+}
+
+impl StoredModel {
+    /// Opens a model folder, a safetensors file, a GGUF file (the first part of a split one) or `org/name` in the hub's
+    /// cache.
+    ///
+    /// # Errors
+    /// The file is corrupt or truncated, is not a Nemotron-H model, or lacks a tensor or has one of a wrong shape.
+    pub fn open(model: &str) -> Result<Self> {
+        let path = locate(model)?;
+        if path
+            .extension()
+            .is_some_and(|extension| extension == "gguf")
+        {
+            Self::open_gguf(&path)
+        } else {
+            Self::open_checkpoint(&path)
+        }
+    }
+
+    fn open_gguf(path: &Path) -> Result<Self> {
+        let storage = GgufStorage::open(path)?;
+        let tensors = storage.tensors();
+        let config = gguf_config::parse(storage.metadata(), &tensors)
+            .map_err(|fault| Error::Model(fault.in_file(path)))?;
+        Self::new(path, config, tensors, Storage::Gguf(storage))
+    }
+
+    fn open_checkpoint(path: &Path) -> Result<Self> {
+        let storage = CheckpointStorage::open(path)?;
+        let tensors = storage.tensors();
+        let config = storage.plan().config.clone();
+        Self::new(
+            path,
+            config,
+            tensors,
+            Storage::Checkpoint(Box::new(storage)),
+        )
+    }
+
+    fn new(
+        path: &Path,
+        config: NemotronHConfig,
+        tensors: Vec<StoredTensor>,
+        storage: Storage,
+    ) -> Result<Self> {
+        let names = tensors.iter().enumerate();
+        let by_name = names.map(|(index, t)| (t.name.clone(), index)).collect();
+        let model = Self {
+            path: path.to_owned(),
+            config,
+            tensors,
+            by_name,
+            storage,
+        };
+        model.check_tensors()?;
+        Ok(model)
+    }
+
+    /// Where the model was opened.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// What it is stored in.
+    pub fn container(&self) -> Container {
+        match self.storage {
+            Storage::Checkpoint(_) => Container::Checkpoint,
+            Storage::Gguf(_) => Container::Gguf,
+        }
+    }
+
+    /// Sizes of the network, as stored (a widened file has its widened sizes).
+    pub fn config(&self) -> &NemotronHConfig {
+        &self.config
+    }
+
+    /// Tensors in file order.
+    pub fn tensors(&self) -> &[StoredTensor] {
+        &self.tensors
+    }
+
+    /// The tensor of a GGUF name.
+    pub fn tensor(&self, name: &str) -> Option<&StoredTensor> {
+        self.by_name.get(name).map(|&index| &self.tensors[index])
+    }
+
+    /// Keys of a GGUF file.
+    pub fn metadata(&self) -> Option<&Metadata> {
+        match &self.storage {
+            Storage::Checkpoint(_) => None,
+            Storage::Gguf(storage) => Some(storage.metadata()),
+        }
+    }
+
+    /// The files of a GGUF model, the first part first.
+    pub fn parts(&self) -> &[Gguf] {
+        match &self.storage {
+            Storage::Checkpoint(_) => &[],
+            Storage::Gguf(storage) => storage.parts(),
+        }
+    }
+
+    /// The Hugging Face checkpoint, if it is one.
+    pub fn checkpoint(&self) -> Option<&Checkpoint> {
+        match &self.storage {
+            Storage::Checkpoint(storage) => Some(storage.checkpoint()),
+            Storage::Gguf(_) => None,
+        }
+    }
+
+    /// Bytes of all tensors as stored.
+    pub fn weight_bytes(&self) -> u64 {
+        self.tensors.iter().map(StoredTensor::bytes).sum()
+    }
+
+    /// Rows of one matrix where they lie in the file, if the file holds them as they are.
+    ///
+    /// Touching them makes them resident; [`Self::read_rows`] does not.
+    pub fn mapped_rows(
+        &self,
+        tensor: &StoredTensor,
+        matrix: usize,
+        first_row: usize,
+        rows: usize,
+    ) -> Option<&[u8]> {
+        match &self.storage {
+            Storage::Checkpoint(storage) => storage.mapped_rows(tensor, matrix, first_row, rows),
+            Storage::Gguf(storage) => storage.mapped_rows(tensor, matrix, first_row, rows),
+        }
+    }
+
+    /// Fills `bytes` with whole rows of one matrix from `first_row` on, in the stored type.
+    ///
+    /// # Errors
+    /// The file cannot be read.
+    pub fn read_rows(
+        &self,
+        tensor: &StoredTensor,
+        matrix: usize,
+        first_row: usize,
+        bytes: &mut [u8],
+    ) -> Result<()> {
+        match &self.storage {
+            Storage::Checkpoint(storage) => storage.read_rows(tensor, matrix, first_row, bytes),
+            Storage::Gguf(storage) => storage.read_rows(tensor, matrix, first_row, bytes),
+        }
+    }
+
+    /// Fills `values` with dequantized rows of one matrix from `first_row` on; `bytes` is the caller's buffer.
+    ///
+    /// # Errors
+    /// The file cannot be read, or the type cannot be decoded.
+    pub fn dequantize_rows(
+        &self,
+        tensor: &StoredTensor,
+        matrix: usize,
+        first_row: usize,
+        bytes: &mut Vec<u8>,
+        values: &mut [f32],
+    ) -> Result<()> {
+        bytes.resize(values.len() / tensor.columns * tensor.row_bytes(), 0);
+        self.read_rows(tensor, matrix, first_row, bytes)?;
+        block::dequantize(tensor.ty, bytes, values)
+            .map_err(|error| error.in_tensor(&tensor.name).in_file(&self.path).into())
+    }
+
+    /// Every tensor that the architecture requires is there, with its shape.
+    fn check_tensors(&self) -> Result<()> {
+        let widths = Widths::of(&self.config);
+        for expected in expected_tensors(&self.config, false) {
+            let Some(tensor) = self.tensor(&expected.name) else {
+                if expected.rule.presence == Presence::Required {
+                    return Err(self.fault("is missing", &expected.name));
+                }
+                continue;
+            };
+            let dims = expected.rule.reshape.unwrap_or(expected.rule.shape);
+            let sizes: Vec<_> = dims
+                .iter()
+                .map(|dim| dim.size(&self.config, &widths))
+                .collect();
+            let (columns, rows) = match sizes.split_last() {
+                Some((columns, rest)) if sizes.len() > 1 => (*columns, rest.iter().product()),
+                _ => (sizes.iter().product(), 1),
+            };
+            let matrices = expected.sources.len();
+            let found = [tensor.matrices, tensor.rows, tensor.columns];
+            if found != [matrices, rows, columns] {
+                let what =
+                    format!("has shape {found:?}, the sizes imply [{matrices}, {rows}, {columns}]");
+                return Err(self.fault(what, &expected.name));
+            }
+        }
+        Ok(())
+    }
+
+    fn fault(&self, what: impl Into<String>, tensor: &str) -> Error {
+        Error::Model(Fault::new(what).in_tensor(tensor).in_file(&self.path))
+    }
+}
+
+/// A path, or where the hub's cache holds `org/name[@revision]`.
+fn locate(model: &str) -> Result<PathBuf> {
+    let path = Path::new(model);
+    let hub_id = !path.exists() && model.split('/').count() == 2 && !model.starts_with(['.', '/']);
+    Ok(if hub_id && !model.ends_with(".gguf") {
+        resolve_hub_id(model)?
+    } else {
+        path.to_path_buf()
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_checkpoint_reads_as_its_gguf_tensors() {
+        let model = StoredModel::open(nemoconv_fixtures::nano().to_str().unwrap()).unwrap();
+        assert_eq!(model.container(), Container::Checkpoint);
+        let tensor = model.tensor("blk.0.ssm_in.weight").unwrap();
+        assert_eq!((tensor.ty, tensor.columns), (GgmlType::BF16, 256));
+        let mut rows = vec![0; 2 * tensor.row_bytes()];
+        model.read_rows(tensor, 0, 3, &mut rows).unwrap();
+        assert_eq!(model.mapped_rows(tensor, 0, 3, 2).unwrap(), rows);
+        let a = model.tensor("blk.0.ssm_a").unwrap();
+        let mut values = vec![0.0; a.rows];
+        model
+            .dequantize_rows(a, 0, 0, &mut Vec::new(), &mut values)
+            .unwrap();
+        assert!(values.iter().all(|a| *a < 0.0), "{values:?}");
+    }
+
+    #[test]
+    fn what_is_no_model_is_refused_by_name() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("absent.gguf");
+        let error = StoredModel::open(path.to_str().unwrap()).unwrap_err();
+        assert_eq!(error.place().unwrap().path, Some(path));
+    }
+}

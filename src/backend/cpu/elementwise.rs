@@ -1,0 +1,137 @@
+//! Functions of single values, written so that compilers turn their loops into vectors.
+
+use rayon::prelude::*;
+
+/// Values that are worth a task of their own.
+const PART: usize = 1 << 14;
+
+/// `max(x, 0)^2`.
+pub fn relu_squared(values: &mut [f32]) {
+    values.par_chunks_mut(PART).for_each(|part| {
+        part.iter_mut().for_each(|x| {
+            let positive = x.max(0.0);
+            // A NaN stays one: `max` would hide it.
+            *x = if x.is_nan() { *x } else { positive * positive };
+        });
+    });
+}
+
+/// `sum += values`.
+pub fn add(sum: &mut [f32], values: &[f32]) {
+    sum.par_chunks_mut(PART)
+        .zip(values.par_chunks(PART))
+        .for_each(|(sum, values)| sum.iter_mut().zip(values).for_each(|(s, v)| *s += v));
+}
+
+/// Whether no value is NaN or infinite.
+pub fn is_finite(values: &[f32]) -> bool {
+    values
+        .par_chunks(PART)
+        .all(|part| part.iter().all(|x| x.is_finite()))
+}
+
+/// `e^x` to about 1e-7 relative, at least the smallest normal number.
+///
+/// `x = n ln 2 + r`, a polynomial in r, and n into the exponent. Coefficients: Cephes `expf`.
+#[inline(always)]
+pub fn exp(x: f32) -> f32 {
+    /// Adding and subtracting 1.5 * 2^23 rounds to an integer.
+    const ROUND: f32 = 12_582_912.0;
+    const LN2_HIGH: f32 = 0.693_359_4;
+    const LN2_LOW: f32 = -2.121_944_4e-4;
+    let x = if x < -87.3 { -87.3 } else { x };
+    let x = if x > 88.3 { 88.3 } else { x };
+    let n = (x * std::f32::consts::LOG2_E + ROUND) - ROUND;
+    let r = (x - n * LN2_HIGH) - n * LN2_LOW;
+    let mut p = 1.987_569_1e-4;
+    for coefficient in [
+        1.398_2e-3,
+        8.333_452e-3,
+        4.166_579_6e-2,
+        1.666_666_5e-1,
+        0.5,
+    ] {
+        p = p * r + coefficient;
+    }
+    let fraction = (p * r) * r + r + 1.0;
+    fraction * f32::from_bits(((n as i32 + 127) as u32) << 23)
+}
+
+/// `x / (1 + e^-x)`.
+#[inline(always)]
+pub fn silu(x: f32) -> f32 {
+    x / (1.0 + exp(-x))
+}
+
+/// `ln(1 + e^x)`; x itself above 20, as every implementation of the family has it.
+#[inline(always)]
+pub fn softplus(x: f32) -> f32 {
+    if x > 20.0 { x } else { x.exp().ln_1p() }
+}
+
+/// Lanes of the sums below; fixed, so that results do not depend on the machine's vectors.
+pub const LANES: usize = 16;
+
+/// The sum of 16 lanes, pairwise.
+#[inline(always)]
+pub fn sum_lanes(mut lanes: [f32; LANES]) -> f32 {
+    for half in [8, 4, 2, 1] {
+        for lane in 0..half {
+            lanes[lane] += lanes[lane + half];
+        }
+    }
+    lanes[0]
+}
+
+/// `sum x^2`.
+#[inline(always)]
+pub fn sum_of_squares(values: &[f32]) -> f32 {
+    dot(values, values)
+}
+
+/// `sum x y`.
+#[inline(always)]
+pub fn dot(x: &[f32], y: &[f32]) -> f32 {
+    let mut lanes = [0.0; LANES];
+    let (x_rows, x_rest) = x.as_chunks::<LANES>();
+    let (y_rows, y_rest) = y.as_chunks::<LANES>();
+    for (x, y) in x_rows.iter().zip(y_rows) {
+        for lane in 0..LANES {
+            lanes[lane] += x[lane] * y[lane];
+        }
+    }
+    for (lane, (x, y)) in x_rest.iter().zip(y_rest).enumerate() {
+        lanes[lane] += x * y;
+    }
+    sum_lanes(lanes)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn exp_is_the_exponential() {
+        for i in -870..=880 {
+            let x = i as f32 / 10.0 + 0.013;
+            let exact = f64::from(x).exp();
+            let error = (f64::from(exp(x)) - exact).abs() / exact;
+            assert!(error < 3e-7 || x > 88.3, "{x} {error}");
+        }
+        assert_eq!(exp(0.0), 1.0);
+        assert!(exp(f32::NEG_INFINITY) < 2e-38 && exp(f32::NAN).is_nan());
+    }
+
+    #[test]
+    fn nan_passes_through() {
+        let mut values = [f32::NAN, -1.0, 3.0];
+        relu_squared(&mut values);
+        assert!(values[0].is_nan() && values[1..] == [0.0, 9.0]);
+    }
+
+    #[test]
+    fn sums_cover_every_value() {
+        let x: Vec<f32> = (0..37).map(|i| i as f32).collect();
+        assert_eq!(dot(&x, &x), (0..37).map(|i| (i * i) as f32).sum::<f32>());
+    }
+}

@@ -1,0 +1,203 @@
+//! Matrix products with weights as they are stored: tiles of rows are packed into panels and multiplied with every token.
+//!
+//! Enters: a weight (mapped or streamed), f32 activations. Leaves: f32 rows. A result depends on its own row of weights
+//! and its own token alone: columns are summed in chunks of fixed size, in order.
+
+use std::cell::RefCell;
+
+use rayon::prelude::*;
+
+use super::CpuWeight;
+use super::input::{Input, TokenTile};
+use super::kernels::{self, FLOAT_ROWS, Isa, LANES, MAX_TOKENS};
+use super::panel::{CHUNK, Form, Panels, Rows};
+use super::shared_rows::SharedRows;
+use crate::backend::activation::Activation;
+use crate::error::Result;
+
+/// Weight rows that a worker packs together.
+const TILE_ROWS: usize = 64;
+/// Tokens per work item where there are few tiles of rows.
+const TILE_TOKENS: usize = 128;
+/// Tiles of rows that are enough work for all threads.
+const ENOUGH_TILES: usize = 16;
+
+/// What a worker keeps between tiles.
+#[derive(Debug, Default)]
+struct Scratch {
+    bytes: Vec<u8>,
+    panels: Panels,
+}
+
+thread_local! {
+    static SCRATCH: RefCell<Scratch> = RefCell::default();
+}
+
+/// `input [rows, columns]` times matrix `matrix` of `weight`, transposed.
+///
+/// # Errors
+/// The weight cannot be read.
+pub fn matmul(
+    isa: Isa,
+    weight: &CpuWeight,
+    matrix: usize,
+    input: &[f32],
+    activation: Activation,
+) -> Result<Vec<f32>> {
+    let (out_features, columns) = (weight.tensor.rows, weight.tensor.columns);
+    let tokens = input.len() / columns;
+    let form = Form::of(weight.tensor.ty, activation, columns);
+    let packed = Input::pack(input, columns, form, activation);
+    let mut out = vec![0.0; tokens * out_features];
+    let shared = SharedRows::new(&mut out, out_features);
+    let row_tiles = out_features.div_ceil(TILE_ROWS);
+    let tiles = packed.tiles();
+    let per_item = match row_tiles >= ENOUGH_TILES {
+        true => tiles.len().max(1),
+        false => TILE_TOKENS / MAX_TOKENS,
+    };
+    let token_items = tiles.len().div_ceil(per_item);
+    (0..row_tiles * token_items)
+        .into_par_iter()
+        .try_for_each(|item| {
+            let (row_tile, token_item) = (item % row_tiles, item / row_tiles);
+            let begin = token_item * per_item;
+            let tiles = &tiles[begin..(begin + per_item).min(tiles.len())];
+            let product = Product {
+                isa,
+                form,
+                input: &packed,
+                tiles,
+                first_row: row_tile * TILE_ROWS,
+                out: &shared,
+            };
+            SCRATCH.with_borrow_mut(|scratch| product.run(weight, matrix, scratch))
+        })?;
+    Ok(out)
+}
+
+/// One work item: up to 64 weight rows times some tiles of tokens.
+struct Product<'a> {
+    isa: Isa,
+    form: Form,
+    input: &'a Input,
+    tiles: &'a [TokenTile],
+    first_row: usize,
+    out: &'a SharedRows<'a>,
+}
+
+impl Product<'_> {
+    fn run(&self, weight: &CpuWeight, matrix: usize, scratch: &mut Scratch) -> Result<()> {
+        let count = TILE_ROWS.min(weight.tensor.rows - self.first_row);
+        let Scratch { bytes, panels } = scratch;
+        let rows = Rows {
+            bytes: weight.rows(matrix, self.first_row, count, bytes)?,
+            ty: weight.tensor.ty,
+            columns: weight.tensor.columns,
+        };
+        let step = match self.form {
+            Form::Float | Form::Bf16 => FLOAT_ROWS,
+            Form::Blocks { .. } | Form::SuperBlocks { .. } => LANES,
+        };
+        for first in (0..rows.columns).step_by(CHUNK) {
+            let columns = (first, CHUNK.min(rows.columns - first));
+            for row in (0..count).step_by(step) {
+                let filled = step.min(count - row);
+                match self.form {
+                    Form::Float => self.floats(panels, rows, row, filled, columns),
+                    Form::Bf16 => self.bf16(panels, rows, row, filled, columns),
+                    Form::Blocks { .. } => self.blocks(panels, rows, row, filled, columns),
+                    Form::SuperBlocks { .. } => {
+                        self.super_blocks(panels, rows, row, filled, columns)
+                    }
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn floats(
+        &self,
+        panels: &mut Panels,
+        rows: Rows,
+        row: usize,
+        filled: usize,
+        (first, count): (usize, usize),
+    ) {
+        let panel = panels.floats(self.isa, rows, row, first, count);
+        let mut sums = [[0.0; FLOAT_ROWS]; MAX_TOKENS];
+        for &tile in self.tiles {
+            let input = self.input.floats(tile, first, count);
+            kernels::float(self.isa, tile.tokens, panel, input, &mut sums);
+            self.add(tile, row, filled, &sums);
+        }
+    }
+
+    fn bf16(
+        &self,
+        panels: &mut Panels,
+        rows: Rows,
+        row: usize,
+        filled: usize,
+        (first, count): (usize, usize),
+    ) {
+        let panel = panels.bf16(self.isa, rows, row, first, count);
+        let mut sums = [[0.0; FLOAT_ROWS]; MAX_TOKENS];
+        for &tile in self.tiles {
+            let input = self.input.bf16(tile, first, count);
+            kernels::bf16(self.isa, tile.tokens, panel, input, &mut sums);
+            self.add(tile, row, filled, &sums);
+        }
+    }
+
+    fn blocks(
+        &self,
+        panels: &mut Panels,
+        rows: Rows,
+        row: usize,
+        filled: usize,
+        (first, count): (usize, usize),
+    ) {
+        let panel = panels.blocks(self.isa, rows, row, first, count);
+        let mut sums = [[0.0; LANES]; MAX_TOKENS];
+        for &tile in self.tiles {
+            let input = self.input.blocks(tile, first, count);
+            kernels::blocks(self.isa, tile.tokens, panel, input, &mut sums);
+            self.add(tile, row, filled, &sums);
+        }
+    }
+
+    fn super_blocks(
+        &self,
+        panels: &mut Panels,
+        rows: Rows,
+        row: usize,
+        filled: usize,
+        (first, count): (usize, usize),
+    ) {
+        let panel = panels.super_blocks(self.isa, rows, row, first, count);
+        let mut sums = [[0.0; LANES]; MAX_TOKENS];
+        for &tile in self.tiles {
+            let input = self.input.super_blocks(tile, first, count);
+            kernels::super_blocks(self.isa, tile.tokens, panel, input, &mut sums);
+            self.add(tile, row, filled, &sums);
+        }
+    }
+
+    fn add<const N: usize>(
+        &self,
+        tile: TokenTile,
+        row: usize,
+        filled: usize,
+        sums: &[[f32; N]; MAX_TOKENS],
+    ) {
+        for (token, sums) in sums.iter().enumerate().take(tile.tokens) {
+            // SAFETY: the rows of this tile and these tokens belong to this work item alone.
+            let out = unsafe {
+                self.out
+                    .part(tile.first + token, self.first_row + row, filled)
+            };
+            out.iter_mut().zip(sums).for_each(|(out, sum)| *out += sum);
+        }
+    }
+}

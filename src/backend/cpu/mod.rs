@@ -1,0 +1,250 @@
+//! The CPU backend: the definition of correct, and fast.
+//!
+//! Enters: mapped or streamed weights, f32 rows. Leaves: f32 rows. One file per operation; threads are those of the
+//! current rayon pool.
+
+mod attention;
+mod conv1d;
+mod elementwise;
+mod input;
+pub mod kernels;
+pub use elementwise::exp;
+mod matmul;
+mod panel;
+mod rms_norm;
+mod route;
+mod selective_scan;
+mod shared_rows;
+
+use std::ops::Range;
+use std::sync::Arc;
+
+use nemoconv_formats::block;
+use pulp::Arch;
+
+use super::activation::Activation;
+use super::{
+    AttentionShape, Backend, ExpertRows, KeyValues, RouteShape, ScanShape, ScanWeights, Segment,
+};
+use crate::artifact::{StoredModel, StoredTensor};
+use crate::error::Result;
+use kernels::Isa;
+
+/// Where weights are while they are multiplied.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Residence {
+    /// In the mapped file: pages come when they are touched and stay while there is room.
+    Mapped,
+    /// In the file: tiles are read into a worker's buffer each time, so that memory stays bounded.
+    Streamed,
+}
+
+/// The machine this program runs on.
+#[derive(Debug)]
+pub struct Cpu {
+    model: Arc<StoredModel>,
+    residence: Residence,
+    isa: Isa,
+    arch: Arch,
+}
+
+/// A weight in its file.
+#[derive(Debug)]
+pub struct CpuWeight {
+    model: Arc<StoredModel>,
+    tensor: StoredTensor,
+    residence: Residence,
+}
+
+impl CpuWeight {
+    /// Whole rows in the stored type: mapped, or read into `buffer`.
+    fn rows<'a>(
+        &'a self,
+        matrix: usize,
+        first: usize,
+        count: usize,
+        buffer: &'a mut Vec<u8>,
+    ) -> Result<&'a [u8]> {
+        if self.residence == Residence::Mapped
+            && let Some(bytes) = self.model.mapped_rows(&self.tensor, matrix, first, count)
+        {
+            return Ok(bytes);
+        }
+        let bytes = count * self.tensor.row_bytes();
+        buffer.resize(buffer.len().max(bytes), 0);
+        let buffer = &mut buffer[..bytes];
+        self.model.read_rows(&self.tensor, matrix, first, buffer)?;
+        Ok(buffer)
+    }
+}
+
+impl Cpu {
+    /// A backend for the weights of `model`.
+    pub fn new(model: Arc<StoredModel>, residence: Residence) -> Self {
+        Self {
+            model,
+            residence,
+            isa: Isa::detect(),
+            arch: Arch::new(),
+        }
+    }
+}
+
+impl Backend for Cpu {
+    type Buffer = Vec<f32>;
+    type Weight = CpuWeight;
+
+    fn weight(&self, tensor: &StoredTensor) -> Result<CpuWeight> {
+        let mut block = vec![0.0; tensor.ty.block_elements()];
+        let bytes = vec![0; tensor.ty.block_bytes()];
+        block::dequantize(tensor.ty, &bytes, &mut block)
+            .map_err(|error| error.in_tensor(&tensor.name).in_file(self.model.path()))?;
+        Ok(CpuWeight {
+            model: Arc::clone(&self.model),
+            tensor: tensor.clone(),
+            residence: self.residence,
+        })
+    }
+
+    fn vector(&self, tensor: &StoredTensor) -> Result<Vec<f32>> {
+        let mut values = vec![0.0; tensor.weights() as usize];
+        self.model
+            .dequantize_rows(tensor, 0, 0, &mut Vec::new(), &mut values)?;
+        Ok(values)
+    }
+
+    fn zeros(&self, len: usize) -> Vec<f32> {
+        vec![0.0; len]
+    }
+
+    fn duplicate(&self, buffer: &Vec<f32>) -> Vec<f32> {
+        buffer.clone()
+    }
+
+    fn upload(&self, values: &[f32]) -> Vec<f32> {
+        values.to_vec()
+    }
+
+    fn download(&self, buffer: &Vec<f32>, part: Range<usize>) -> Vec<f32> {
+        buffer[part].to_vec()
+    }
+
+    fn embed(&self, embedding: &CpuWeight, tokens: &[u32]) -> Result<Vec<f32>> {
+        let columns = embedding.tensor.columns;
+        let mut rows = vec![0.0; tokens.len() * columns];
+        let mut bytes = Vec::new();
+        for (row, token) in rows.chunks_exact_mut(columns).zip(tokens) {
+            let stored = embedding.rows(0, *token as usize, 1, &mut bytes)?;
+            block::dequantize(embedding.tensor.ty, stored, row)?;
+        }
+        Ok(rows)
+    }
+
+    fn matmul(
+        &self,
+        weight: &CpuWeight,
+        matrix: usize,
+        input: &Vec<f32>,
+        rows: usize,
+        activation: Activation,
+    ) -> Result<Vec<f32>> {
+        let input = &input[..rows * weight.tensor.columns];
+        matmul::matmul(self.isa, weight, matrix, input, activation)
+    }
+
+    fn rms_norm(&self, input: &Vec<f32>, weight: &Vec<f32>, eps: f32) -> Vec<f32> {
+        rms_norm::rms_norm(self.arch, input, weight, eps)
+    }
+
+    fn gated_rms_norm(
+        &self,
+        y: Vec<f32>,
+        z: &Vec<f32>,
+        z_stride: usize,
+        weight: &Vec<f32>,
+        groups: usize,
+        eps: f32,
+    ) -> Vec<f32> {
+        rms_norm::gated_rms_norm(self.arch, y, z, z_stride, weight, groups, eps)
+    }
+
+    fn conv1d_silu(
+        &self,
+        input: &Vec<f32>,
+        stride: usize,
+        first: usize,
+        weight: &Vec<f32>,
+        bias: &Vec<f32>,
+        segments: &mut [Segment<'_, Vec<f32>>],
+    ) -> Vec<f32> {
+        let source = conv1d::Channels {
+            values: input,
+            stride,
+            first,
+        };
+        conv1d::conv1d_silu(self.arch, source, weight, bias, segments)
+    }
+
+    fn selective_scan(
+        &self,
+        xbc: &Vec<f32>,
+        dt: &Vec<f32>,
+        dt_stride: usize,
+        weights: ScanWeights<'_, Vec<f32>>,
+        shape: ScanShape,
+        segments: &mut [Segment<'_, Vec<f32>>],
+    ) -> Vec<f32> {
+        selective_scan::selective_scan(self.arch, xbc, dt, dt_stride, weights, shape, segments)
+    }
+
+    fn attention(
+        &self,
+        query: &Vec<f32>,
+        keys: &Vec<f32>,
+        values: &Vec<f32>,
+        shape: AttentionShape,
+        segments: &mut [Segment<'_, KeyValues<Vec<f32>>>],
+    ) -> Vec<f32> {
+        attention::attention(self.arch, query, keys, values, shape, segments)
+    }
+
+    fn relu_squared(&self, values: &mut Vec<f32>) {
+        elementwise::relu_squared(values);
+    }
+
+    fn add_bias(&self, rows: &mut Vec<f32>, bias: &Vec<f32>) {
+        for row in rows.chunks_exact_mut(bias.len()) {
+            row.iter_mut().zip(bias).for_each(|(x, b)| *x += b);
+        }
+    }
+
+    fn is_finite(&self, values: &Vec<f32>) -> bool {
+        elementwise::is_finite(values)
+    }
+
+    fn add(&self, sum: &mut Vec<f32>, values: &Vec<f32>) {
+        elementwise::add(sum, values);
+    }
+
+    fn route(&self, logits: &Vec<f32>, bias: &Vec<f32>, shape: RouteShape) -> Vec<ExpertRows> {
+        route::route(logits, bias, shape)
+    }
+
+    fn gather(&self, input: &Vec<f32>, width: usize, rows: &[u32]) -> Vec<f32> {
+        let mut gathered = Vec::with_capacity(rows.len() * width);
+        for row in rows {
+            gathered.extend_from_slice(&input[*row as usize * width..][..width]);
+        }
+        gathered
+    }
+
+    fn scatter_add(&self, sum: &mut Vec<f32>, width: usize, values: &Vec<f32>, rows: &ExpertRows) {
+        let entries = rows.rows.iter().zip(&rows.weights);
+        for ((row, weight), values) in entries.zip(values.chunks_exact(width)) {
+            let sum = &mut sum[*row as usize * width..][..width];
+            sum.iter_mut()
+                .zip(values)
+                .for_each(|(s, v)| *s += weight * v);
+        }
+    }
+}

@@ -1,0 +1,174 @@
+//! The whole network: embedding, pre-norm residual blocks, final norm, head.
+
+use super::linear::{Linear, required};
+use super::mixers::{Mixer, Pass, Turn, scan_shape};
+use super::numerics::Numerics;
+use super::observer::Observer;
+use super::state::State;
+use crate::artifact::StoredModel;
+use crate::backend::{Backend, ScanShape};
+use crate::error::{Error, Fault, Result};
+use crate::model::config::NemotronHConfig;
+use crate::model::hybrid_pattern::BlockKind;
+
+/// A model that can be run.
+pub struct Network<B: Backend> {
+    backend: B,
+    config: NemotronHConfig,
+    scan: ScanShape,
+    embedding: Linear<B>,
+    blocks: Vec<(B::Buffer, BlockKind, Mixer<B>)>,
+    norm: B::Buffer,
+    /// `None` where the embedding serves.
+    head: Option<Linear<B>>,
+}
+
+/// One sequence of a batch: the tokens to run and the state they continue.
+pub struct Sequence<'a, B: Backend> {
+    /// Token ids.
+    pub tokens: &'a [u32],
+    /// Advanced by the run.
+    pub state: &'a mut State<B>,
+}
+
+impl<B: Backend> Network<B> {
+    /// Opens every weight of `model`.
+    ///
+    /// # Errors
+    /// A tensor is missing, of a type that cannot be decoded, or cannot be read.
+    pub fn open(model: &StoredModel, backend: B, numerics: &Numerics) -> Result<Self> {
+        let config = model.config().clone();
+        let kinds = config.pattern.kinds().iter().enumerate();
+        let blocks = kinds.map(|(block, kind)| {
+            let norm = required(model, &format!("blk.{block}.attn_norm.weight"))?;
+            let mixer = Mixer::open(&backend, model, block, *kind, numerics)?;
+            Ok((backend.vector(norm)?, *kind, mixer))
+        });
+        let blocks = blocks.collect::<Result<_>>()?;
+        let head = model.tensor("output.weight");
+        Ok(Self {
+            embedding: Linear::open(&backend, model, "token_embd", numerics)?,
+            blocks,
+            norm: backend.vector(required(model, "output_norm.weight")?)?,
+            head: head
+                .map(|_| Linear::open(&backend, model, "output", numerics))
+                .transpose()?,
+            scan: scan_shape(&config, numerics),
+            config,
+            backend,
+        })
+    }
+
+    /// Sizes of the network.
+    pub fn config(&self) -> &NemotronHConfig {
+        &self.config
+    }
+
+    /// The machine.
+    pub fn backend(&self) -> &B {
+        &self.backend
+    }
+
+    /// The state before the first token.
+    pub fn empty_state(&self) -> State<B> {
+        State::empty(&self.backend, &self.config, &self.scan)
+    }
+
+    /// Runs all sequences together and gives the normed stream, `[tokens of all sequences, hidden]`.
+    ///
+    /// # Errors
+    /// A token outside the vocabulary; a value that is not finite, naming the block that produced it; a file that cannot
+    /// be read.
+    pub fn run(
+        &self,
+        sequences: &mut [Sequence<'_, B>],
+        observer: &mut dyn Observer<B>,
+    ) -> Result<B::Buffer> {
+        let tokens = self.tokens_of(sequences)?;
+        let rows = tokens.len();
+        let mut turns = turns_of(sequences);
+        let mut residual = self.embedding.rows(&self.backend, &tokens)?;
+        for (block, (norm, kind, mixer)) in self.blocks.iter().enumerate() {
+            observer.residual(block, &self.backend, &residual, rows);
+            let normed = self
+                .backend
+                .rms_norm(&residual, norm, self.config.norm_epsilon());
+            let pass = Pass {
+                backend: &self.backend,
+                block,
+                rows,
+                turns: &mut turns,
+                observer,
+            };
+            let mixed = mixer.run(pass, &normed)?;
+            self.backend.add(&mut residual, &mixed);
+            if !self.backend.is_finite(&residual) {
+                return Err(not_finite(&format!("block {block} ({kind:?})")));
+            }
+        }
+        observer.residual(self.blocks.len(), &self.backend, &residual, rows);
+        for turn in turns {
+            turn.state.position += turn.rows.len();
+        }
+        let eps = self.config.norm_epsilon();
+        Ok(self.backend.rms_norm(&residual, &self.norm, eps))
+    }
+
+    /// Logits of some rows of what [`Self::run`] gave, `[rows, vocab_size]`.
+    ///
+    /// # Errors
+    /// A logit that is not finite, or a file that cannot be read.
+    pub fn logits(
+        &self,
+        normed: &B::Buffer,
+        rows: &[u32],
+        observer: &mut dyn Observer<B>,
+    ) -> Result<Vec<f32>> {
+        let head = self.head.as_ref().unwrap_or(&self.embedding);
+        let chosen = self.backend.gather(normed, self.config.hidden_size, rows);
+        let logits = head.apply(&self.backend, &chosen, rows.len(), observer)?;
+        if !self.backend.is_finite(&logits) {
+            return Err(not_finite("the output head"));
+        }
+        let len = rows.len() * head.out_features;
+        Ok(self.backend.download(&logits, 0..len))
+    }
+
+    fn tokens_of(&self, sequences: &[Sequence<'_, B>]) -> Result<Vec<u32>> {
+        let tokens: Vec<u32> = sequences
+            .iter()
+            .flat_map(|sequence| sequence.tokens)
+            .copied()
+            .collect();
+        let vocabulary = self.config.vocab_size;
+        match tokens.iter().find(|token| **token as usize >= vocabulary) {
+            None => Ok(tokens),
+            Some(token) => Err(Error::Run(
+                Fault::new(format!(
+                    "token id {token} is outside the model's vocabulary of {vocabulary}"
+                ))
+                .hint("the tokenizer is not this model's"),
+            )),
+        }
+    }
+}
+
+fn turns_of<'a, B: Backend>(sequences: &'a mut [Sequence<'_, B>]) -> Vec<Turn<'a, B>> {
+    let mut next = 0;
+    sequences
+        .iter_mut()
+        .map(|sequence| {
+            let rows = next..next + sequence.tokens.len();
+            next = rows.end;
+            Turn {
+                rows,
+                state: sequence.state,
+            }
+        })
+        .collect()
+}
+
+fn not_finite(place: &str) -> Error {
+    let fault = Fault::new(format!("{place} produced a value that is not finite"));
+    Error::Run(fault.hint("`nemoconv validate` names weights that are NaN or out of range"))
+}

@@ -1,0 +1,27 @@
+//! Looking into a run: hidden states after every block, expert choices, inputs of matrices.
+
+use crate::backend::{Backend, ExpertRows};
+
+/// Told what happens inside a run. Every method may be left out.
+pub trait Observer<B: Backend> {
+    /// The residual stream `[rows, hidden]` before block `block`; after the last block it is called with the number of
+    /// blocks.
+    fn residual(&mut self, block: usize, backend: &B, residual: &B::Buffer, rows: usize) {
+        let _ = (block, backend, residual, rows);
+    }
+
+    /// Which rows of the batch went to which expert.
+    fn experts(&mut self, block: usize, experts: &[ExpertRows]) {
+        let _ = (block, experts);
+    }
+
+    /// The input of a matrix, `[rows, in_features]`; `matrix` counts experts.
+    fn input(&mut self, tensor: &str, matrix: usize, backend: &B, input: &B::Buffer, rows: usize) {
+        let _ = (tensor, matrix, backend, input, rows);
+    }
+}
+
+/// Looks at nothing.
+pub struct Silent;
+
+impl<B: Backend> Observer<B> for Silent {}
