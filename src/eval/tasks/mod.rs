@@ -179,7 +179,7 @@ impl Question {
                 }
                 match requests
                     .iter()
-                    .position(|request| request.continuation.trim_start_matches(' ').is_empty())
+                    .position(|request| request.continuation == " ")
                 {
                     Some(index) => Err(format!("choice {} is empty", index + 1)),
                     None => Ok(()),

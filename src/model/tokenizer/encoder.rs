@@ -44,7 +44,7 @@ impl TextEncoder {
     pub fn of_files(files: &TokenizerFiles, vocab_size: usize) -> Result<Self> {
         let in_file = |error: Error| error.in_file("tokenizer.json");
         let token_count = padded_vocab_size(vocab_size)?;
-        let mut json = TokenizerJson::parse(&files.tokenizer_json, token_count).map_err(in_file)?;
+        let json = TokenizerJson::parse(&files.tokenizer_json, token_count).map_err(in_file)?;
         let settings = Settings::of(files);
         let added = added_tokens::in_force(&json.added_tokens, files)?;
         let mut backend = Backend::new(json, &added).map_err(in_file)?;
@@ -115,12 +115,6 @@ impl TextEncoder {
     /// `model_max_length`, where it is meant.
     pub fn max_length(&self) -> Option<usize> {
         self.max_length
-    }
-
-    /// The largest id that an encoding can hold.
-    pub fn largest_id(&self) -> u32 {
-        let vocab = self.tokenizer.get_vocab(true);
-        vocab.into_values().max().unwrap_or(0)
     }
 }
 
@@ -216,11 +210,10 @@ mod tests {
 
     #[test]
     fn named_tokens_have_ids() {
-        let encoder = encoder(&json!({"bos_token": "<s>", "pad_token": "no such"}), true);
+        let encoder = encoder(&json!({"bos_token": "<s>"}), true);
         assert_eq!(encoder.bos().unwrap().id, 1);
         assert_eq!(encoder.prefix_token(), encoder.bos());
         assert_eq!(encoder.eos(), None);
         assert_eq!(encoder.pad(), None);
-        assert_eq!(encoder.largest_id(), 1023);
     }
 }
