@@ -77,7 +77,7 @@ pub trait Progress {
 }
 
 /// Input tokens that are asked between two entries of the journal.
-const BATCH_TOKENS: usize = 8192;
+const BATCH_TOKENS: usize = 2048;
 
 impl PreparedTask {
     /// Reads every row, and encodes those that are asked.
