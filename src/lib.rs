@@ -9,6 +9,8 @@ pub mod forward;
 pub mod model;
 pub mod plan;
 pub mod quantize;
+pub mod report;
+pub mod validate;
 pub mod write;
 
 pub use nemoconv_formats as formats;

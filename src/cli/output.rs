@@ -4,6 +4,7 @@ use std::fmt::Display;
 use std::io::{self, IsTerminal, Write};
 
 use nemoconv::error::Error;
+pub use nemoconv::report::text::human_bytes;
 
 /// How much is said on stderr.
 #[derive(Debug, Clone, Copy)]
@@ -58,22 +59,6 @@ fn colour() -> bool {
     io::stderr().is_terminal() && std::env::var_os("NO_COLOR").is_none_or(|value| value.is_empty())
 }
 
-/// 1234567 as `1.23 MB`.
-pub fn human_bytes(bytes: u64) -> String {
-    let units = ["B", "kB", "MB", "GB", "TB"];
-    let mut size = bytes as f64;
-    let mut unit = 0;
-    while size >= 999.5 && unit + 1 < units.len() {
-        size /= 1000.0;
-        unit += 1;
-    }
-    if unit == 0 {
-        format!("{bytes} B")
-    } else {
-        format!("{size:.2} {}", units[unit])
-    }
-}
-
 /// Dimensions as `[256, 1024]`.
 pub fn shape<T: Display>(dims: &[T]) -> String {
     let dims: Vec<_> = dims.iter().map(T::to_string).collect();
@@ -110,14 +95,6 @@ pub fn table(rows: &[Vec<String>], right: &[bool]) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn sizes_are_readable() {
-        let check = |bytes, expected| assert_eq!(human_bytes(bytes), expected);
-        check(17, "17 B");
-        check(7_046_368, "7.05 MB");
-        check(999_999, "1.00 MB");
-    }
 
     #[test]
     fn columns_line_up() {

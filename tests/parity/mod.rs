@@ -3,6 +3,7 @@
 mod converter;
 mod forward;
 mod independent_reader;
+mod kl_divergence;
 mod llama_cpp;
 mod metadata;
 mod mixes;
