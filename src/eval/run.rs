@@ -239,3 +239,243 @@ fn vocabulary_mismatch(id: u32, vocab_size: usize) -> Error {
     ));
     Error::Data(fault.hint("check that the tokenizer files belong to the model"))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::eval::files::{self, StoredRun};
+    use crate::eval::merge::merge;
+    use crate::eval::results::{Description, results};
+    use crate::forward::scoring::{ContinuationScore, PrefixGroup};
+    use crate::model::tokenizer::TokenizerFiles;
+    use sha2::{Digest, Sha256};
+    use std::path::Path;
+    use std::sync::atomic::AtomicUsize;
+
+    /// Scores that depend on every token and on nothing else; stops the run after so many calls.
+    #[derive(Default)]
+    struct HashScorer {
+        asked: AtomicUsize,
+        stop: AtomicBool,
+        stop_after_calls: usize,
+        calls: AtomicUsize,
+    }
+
+    impl Scorer for HashScorer {
+        fn vocab_size(&self) -> usize {
+            1024
+        }
+
+        fn score(&self, groups: &[PrefixGroup]) -> Result<Vec<Vec<ContinuationScore>>> {
+            if self.calls.fetch_add(1, Ordering::Relaxed) + 1 == self.stop_after_calls {
+                self.stop.store(true, Ordering::Relaxed);
+            }
+            let score = |group: &PrefixGroup| {
+                let continuations = group.continuations.iter();
+                continuations
+                    .map(|continuation| {
+                        self.asked.fetch_add(1, Ordering::Relaxed);
+                        let mut hasher = Sha256::new();
+                        let input = group.prefix.iter().chain(&continuation.tokens);
+                        for token in input.chain(&continuation.targets) {
+                            hasher.update(token.to_le_bytes());
+                        }
+                        let digest = hasher.finalize();
+                        ContinuationScore {
+                            log_likelihood: -f64::from(digest[0]) - f64::from(digest[1]) / 3.0,
+                            is_greedy: digest[2] < 9,
+                        }
+                    })
+                    .collect()
+            };
+            Ok(groups.iter().map(score).collect())
+        }
+    }
+
+    struct Silent;
+
+    impl Progress for Silent {
+        fn begin(&self, _: Task, _: usize, _: usize) {}
+        fn advance(&self, _: usize) {}
+        fn end(&self) {}
+    }
+
+    fn encoder() -> TextEncoder {
+        let files = TokenizerFiles::read(&nemoconv_fixtures::nano()).unwrap();
+        TextEncoder::of_files(&files, 1024).unwrap()
+    }
+
+    /// 120 questions with texts long enough for several batches, and 7 pages.
+    fn write_data(folder: &Path) {
+        let question = |index: usize| {
+            let goal = format!("reach place number {index} {}", "by this road ".repeat(9));
+            serde_json::json!({"goal": goal, "sol1": format!("walk {index}"), "sol2": "run", "label": index % 2})
+                .to_string()
+        };
+        let page =
+            |index: usize| serde_json::json!({"page": format!(" = {index} = a page")}).to_string();
+        let lines = |lines: Vec<String>| lines.join("\n") + "\n";
+        std::fs::write(
+            folder.join("piqa.jsonl"),
+            lines((0..120).map(question).collect()),
+        )
+        .unwrap();
+        std::fs::write(
+            folder.join("wikitext.jsonl"),
+            lines((0..7).map(page).collect()),
+        )
+        .unwrap();
+    }
+
+    fn settings(shard: &str) -> Settings {
+        Settings {
+            limit: Some(100),
+            shard: shard.parse().unwrap(),
+            prompting: Prompting {
+                add_bos: None,
+                max_length: 512,
+            },
+        }
+    }
+
+    fn answer_all(
+        data: &Path,
+        settings: Settings,
+        scorer: &HashScorer,
+        mut journal: Option<&mut Journal>,
+    ) -> Result<Vec<TaskSamples>> {
+        let tasks = [Task::Wikitext, Task::Piqa].into_iter();
+        tasks
+            .map(|task| {
+                let data = DataSet::read(data, task)?;
+                let prepared = PreparedTask::new(task, &data, &encoder(), 1024, settings)?;
+                let journal = journal.as_deref_mut();
+                let (samples, _) = prepared.answer(scorer, journal, &Silent, &scorer.stop)?;
+                Ok(samples)
+            })
+            .collect()
+    }
+
+    fn write_run(folder: &Path, settings: Settings, date: f64, tasks: &[TaskSamples]) -> PathBuf {
+        let description = Description {
+            model_name: "org/model".into(),
+            parameters: 1,
+            dtype: "F32".into(),
+            identity: "x".into(),
+            revision: None,
+            max_length: settings.prompting.max_length,
+            add_bos: settings.prompting.add_bos,
+            limit: settings.limit,
+            shard: settings.shard,
+            date,
+        };
+        files::make_folder(folder).unwrap();
+        files::write(folder, &results(&description, &encoder(), tasks), tasks).unwrap()
+    }
+
+    /// Every file of a folder by name.
+    fn content(folder: &Path) -> Vec<(String, Vec<u8>)> {
+        let entries = std::fs::read_dir(folder).unwrap().flatten();
+        let mut files: Vec<_> = entries
+            .map(|entry| {
+                let name = entry.file_name().to_string_lossy().into_owned();
+                (name, std::fs::read(entry.path()).unwrap())
+            })
+            .collect();
+        files.sort();
+        files
+    }
+
+    #[test]
+    fn merged_parts_are_the_whole_byte_for_byte() {
+        let folder = tempfile::tempdir().unwrap();
+        write_data(folder.path());
+        let scorer = HashScorer::default();
+        let run = |shard: &str, to: &str| {
+            let tasks = answer_all(folder.path(), settings(shard), &scorer, None).unwrap();
+            write_run(&folder.path().join(to), settings(shard), 1e9, &tasks)
+        };
+        run("1/1", "whole");
+        let parts = ["3/3", "1/3", "2/3"].map(|shard| run(shard, &shard.replace('/', "of")));
+        let read = |parts: &[PathBuf]| -> Vec<_> {
+            parts
+                .iter()
+                .map(|part| StoredRun::read(part).unwrap())
+                .collect()
+        };
+        let (results, tasks) = merge(read(&parts)).unwrap();
+        let merged = folder.path().join("merged");
+        files::make_folder(&merged).unwrap();
+        files::write(&merged, &results, &tasks).unwrap();
+        let whole = content(&folder.path().join("whole"));
+        assert_eq!(whole.len(), 3);
+        assert_eq!(content(&merged), whole);
+
+        let check = |parts: &[PathBuf], expected: &str| {
+            let error = merge(read(parts)).unwrap_err().to_string();
+            assert!(error.contains(expected), "{error}");
+        };
+        check(&parts[..2], "missing: part 2/3");
+        check(
+            &[&parts[..], &parts[..1]].concat(),
+            "part 3/3 is given twice",
+        );
+        check(
+            &[run("1/2", "other"), parts[2].clone()],
+            "of different runs",
+        );
+        check(&[run("1/1", "whole")], "not a part of a sharded run");
+        let mut changed = read(&parts);
+        changed[1].results["config"]["limit"] = 9.into();
+        let error = merge(changed).unwrap_err().to_string();
+        assert!(error.contains("`config` differs"), "{error}");
+    }
+
+    #[test]
+    fn a_stopped_run_goes_on_where_it_was() {
+        let folder = tempfile::tempdir().unwrap();
+        write_data(folder.path());
+        let whole =
+            answer_all(folder.path(), settings("1/1"), &HashScorer::default(), None).unwrap();
+        let path = folder.path().join("journal");
+        let stopping = HashScorer {
+            stop_after_calls: 3,
+            ..HashScorer::default()
+        };
+        let mut journal = Journal::open(&path, "k").unwrap();
+        let stopped = answer_all(
+            folder.path(),
+            settings("1/1"),
+            &stopping,
+            Some(&mut journal),
+        );
+        assert!(matches!(stopped, Err(Error::Interrupted)));
+        drop(journal);
+        let asked = stopping.asked.load(Ordering::Relaxed);
+        assert!(
+            (8..200).contains(&asked),
+            "{asked} requests before the stop"
+        );
+
+        let scorer = HashScorer::default();
+        let mut journal = Journal::open(&path, "k").unwrap();
+        let resumed =
+            answer_all(folder.path(), settings("1/1"), &scorer, Some(&mut journal)).unwrap();
+        assert_eq!(resumed, whole);
+        assert_eq!(scorer.asked.load(Ordering::Relaxed) + asked, 207);
+    }
+
+    #[test]
+    fn tokens_that_the_model_lacks_are_refused_before_it_is_asked() {
+        let folder = tempfile::tempdir().unwrap();
+        write_data(folder.path());
+        let data = DataSet::read(folder.path(), Task::Piqa).unwrap();
+        let error =
+            PreparedTask::new(Task::Piqa, &data, &encoder(), 300, settings("1/1")).unwrap_err();
+        assert!(
+            error.to_string().contains("but the model has 300 tokens"),
+            "{error}"
+        );
+        assert!(error.hint().is_some());
+    }
+}
