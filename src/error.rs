@@ -95,6 +95,9 @@ pub enum Error {
     /// The model cannot be run on what it was given, or computes something that is not a number.
     #[error("{0}")]
     Run(Fault),
+    /// Benchmark data, or results to compare with, cannot be used.
+    #[error("{0}")]
+    Data(Fault),
     /// A signal asked to stop.
     #[error("interrupted; nothing was left under the final name")]
     Interrupted,
@@ -109,7 +112,8 @@ impl Error {
             | Self::Plan(fault)
             | Self::Weights(fault)
             | Self::Verify(fault)
-            | Self::Run(fault) => Some(&fault.place),
+            | Self::Run(fault)
+            | Self::Data(fault) => Some(&fault.place),
             Self::Write { fault, .. } => Some(&fault.place),
             Self::Interrupted => None,
         }
@@ -123,7 +127,8 @@ impl Error {
             | Self::Plan(fault)
             | Self::Weights(fault)
             | Self::Verify(fault)
-            | Self::Run(fault) => fault.hint.as_deref(),
+            | Self::Run(fault)
+            | Self::Data(fault) => fault.hint.as_deref(),
             Self::Write { fault, .. } => fault.hint.as_deref(),
             Self::Interrupted => None,
         }

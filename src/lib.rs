@@ -4,6 +4,7 @@ pub mod artifact;
 pub mod backend;
 pub mod convert;
 pub mod error;
+pub mod eval;
 pub mod forward;
 pub mod model;
 pub mod plan;

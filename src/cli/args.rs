@@ -4,8 +4,11 @@ use std::path::PathBuf;
 use std::str::FromStr;
 
 use clap::{Args, Parser, Subcommand};
+use nemoconv::eval::shard::Shard;
+use nemoconv::eval::tasks::Task;
 use nemoconv::formats::GgmlType;
 use nemoconv::formats::gguf::Value;
+use nemoconv::forward::numerics::TimeStepRule;
 use nemoconv::plan::Settings;
 use nemoconv::plan::file_type::FileType;
 use nemoconv::plan::types::{TensorTypeRule, TypeSettings};
@@ -42,6 +45,98 @@ pub enum Command {
     Plan(Box<ToGguf>),
     /// Show keys, tensors, types and offsets of a GGUF file, a checkpoint or an importance matrix
     Inspect(Inspect),
+    /// Score benchmarks as lm-evaluation-harness does, alone or beside a baseline
+    Eval(Box<Eval>),
+}
+
+#[derive(Debug, Args)]
+#[command(args_conflicts_with_subcommands = true, subcommand_negates_reqs = true, after_help = EVAL_HELP)]
+pub struct Eval {
+    #[command(subcommand)]
+    pub command: Option<EvalCommand>,
+    #[command(flatten)]
+    pub run: EvalRun,
+}
+
+const EVAL_HELP: &str = "\
+Data: DIR/TASK/SPLIT.jsonl or .parquet with the fields of the published data sets; the split is `test` for
+arc_easy, arc_challenge and wikitext, `validation` for piqa, winogrande and hellaswag.
+Written with --output: DIR/MODEL/results_DATE.json, samples_TASK_DATE.jsonl (as lm-eval writes them),
+performance_DATE.json and, with --baseline, comparison_DATE.json. A run that was stopped goes on where it was.
+SOURCE_DATE_EPOCH sets the date; then equal runs write equal bytes, sharded and merged or not.
+Exit codes: 0 done, 1 bad data, model or output, 64 wrong usage, 130 interrupted.";
+
+#[derive(Debug, Subcommand)]
+pub enum EvalCommand {
+    /// Put the parts of a sharded run together
+    Merge(EvalMerge),
+}
+
+#[derive(Debug, Args)]
+pub struct EvalMerge {
+    /// Result files of all parts, or folders that hold them
+    #[arg(required = true)]
+    pub parts: Vec<PathBuf>,
+    /// Where to write; a folder with the model's name is made there
+    #[arg(long, value_name = "DIR")]
+    pub output: PathBuf,
+    /// Results to compare with: a results_*.json with its samples, or a folder that holds one
+    #[arg(long, value_name = "RESULTS")]
+    pub baseline: Option<PathBuf>,
+    /// One JSON document on stdout
+    #[arg(long)]
+    pub json: bool,
+}
+
+#[derive(Debug, Args)]
+pub struct EvalRun {
+    /// Model folder, .safetensors or .gguf file, or `org/name[@revision]` in the hub's cache
+    #[arg(required = true)]
+    pub artifact: Option<String>,
+    /// Tasks, separated by commas: arc_easy, arc_challenge, piqa, winogrande, hellaswag, wikitext
+    #[arg(long, value_delimiter = ',', required = true, value_name = "TASKS", value_parser = Task::from_str)]
+    pub tasks: Vec<Task>,
+    /// Folder of the data
+    #[arg(long, required = true, value_name = "DIR")]
+    pub data: Option<PathBuf>,
+    /// Model to compare with, or its results: a results_*.json (lm-eval's too) with its samples
+    #[arg(long, value_name = "ARTIFACT_OR_RESULTS")]
+    pub baseline: Option<String>,
+    /// Where to write results; without it they are only shown
+    #[arg(long, value_name = "DIR")]
+    pub output: Option<PathBuf>,
+    /// Only the first N documents of each task
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    pub limit: Option<u32>,
+    /// Only part I of N, counted from 1; `eval merge` puts the parts together
+    #[arg(long, value_name = "I/N", value_parser = Shard::from_str, requires = "output")]
+    pub shard: Option<Shard>,
+    /// Whether to add special tokens. Default: as the tokenizer does
+    #[arg(long, value_name = "true|false")]
+    pub add_bos: Option<bool>,
+    /// Longest input in tokens. Default: the model's
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    pub max_length: Option<u32>,
+    /// Folder whose tokenizer is used instead of the model's own
+    #[arg(long, value_name = "DIR")]
+    pub tokenizer: Option<PathBuf>,
+    /// Bounds of the Mamba-2 time step; `minimum` is what transformers, and so lm-eval, computes
+    #[arg(long, value_name = "limit|minimum", default_value = "limit", value_parser = time_step_rule)]
+    pub time_step: TimeStepRule,
+    /// Worker threads; the scores do not depend on it. Default: all cores
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..))]
+    pub threads: Option<u16>,
+    /// One JSON document on stdout
+    #[arg(long)]
+    pub json: bool,
+}
+
+fn time_step_rule(text: &str) -> Result<TimeStepRule, String> {
+    match text {
+        "limit" => Ok(TimeStepRule::Limit),
+        "minimum" => Ok(TimeStepRule::Minimum),
+        _ => Err("expected limit or minimum".into()),
+    }
 }
 
 #[derive(Debug, Args)]

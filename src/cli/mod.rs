@@ -1,6 +1,10 @@
 //! The command line: the only room that prints, reads flags and chooses exit codes.
 
 mod args;
+mod eval_job;
+mod eval_model;
+mod eval_progress;
+mod eval_report;
 mod gguf_job;
 mod inspect;
 mod output;
@@ -40,6 +44,7 @@ pub fn main() -> ExitCode {
         Command::ToGguf(args) => gguf_job::to_gguf(args, &talk, &STOP),
         Command::Plan(args) => gguf_job::plan(args, &talk),
         Command::Inspect(args) => inspect::inspect(args),
+        Command::Eval(args) => eval_job::eval(args, &talk, &STOP),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,

@@ -1,5 +1,6 @@
 //! The program from outside: files, exit codes, messages.
 
 mod artifacts;
+mod eval;
 mod hostile;
 mod inspect;

@@ -5,6 +5,7 @@ mod forward;
 mod independent_reader;
 mod kl_divergence;
 mod llama_cpp;
+mod lm_eval;
 mod metadata;
 mod mixes;
 mod quantization_error;

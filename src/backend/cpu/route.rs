@@ -25,10 +25,19 @@ pub fn route(logits: &[f32], bias: &[f32], shape: RouteShape) -> Vec<ExpertRows>
     experts
 }
 
-/// The chosen experts of one token with their weights, best first.
+/// The chosen experts of one token with their weights, best first. Scores are compared in f64: rounding them to f32 made
+/// ties of experts that the reference tells apart.
 fn choose(logits: &[f32], bias: &[f32], shape: RouteShape) -> Vec<(usize, f32)> {
-    let scores: Vec<f32> = logits.iter().map(|x| 1.0 / (1.0 + (-x).exp())).collect();
-    let steered: Vec<f32> = scores.iter().zip(bias).map(|(s, b)| s + b).collect();
+    let exact: Vec<f64> = logits
+        .iter()
+        .map(|x| 1.0 / (1.0 + (-f64::from(*x)).exp()))
+        .collect();
+    let scores: Vec<f32> = exact.iter().map(|s| *s as f32).collect();
+    let steered: Vec<f64> = exact
+        .iter()
+        .zip(bias)
+        .map(|(s, b)| s + f64::from(*b))
+        .collect();
     let mut candidates = candidates(&steered, shape);
     // Ties go to the lower index; a NaN is as low as can be.
     candidates.sort_by(|a, b| {
@@ -45,12 +54,12 @@ fn choose(logits: &[f32], bias: &[f32], shape: RouteShape) -> Vec<(usize, f32)> 
 }
 
 /// Experts of the groups whose two best scores have the largest sums.
-fn candidates(steered: &[f32], shape: RouteShape) -> Vec<usize> {
+fn candidates(steered: &[f64], shape: RouteShape) -> Vec<usize> {
     let size = shape.experts / shape.groups;
-    let mut groups: Vec<(usize, f32)> = steered
+    let mut groups: Vec<(usize, f64)> = steered
         .chunks_exact(size)
         .map(|group| {
-            let mut best = [f32::NEG_INFINITY; 2];
+            let mut best = [f64::NEG_INFINITY; 2];
             for &score in group {
                 if score > best[0] {
                     best = [score, best[0]];
