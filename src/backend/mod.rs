@@ -148,6 +148,9 @@ pub trait Backend: Sync {
     /// Copies values to the machine.
     fn upload(&self, values: &[f32]) -> Self::Buffer;
 
+    /// Values of a buffer.
+    fn len(&self, buffer: &Self::Buffer) -> usize;
+
     /// Copies a part of a buffer back.
     fn download(&self, buffer: &Self::Buffer, part: Range<usize>) -> Vec<f32>;
 

@@ -69,6 +69,11 @@ impl<B: Backend> Network<B> {
         &self.backend
     }
 
+    /// Sizes of the scan.
+    pub fn scan_shape(&self) -> &ScanShape {
+        &self.scan
+    }
+
     /// The state before the first token.
     pub fn empty_state(&self) -> State<B> {
         State::empty(&self.backend, &self.config, &self.scan)

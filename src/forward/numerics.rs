@@ -15,6 +15,8 @@ pub enum ActivationScheme {
     None,
     /// As llama.cpp takes them for each stored type.
     Runtime,
+    /// Rounded to BF16: the noise floor of the field.
+    Bf16,
     /// 8 bit per block of 32 for every quantizable matrix.
     Q8_0,
     /// 8 bit per block of 256; per block of 32 where rows are no multiple of it.
@@ -73,6 +75,7 @@ impl Numerics {
             ActivationScheme::None => Activation::None,
             ActivationScheme::Runtime => Activation::of_runtime(ty),
             _ if is_kept => Activation::None,
+            ActivationScheme::Bf16 => Activation::Bf16,
             ActivationScheme::Q8_0 => Activation::Q8_0,
             ActivationScheme::Q8K if Activation::Q8K.fits(columns) => Activation::Q8K,
             ActivationScheme::Q8K => Activation::Q8_0,

@@ -124,6 +124,10 @@ impl Backend for Cpu {
         values.to_vec()
     }
 
+    fn len(&self, buffer: &Vec<f32>) -> usize {
+        buffer.len()
+    }
+
     fn download(&self, buffer: &Vec<f32>, part: Range<usize>) -> Vec<f32> {
         buffer[part].to_vec()
     }

@@ -1,0 +1,381 @@
+//! Two networks run over the same text, compared at every block and every scored position.
+//!
+//! Enters: opened networks, a chunked text. Leaves: [`Measured`]. Both run the same tokens in the same pieces, an eighth
+//! of a chunk at a time, so that states can be compared on the way.
+
+use std::ops::Range;
+
+use rayon::prelude::*;
+
+use super::logits::drift::{DriftAccumulator, ScoredPosition};
+use super::logits::kl_divergence::compare;
+use super::logits::layers::LayerAccumulator;
+use super::logits::perplexity::{Chunk, ChunkedText};
+use crate::backend::{Backend, ExpertRows};
+use crate::error::{Error, Fault, Result};
+use crate::forward::network::{Network, Sequence};
+use crate::forward::observer::{Observer, Silent};
+use crate::forward::state::{BlockState, State};
+use crate::model::hybrid_pattern::BlockKind;
+use crate::report::{LayerDrift, LogitsDrift};
+
+/// What a comparison of two networks gives.
+#[derive(Debug, Clone)]
+pub struct Measured {
+    /// Drift of the predictions.
+    pub logits: LogitsDrift,
+    /// Drift of every block.
+    pub layers: Vec<LayerDrift>,
+}
+
+/// Told how many chunks are done of how many; an error stops the run.
+pub type Watch<'a> = &'a dyn Fn(usize, usize) -> Result<()>;
+
+/// Tokens that are run together: pieces of several chunks.
+const BATCH_TOKENS: usize = 1024;
+/// Tokens per piece whose hidden states are compared.
+const SAMPLED_ROWS: usize = 16;
+/// Logits that are held at a time, per network.
+const LOGITS_AT_ONCE: usize = 1 << 22;
+
+/// Compares `artifact` with `reference` on every chunk of `text`.
+///
+/// # Errors
+/// The networks are of different models, a value is not finite, a file cannot be read, `watch` says stop.
+pub fn side_by_side<B: Backend>(
+    reference: &Network<B>,
+    artifact: &Network<B>,
+    text: &ChunkedText,
+    watch: Watch,
+) -> Result<Measured> {
+    check_same_model(reference, artifact)?;
+    let config = artifact.config();
+    let kinds = config.pattern.kinds().iter().map(|kind| name_of(*kind));
+    let mut layers = LayerAccumulator::new(kinds, text.context_tokens());
+    let mut drift = DriftAccumulator::new(text.context_tokens(), config.vocab_size);
+    let chunks: Vec<Chunk> = text.chunks().collect();
+    let together = (BATCH_TOKENS * layers.state_times().len() / text.context_tokens()).max(1);
+    for (index, group) in chunks.chunks(together).enumerate() {
+        watch(index * together, chunks.len())?;
+        let mut pair = Pair {
+            reference: Side::new(reference, group.len()),
+            artifact: Side::new(artifact, group.len()),
+            layers: &mut layers,
+            drift: &mut drift,
+        };
+        pair.run(group)?;
+    }
+    watch(chunks.len(), chunks.len())?;
+    Ok(Measured {
+        logits: drift.finish(),
+        layers: layers.finish(),
+    })
+}
+
+/// The reference and the artifact have the same blocks and the same vocabulary.
+fn check_same_model<B: Backend>(reference: &Network<B>, artifact: &Network<B>) -> Result<()> {
+    let (theirs, ours) = (reference.config(), artifact.config());
+    let what = if theirs.pattern != ours.pattern {
+        "other blocks"
+    } else if theirs.vocab_size.next_multiple_of(8) != ours.vocab_size.next_multiple_of(8) {
+        "another vocabulary size"
+    } else if theirs.hidden_size > ours.hidden_size {
+        "a larger hidden size"
+    } else {
+        return Ok(());
+    };
+    let fault = Fault::new(format!("the reference has {what} than the artifact"));
+    Err(Error::Run(fault.hint("they are different models")))
+}
+
+/// The report's word for a kind of block.
+pub fn name_of(kind: BlockKind) -> &'static str {
+    match kind {
+        BlockKind::Mamba => "mamba2",
+        BlockKind::Attention => "attention",
+        BlockKind::Mlp => "mlp",
+        BlockKind::Moe => "moe",
+    }
+}
+
+/// One network with the states of some chunks.
+struct Side<'a, B: Backend> {
+    network: &'a Network<B>,
+    states: Vec<State<B>>,
+}
+
+/// One network's view of a piece.
+struct Seen<B: Backend> {
+    normed: B::Buffer,
+    outputs: Vec<Vec<f32>>,
+    experts: Vec<(usize, Vec<Vec<u32>>)>,
+}
+
+impl<'a, B: Backend> Side<'a, B> {
+    fn new(network: &'a Network<B>, chunks: usize) -> Self {
+        Self {
+            states: (0..chunks).map(|_| network.empty_state()).collect(),
+            network,
+        }
+    }
+
+    /// Runs the same piece of every chunk.
+    fn advance(&mut self, inputs: &[Vec<u32>], piece: &Range<usize>) -> Result<Seen<B>> {
+        let mut capture = Capture {
+            width: self.network.config().hidden_size,
+            rows: sampled_rows(inputs.len(), piece.len()),
+            outputs: Vec::new(),
+            experts: Vec::new(),
+        };
+        let sequences = inputs.iter().zip(&mut self.states);
+        let mut sequences: Vec<_> = sequences
+            .map(|(tokens, state)| Sequence {
+                tokens: &tokens[piece.clone()],
+                state,
+            })
+            .collect();
+        let normed = self.network.run(&mut sequences, &mut capture)?;
+        Ok(Seen {
+            normed,
+            outputs: capture.outputs,
+            experts: capture.experts,
+        })
+    }
+
+    fn ssm_state(&self, chunk: usize, block: usize) -> Option<Vec<f32>> {
+        match &self.states[chunk].blocks[block] {
+            BlockState::Mamba { ssm, .. } => {
+                let shape = self.network.scan_shape();
+                Some(self.network.backend().download(ssm, 0..shape.state_len()))
+            }
+            _ => None,
+        }
+    }
+}
+
+/// Rows of a batch, spread over each of its pieces.
+fn sampled_rows(pieces: usize, len: usize) -> Vec<u32> {
+    let step = len.div_ceil(SAMPLED_ROWS).max(1);
+    let rows = (0..pieces).flat_map(|piece| (piece * len..(piece + 1) * len).step_by(step));
+    rows.map(|row| row as u32).collect()
+}
+
+/// Keeps the outputs of every block at some rows, and all expert choices.
+struct Capture {
+    width: usize,
+    rows: Vec<u32>,
+    outputs: Vec<Vec<f32>>,
+    experts: Vec<(usize, Vec<Vec<u32>>)>,
+}
+
+impl<B: Backend> Observer<B> for Capture {
+    fn residual(&mut self, block: usize, backend: &B, residual: &B::Buffer, _: usize) {
+        if block > 0 {
+            let rows = backend.gather(residual, self.width, &self.rows);
+            let values = backend.download(&rows, 0..self.rows.len() * self.width);
+            self.outputs.push(values);
+        }
+    }
+
+    fn experts(&mut self, block: usize, experts: &[ExpertRows]) {
+        let all = experts.iter().flat_map(|expert| &expert.rows);
+        let rows = all.max().map_or(0, |row| *row as usize + 1);
+        let mut chosen = vec![Vec::new(); rows];
+        for (index, expert) in experts.iter().enumerate() {
+            for row in &expert.rows {
+                chosen[*row as usize].push(index as u32);
+            }
+        }
+        self.experts.push((block, chosen));
+    }
+}
+
+struct Pair<'a, B: Backend> {
+    reference: Side<'a, B>,
+    artifact: Side<'a, B>,
+    layers: &'a mut LayerAccumulator,
+    drift: &'a mut DriftAccumulator,
+}
+
+impl<B: Backend> Pair<'_, B> {
+    fn run(&mut self, chunks: &[Chunk]) -> Result<()> {
+        let inputs: Vec<Vec<u32>> = chunks.iter().map(Chunk::input).collect();
+        let mut begin = 0;
+        for (time, end) in self.layers.state_times().to_vec().into_iter().enumerate() {
+            let piece = begin..end;
+            let reference = self.reference.advance(&inputs, &piece)?;
+            let artifact = self.artifact.advance(&inputs, &piece)?;
+            let routing = self.compare_blocks(&reference, &artifact);
+            self.compare_states(time, chunks.len());
+            let scored = scored_in(chunks, &piece);
+            self.compare_logits(&scored, &reference.normed, &artifact.normed, &routing)?;
+            begin = end;
+        }
+        Ok(())
+    }
+
+    /// Which rows of the piece changed an expert set in any block; empty for dense models.
+    fn compare_blocks(&mut self, reference: &Seen<B>, artifact: &Seen<B>) -> Vec<bool> {
+        let width = self.reference.network.config().hidden_size;
+        let widened = self.artifact.network.config().hidden_size;
+        // A widened stream is `[x, 0] * sqrt(H' / H)`.
+        let factor = (width as f32 / widened as f32).sqrt();
+        for (layer, (theirs, ours)) in reference.outputs.iter().zip(&artifact.outputs).enumerate() {
+            let rows = ours.chunks_exact(widened).flat_map(|row| &row[..width]);
+            let ours: Vec<f32> = rows.map(|x| x * factor).collect();
+            self.layers.push_output(layer, width, theirs, &ours);
+        }
+        let mut changed = Vec::new();
+        for ((block, theirs), (_, ours)) in reference.experts.iter().zip(&artifact.experts) {
+            changed.resize(theirs.len().max(changed.len()), false);
+            for (row, (theirs, ours)) in theirs.iter().zip(ours).enumerate() {
+                changed[row] |= self.layers.push_experts(*block, theirs, ours);
+            }
+        }
+        changed
+    }
+
+    fn compare_states(&mut self, time: usize, chunks: usize) {
+        let config = self.reference.network.config();
+        let blocks = 0..config.pattern.kinds().len();
+        for (block, chunk) in blocks.flat_map(|block| (0..chunks).map(move |chunk| (block, chunk)))
+        {
+            let theirs = self.reference.ssm_state(chunk, block);
+            let ours = self.artifact.ssm_state(chunk, block);
+            if let (Some(theirs), Some(ours)) = (theirs, ours) {
+                let heads = config.mamba_num_heads;
+                self.layers.push_state(block, time, heads, &theirs, &ours);
+            }
+        }
+    }
+
+    fn compare_logits(
+        &mut self,
+        scored: &[Scored],
+        reference: &B::Buffer,
+        artifact: &B::Buffer,
+        routing: &[bool],
+    ) -> Result<()> {
+        let theirs = self.reference.network;
+        let ours = self.artifact.network;
+        let vocabulary = theirs.config().vocab_size.min(ours.config().vocab_size);
+        for scored in scored.chunks((LOGITS_AT_ONCE / ours.config().vocab_size).max(1)) {
+            let rows: Vec<u32> = scored.iter().map(|scored| scored.row).collect();
+            let reference = theirs.logits(reference, &rows, &mut Silent)?;
+            let artifact = ours.logits(artifact, &rows, &mut Silent)?;
+            let drifts: Vec<_> = reference
+                .par_chunks_exact(theirs.config().vocab_size)
+                .zip(artifact.par_chunks_exact(ours.config().vocab_size))
+                .zip(scored)
+                .map(|((theirs, ours), scored)| {
+                    compare(&theirs[..vocabulary], &ours[..vocabulary], scored.target)
+                })
+                .collect();
+            for (scored, drift) in scored.iter().zip(drifts) {
+                self.drift.push(ScoredPosition {
+                    routing_changed: routing.get(scored.row as usize).copied(),
+                    ..ScoredPosition::new(scored.position, drift)
+                });
+            }
+        }
+        Ok(())
+    }
+}
+
+/// A scored position of a batch.
+struct Scored {
+    row: u32,
+    position: usize,
+    target: u32,
+}
+
+/// The scored positions of the same piece of every chunk.
+fn scored_in(chunks: &[Chunk], piece: &Range<usize>) -> Vec<Scored> {
+    let chunks = chunks.iter().enumerate();
+    chunks
+        .flat_map(|(index, chunk)| {
+            let inside = chunk
+                .scored()
+                .filter(|(position, _)| piece.contains(position));
+            inside.map(move |(position, target)| Scored {
+                row: (index * piece.len() + position - piece.start) as u32,
+                position,
+                target,
+            })
+        })
+        .collect()
+}
+
+/// Runs one network over a text and hands out the logits of every scored position, in order.
+///
+/// # Errors
+/// As [`side_by_side`], and whatever `take` returns.
+pub fn for_each_scored_row<B: Backend>(
+    network: &Network<B>,
+    text: &ChunkedText,
+    watch: Watch,
+    mut take: impl FnMut(usize, u32, &[f32]) -> Result<()>,
+) -> Result<()> {
+    let vocabulary = network.config().vocab_size;
+    let total = text.chunks().len();
+    for (done, chunk) in text.chunks().enumerate() {
+        watch(done, total)?;
+        let tokens = chunk.input();
+        let mut state = network.empty_state();
+        let sequence = Sequence {
+            tokens: &tokens,
+            state: &mut state,
+        };
+        let normed = network.run(&mut [sequence], &mut Silent)?;
+        let scored: Vec<(usize, u32)> = chunk.scored().collect();
+        for scored in scored.chunks((LOGITS_AT_ONCE / vocabulary).max(1)) {
+            let rows: Vec<u32> = scored
+                .iter()
+                .map(|(position, _)| *position as u32)
+                .collect();
+            let logits = network.logits(&normed, &rows, &mut Silent)?;
+            for ((position, target), logits) in scored.iter().zip(logits.chunks_exact(vocabulary)) {
+                take(*position, *target, logits)?;
+            }
+        }
+    }
+    watch(total, total)
+}
+
+/// Largest magnitude of every matrix input over some chunks, divided by 127: the scales of static 8-bit activations.
+pub fn static_scales<B: Backend>(
+    network: &Network<B>,
+    text: &ChunkedText,
+    chunks: usize,
+) -> Result<std::collections::BTreeMap<String, f32>> {
+    let mut seen = Magnitudes::default();
+    for chunk in text.chunks().take(chunks) {
+        let tokens = chunk.input();
+        let mut state = network.empty_state();
+        let sequence = Sequence {
+            tokens: &tokens,
+            state: &mut state,
+        };
+        let normed = network.run(&mut [sequence], &mut seen)?;
+        let all: Vec<u32> = (0..tokens.len() as u32).collect();
+        for rows in all.chunks((LOGITS_AT_ONCE / network.config().vocab_size).max(1)) {
+            network.logits(&normed, rows, &mut seen)?;
+        }
+    }
+    let scales = seen.0.into_iter().map(|(name, max)| (name, max / 127.0));
+    Ok(scales.collect())
+}
+
+/// The largest magnitude of each tensor's input.
+#[derive(Default)]
+struct Magnitudes(std::collections::BTreeMap<String, f32>);
+
+impl<B: Backend> Observer<B> for Magnitudes {
+    fn input(&mut self, tensor: &str, _: usize, backend: &B, input: &B::Buffer, rows: usize) {
+        let values = backend.download(input, 0..backend.len(input));
+        debug_assert!(rows == 0 || values.len().is_multiple_of(rows));
+        let max = values.iter().fold(0.0_f32, |max, x| max.max(x.abs()));
+        let entry = self.0.entry(tensor.to_string()).or_default();
+        *entry = entry.max(max);
+    }
+}
