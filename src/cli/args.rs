@@ -59,12 +59,15 @@ pub struct Eval {
 }
 
 const EVAL_HELP: &str = "\
-Data: DIR/TASK/SPLIT.jsonl or .parquet with the fields of the published data sets; the split is `test` for
-arc_easy, arc_challenge and wikitext, `validation` for piqa, winogrande and hellaswag.
-Written with --output: DIR/MODEL/results_DATE.json, samples_TASK_DATE.jsonl (as lm-eval writes them),
-performance_DATE.json and, with --baseline, comparison_DATE.json. A run that was stopped goes on where it was.
-SOURCE_DATE_EPOCH sets the date; then equal runs write equal bytes, sharded and merged or not.
-Exit codes: 0 done, 1 bad data, model or output, 64 wrong usage, 130 interrupted.";
+Data: DIR/TASK/SPLIT.jsonl or .parquet, with the fields of the published data sets. SPLIT is `test`
+for arc_easy, arc_challenge and wikitext, `validation` for piqa, winogrande and hellaswag.
+
+Written with --output, below DIR/MODEL: results_DATE.json and samples_TASK_DATE.jsonl as lm-eval
+writes them, performance_DATE.json and, with --baseline, comparison_DATE.json. A run that was
+stopped goes on where it was. SOURCE_DATE_EPOCH sets the date: equal runs then write equal results,
+in parts and merged or not.
+
+Exit codes: 0 done, 1 bad data, model or output, 64 wrong usage, 130 interrupted";
 
 #[derive(Debug, Subcommand)]
 pub enum EvalCommand {
