@@ -12,6 +12,7 @@ use nemoconv::forward::numerics::TimeStepRule;
 use nemoconv::plan::Settings;
 use nemoconv::plan::file_type::FileType;
 use nemoconv::plan::types::{TensorTypeRule, TypeSettings};
+use nemoconv::report::{FailOn, Gates};
 use nemoconv::write::gguf::parts::SplitLimits;
 use regex::Regex;
 
@@ -19,7 +20,7 @@ const EXIT_CODES: &str = "\
 Exit codes:
   0    done
   1    could not do the work (input, output, internal)
-  2    done, but a gate failed (reserved for `validate`)
+  2    done, but a gate of `validate` failed, or a finding is at or above --fail-on
   64   wrong usage
   130  interrupted; nothing is left under a final name";
 
@@ -43,6 +44,8 @@ pub enum Command {
     ToGguf(Box<ToGguf>),
     /// Show what `to-gguf` would write, without reading a weight
     Plan(Box<ToGguf>),
+    /// Check an artifact: container, weights, tokenizer, logits against a reference; exit code 2 when a gate fails
+    Validate(Box<Validate>),
     /// Show keys, tensors, types and offsets of a GGUF file, a checkpoint or an importance matrix
     Inspect(Inspect),
     /// Score benchmarks as lm-evaluation-harness does, alone or beside a baseline
@@ -139,6 +142,128 @@ fn time_step_rule(text: &str) -> Result<TimeStepRule, String> {
         "limit" => Ok(TimeStepRule::Limit),
         "minimum" => Ok(TimeStepRule::Minimum),
         _ => Err("expected limit or minimum".into()),
+    }
+}
+
+#[derive(Debug, Args)]
+pub struct Validate {
+    /// Model folder, .safetensors or .gguf file, or `org/name[@revision]` in the hub's cache
+    pub artifact: String,
+    /// What it was made from: a model, a file of `--save-reference`, or a base file of llama-perplexity
+    #[arg(long, value_name = "MODEL|FILE")]
+    pub reference: Option<String>,
+    /// Text on which logits are compared
+    #[arg(long, value_name = "FILE")]
+    pub text: Option<PathBuf>,
+    /// Tokens of a chunk of the text
+    #[arg(long, value_name = "N", default_value_t = 512, value_parser = clap::value_parser!(u32).range(3..))]
+    pub context: u32,
+    /// Only the first N chunks
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    pub chunks: Option<u32>,
+    /// How inputs of matrix products are taken; target = as the artifact's runtime does
+    #[arg(long, value_name = "SCHEME", default_value = "target")]
+    pub act: Act,
+    /// Bounds of the Mamba-2 time step; `minimum` is what transformers computes
+    #[arg(long, value_name = "limit|minimum", default_value = "limit", value_parser = time_step_rule)]
+    pub time_step: TimeStepRule,
+    /// Folder whose tokenizer is used instead of the model's own
+    #[arg(long, value_name = "DIR")]
+    pub tokenizer: Option<PathBuf>,
+    /// Gates as YAML; the keys are the flags below without dashes
+    #[arg(long, value_name = "FILE", help_heading = "Gates")]
+    pub gates: Option<PathBuf>,
+    /// Largest mean KL divergence, nats
+    #[arg(long, value_name = "X", help_heading = "Gates")]
+    pub max_kld: Option<f64>,
+    /// Largest 99th percentile of the KL divergence, nats
+    #[arg(long, value_name = "X", help_heading = "Gates")]
+    pub max_kld_p99: Option<f64>,
+    /// Smallest share of positions with the same most likely token
+    #[arg(long, value_name = "X", help_heading = "Gates")]
+    pub min_top1: Option<f64>,
+    /// Largest perplexity over the reference's
+    #[arg(long, value_name = "X", help_heading = "Gates")]
+    pub max_ppl_ratio: Option<f64>,
+    /// Largest relative error of a block's output
+    #[arg(long, value_name = "X", help_heading = "Gates")]
+    pub max_layer_error: Option<f64>,
+    /// Largest relative error of an SSM state
+    #[arg(long, value_name = "X", help_heading = "Gates")]
+    pub max_state_drift: Option<f64>,
+    /// Largest share of tokens whose expert set changes
+    #[arg(long, value_name = "X", help_heading = "Gates")]
+    pub max_expert_changes: Option<f64>,
+    /// Findings that fail: note, warning, error, never, or a finding's id; repeatable. Default: error
+    #[arg(long, value_name = "SEVERITY|ID", help_heading = "Gates", value_parser = FailOn::from_str)]
+    pub fail_on: Vec<FailOn>,
+    /// The report as JSON on stdout
+    #[arg(long, help_heading = "Output")]
+    pub json: bool,
+    /// The report as JUnit XML
+    #[arg(long, value_name = "FILE", help_heading = "Output")]
+    pub junit: Option<PathBuf>,
+    /// The report as SARIF
+    #[arg(long, value_name = "FILE", help_heading = "Output")]
+    pub sarif: Option<PathBuf>,
+    /// The report as one HTML page with plots
+    #[arg(long, value_name = "FILE", help_heading = "Output")]
+    pub html: Option<PathBuf>,
+    /// Instead of validating, write ARTIFACT's predictions on the text, for use as --reference; a name that ends in
+    /// .kld gives llama.cpp's format
+    #[arg(long, value_name = "FILE", help_heading = "Output")]
+    pub save_reference: Option<PathBuf>,
+    /// Probability that a saved reference may leave to tokens it does not keep
+    #[arg(
+        long,
+        value_name = "P",
+        default_value_t = 1e-3,
+        help_heading = "Output"
+    )]
+    pub tail_mass: f64,
+    /// Most tokens that a saved reference keeps per position
+    #[arg(long, value_name = "N", help_heading = "Output", value_parser = clap::value_parser!(u32).range(1..))]
+    pub top_k: Option<u32>,
+    /// Memory to stay under, such as 16G; weights that do not fit are streamed
+    #[arg(long, value_name = "SIZE", value_parser = size)]
+    pub max_ram: Option<u64>,
+    /// Worker threads; results do not depend on it. Default: all cores
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..))]
+    pub threads: Option<u16>,
+}
+
+/// `--act`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+pub enum Act {
+    /// As the artifact's runtime does
+    Target,
+    /// f32
+    None,
+    /// 8 bit per block of 32
+    #[value(name = "q8_0")]
+    Q8_0,
+    /// 8 bit per block of 256
+    #[value(name = "q8_k")]
+    Q8K,
+    /// 8 bit, one scale per token
+    TokenInt8,
+    /// 8 bit, one scale per tensor, measured on the reference
+    StaticInt8,
+}
+
+impl Validate {
+    /// The gates given by flags.
+    pub fn gates(&self) -> Gates {
+        Gates {
+            max_kld: self.max_kld,
+            max_kld_p99: self.max_kld_p99,
+            min_top1: self.min_top1,
+            max_ppl_ratio: self.max_ppl_ratio,
+            max_layer_error: self.max_layer_error,
+            max_state_drift: self.max_state_drift,
+            max_expert_changes: self.max_expert_changes,
+            fail_on: self.fail_on.clone(),
+        }
     }
 }
 

@@ -85,7 +85,8 @@ pub fn open_scorer(
     })
 }
 
-fn open_encoder(
+/// The tokenizer of a model, or that of another folder.
+pub fn open_encoder(
     stored: &StoredModel,
     tokenizer: Option<&Path>,
     vocab_size: usize,

@@ -10,6 +10,7 @@ mod inspect;
 mod output;
 mod progress;
 mod receipt;
+mod validate_job;
 
 use std::process::ExitCode;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -26,6 +27,7 @@ static STOP: AtomicBool = AtomicBool::new(false);
 
 /// The exit codes; printed in `--help` and never changed.
 mod exit {
+    pub const DONE: u8 = 0;
     pub const FAILED: u8 = 1;
     pub const USAGE: u8 = 64;
     pub const INTERRUPTED: u8 = 130;
@@ -41,13 +43,14 @@ pub fn main() -> ExitCode {
     let _ = ctrlc::set_handler(|| STOP.store(true, Ordering::Relaxed));
     let talk = Talk::new(cli.quiet, cli.verbose);
     let result = match &cli.command {
-        Command::ToGguf(args) => gguf_job::to_gguf(args, &talk, &STOP),
-        Command::Plan(args) => gguf_job::plan(args, &talk),
-        Command::Inspect(args) => inspect::inspect(args),
-        Command::Eval(args) => eval_job::eval(args, &talk, &STOP),
+        Command::ToGguf(args) => gguf_job::to_gguf(args, &talk, &STOP).map(done),
+        Command::Plan(args) => gguf_job::plan(args, &talk).map(done),
+        Command::Inspect(args) => inspect::inspect(args).map(done),
+        Command::Eval(args) => eval_job::eval(args, &talk, &STOP).map(done),
+        Command::Validate(args) => validate_job::validate(args, &talk, &STOP),
     };
     match result {
-        Ok(()) => ExitCode::SUCCESS,
+        Ok(code) => ExitCode::from(code),
         Err(error) => {
             output::print_error(&error);
             ExitCode::from(if matches!(error, Error::Interrupted) {
@@ -57,6 +60,11 @@ pub fn main() -> ExitCode {
             })
         }
     }
+}
+
+/// What ends without a verdict ends well.
+fn done((): ()) -> u8 {
+    exit::DONE
 }
 
 /// Help and version are answers, everything else is wrong usage.

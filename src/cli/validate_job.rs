@@ -1,0 +1,498 @@
+//! `validate`: four levels, gates, and the report in every form that was asked for.
+
+use std::io::Write;
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use nemoconv::artifact::{Container, StoredModel};
+use nemoconv::backend::cpu::{Cpu, Residence};
+use nemoconv::error::{Error, Fault, Result};
+use nemoconv::forward::network::Network;
+use nemoconv::forward::numerics::{ActivationScheme, Numerics};
+use nemoconv::report::{Gates, KlBounds, Level, LevelReport, NoiseFloor, ValidationReport};
+use nemoconv::report::{html, json, junit, sarif, text};
+use nemoconv::validate::logits::compact_file::{
+    CompactFileReader, CompactFileWriter, ReferenceHeader,
+};
+use nemoconv::validate::logits::compact_reference::{CompactRow, Keep};
+use nemoconv::validate::logits::drift::{DriftAccumulator, ScoredPosition};
+use nemoconv::validate::logits::kl_divergence::compare_log_probs;
+use nemoconv::validate::logits::kld_base::{KldBaseReader, KldBaseWriter};
+use nemoconv::validate::logits::perplexity::ChunkedText;
+use nemoconv::validate::side_by_side::{for_each_scored_row, side_by_side, static_scales};
+use nemoconv::validate::{logits, static_levels};
+use nemoconv::write::gguf::artifact::create_sibling;
+
+use super::args::{Act, Validate};
+use super::eval_model::open_encoder;
+use super::exit;
+use super::output::{Talk, print_error, print_stdout};
+
+/// Chunks on which the noise floor is measured.
+const FLOOR_CHUNKS: usize = 4;
+/// Chunks from which static activation scales are taken.
+const CALIBRATION_CHUNKS: usize = 4;
+/// What a run needs beside weights: activations of a batch, logits, buffers, the program.
+const BASE_MEMORY_BYTES: u64 = 256 << 20;
+
+/// Validates, writes the reports and gives the exit code.
+pub fn validate(args: &Validate, talk: &Talk, stop: &AtomicBool) -> Result<u8> {
+    if let Err(fault) = args.gates().check() {
+        print_error(&Error::Plan(fault));
+        return Ok(exit::USAGE);
+    }
+    if let Some(threads) = args.threads {
+        // Fails only when the pool was built before, which nothing here does.
+        let _ = rayon::ThreadPoolBuilder::new()
+            .num_threads(usize::from(threads))
+            .build_global();
+    }
+    // Before the long run: gates that cannot be read.
+    let gates = match &args.gates {
+        Some(path) => args.gates().or(Gates::open(path)?),
+        None => args.gates(),
+    };
+    let job = Job { args, talk, stop };
+    if let Some(path) = &args.save_reference {
+        job.save_reference(path)?;
+        return Ok(exit::DONE);
+    }
+    let reference = job.reference()?;
+    let mut report = static_levels::inspect(&args.artifact, reference.model())?;
+    job.logits(&mut report, reference)?;
+    report.judge(&gates);
+    job.write(&report)?;
+    Ok(report.exit_code())
+}
+
+struct Job<'a> {
+    args: &'a Validate,
+    talk: &'a Talk,
+    stop: &'a AtomicBool,
+}
+
+/// What the artifact is compared with.
+enum Reference<'a> {
+    None,
+    Model(&'a str),
+    Compact(Box<CompactFileReader>),
+    KldBase(Box<KldBaseReader>),
+}
+
+impl Reference<'_> {
+    fn model(&self) -> Option<&str> {
+        match self {
+            Self::Model(model) => Some(model),
+            _ => None,
+        }
+    }
+}
+
+impl Job<'_> {
+    /// A model, or a file of one of the two reference formats, told apart by how it begins.
+    fn reference(&self) -> Result<Reference<'_>> {
+        let Some(reference) = self.args.reference.as_deref() else {
+            return Ok(Reference::None);
+        };
+        let path = Path::new(reference);
+        let mut magic = [0; 8];
+        if path.is_file() {
+            use std::io::Read;
+            let failed = |error| Error::from(nemoconv::formats::Error::from(error).in_file(path));
+            let mut file = std::fs::File::open(path).map_err(failed)?;
+            let read = file.read(&mut magic).map_err(failed)?;
+            magic[read..].fill(0);
+        }
+        Ok(match &magic {
+            b"nemo-ref" => Reference::Compact(Box::new(CompactFileReader::open(path)?)),
+            b"_logits_" => Reference::KldBase(Box::new(KldBaseReader::open(path)?)),
+            _ => Reference::Model(reference),
+        })
+    }
+
+    fn logits(&self, report: &mut ValidationReport, reference: Reference) -> Result<()> {
+        let skip = |report: &mut ValidationReport, why: &str| {
+            report.levels.push(LevelReport::skipped(Level::Logits, why));
+        };
+        let text = match (&reference, &self.args.text) {
+            (Reference::None, _) => {
+                skip(report, "no reference: name one with --reference");
+                return Ok(());
+            }
+            (Reference::Model(_), None) => {
+                skip(report, "no text: name one with --text");
+                return Ok(());
+            }
+            (_, path) => path.as_deref(),
+        };
+        // Findings of the earlier levels say why an artifact cannot be run.
+        let Ok(stored) = StoredModel::open(&self.args.artifact) else {
+            skip(report, "the artifact cannot be opened");
+            return Ok(());
+        };
+        let stored = Arc::new(stored);
+        match reference {
+            Reference::Model(model) => {
+                let text = text.unwrap_or(Path::new(""));
+                self.against_model(report, &stored, model, text)
+            }
+            Reference::Compact(reader) => self.against_compact(report, &stored, *reader),
+            Reference::KldBase(reader) => self.against_base(report, &stored, *reader),
+            Reference::None => Ok(()),
+        }
+    }
+
+    fn against_model(
+        &self,
+        report: &mut ValidationReport,
+        stored: &Arc<StoredModel>,
+        reference: &str,
+        text: &Path,
+    ) -> Result<()> {
+        let theirs = Arc::new(StoredModel::open(reference)?);
+        // A reference that has its own tokenizer files decides: a wrong tokenizer in the artifact is a finding elsewhere.
+        let tokens_of = match theirs.container() {
+            Container::Checkpoint => &theirs,
+            Container::Gguf => stored,
+        };
+        let text = self.chunked(tokens_of, text)?;
+        let residence = self.residence(&[stored, &theirs])?;
+        let exact = open(&theirs, residence, &Numerics::EXACT)?;
+        let numerics = self.numerics(stored, Some((&exact, &text)))?;
+        let artifact = open(stored, residence, &numerics)?;
+        let measured = side_by_side(&exact, &artifact, &text, &self.watch("logits"))?;
+        let floor = Numerics {
+            activations: ActivationScheme::Bf16,
+            ..Numerics::EXACT
+        };
+        let rounded = open(&theirs, residence, &floor)?;
+        let few = first_chunks(&text, FLOOR_CHUNKS)?;
+        let noise = side_by_side(&exact, &rounded, &few, &self.watch("noise floor"))?;
+        report.noise_floor = Some(NoiseFloor {
+            what: "activations of the reference rounded to BF16".into(),
+            logits: noise.logits,
+            layers: noise.layers,
+        });
+        report.layers = measured.layers;
+        report.logits = Some(measured.logits);
+        self.conclude(report, &text, &numerics);
+        Ok(())
+    }
+
+    fn against_compact(
+        &self,
+        report: &mut ValidationReport,
+        stored: &Arc<StoredModel>,
+        mut reader: CompactFileReader,
+    ) -> Result<()> {
+        let text = reader.text().clone();
+        let path = self.args.reference.clone().unwrap_or_default();
+        check_vocabulary(stored, reader.header().vocab_size, &path)?;
+        let numerics = self.numerics(stored, None)?;
+        let artifact = open(stored, self.residence(&[stored])?, &numerics)?;
+        let mut drift = DriftAccumulator::new(text.context_tokens(), reader.header().vocab_size);
+        let vocabulary = reader.header().vocab_size;
+        for_each_scored_row(
+            &artifact,
+            &text,
+            &self.watch("logits"),
+            |position, target, logits| {
+                let row = reader.read_row()?.ok_or_else(|| ends_early(&path))?;
+                let compared = row.compare(&logits[..vocabulary], target);
+                drift.push(ScoredPosition {
+                    kl_interval: compared.map(|(_, interval)| interval),
+                    ..ScoredPosition::new(position, compared.map(|(drift, _)| drift))
+                });
+                Ok(())
+            },
+        )?;
+        let logits = drift.finish();
+        if let Some(KlBounds { lower, upper, .. }) = logits.kl_bounds {
+            self.talk.say(format_args!(
+                "the mean KL divergence is between {lower:.6} and {upper:.6}"
+            ));
+        }
+        report.logits = Some(logits);
+        self.conclude(report, &text, &numerics);
+        Ok(())
+    }
+
+    fn against_base(
+        &self,
+        report: &mut ValidationReport,
+        stored: &Arc<StoredModel>,
+        mut reader: KldBaseReader,
+    ) -> Result<()> {
+        let path = self.args.reference.clone().unwrap_or_default();
+        let vocabulary = reader.vocab_size();
+        check_vocabulary(stored, vocabulary, &path)?;
+        let bos = open_encoder(
+            stored,
+            self.args.tokenizer.as_deref(),
+            stored.config().vocab_size,
+        )
+        .ok()
+        .and_then(|encoder| encoder.bos().map(|bos| bos.id))
+        .filter(|bos| reader.tokens().first() == Some(bos));
+        let text = ChunkedText::new(
+            reader.tokens().to_vec(),
+            reader.context_tokens(),
+            bos,
+            self.args.chunks.map(|chunks| chunks as usize),
+        )?;
+        let numerics = self.numerics(stored, None)?;
+        let artifact = open(stored, self.residence(&[stored])?, &numerics)?;
+        let mut drift = DriftAccumulator::new(text.context_tokens(), vocabulary);
+        let mut row = Vec::new();
+        for_each_scored_row(
+            &artifact,
+            &text,
+            &self.watch("logits"),
+            |position, target, logits| {
+                if !reader.read_row(&mut row)? {
+                    return Err(ends_early(&path));
+                }
+                let compared = compare_log_probs(&row, &logits[..vocabulary], target);
+                drift.push(ScoredPosition::new(position, compared));
+                Ok(())
+            },
+        )?;
+        report.logits = Some(drift.finish());
+        self.conclude(report, &text, &numerics);
+        Ok(())
+    }
+
+    /// The level's entry and its findings.
+    fn conclude(&self, report: &mut ValidationReport, text: &ChunkedText, numerics: &Numerics) {
+        let mut level = LevelReport::ran(Level::Logits);
+        level.scope = vec![
+            ("chunks".into(), text.chunks().len().to_string()),
+            ("context".into(), text.context_tokens().to_string()),
+            ("activations".into(), name_of(&numerics.activations).into()),
+        ];
+        report.levels.push(level);
+        let found = logits::findings(
+            report.logits.as_ref(),
+            &report.layers,
+            report.noise_floor.as_ref(),
+        );
+        report.findings.extend(found);
+    }
+
+    /// Writes what CI needs instead of the model: compact, or llama.cpp's format under a name that ends in `.kld`.
+    fn save_reference(&self, path: &Path) -> Result<()> {
+        let text = self.args.text.as_deref().ok_or_else(|| {
+            Error::Plan(
+                Fault::new("`--save-reference` needs a text").hint("name one with `--text FILE`"),
+            )
+        })?;
+        let stored = Arc::new(StoredModel::open(&self.args.artifact)?);
+        let text = self.chunked(&stored, text)?;
+        let network = open(&stored, self.residence(&[&stored])?, &Numerics::EXACT)?;
+        let vocab_size = stored.config().vocab_size;
+        let watch = self.watch("reference");
+        if path.extension().is_some_and(|extension| extension == "kld") {
+            let context = text.context_tokens();
+            let mut writer = KldBaseWriter::create(path, context, vocab_size, text.tokens())?;
+            for_each_scored_row(&network, &text, &watch, |_, _, logits| {
+                writer.write_row(logits)
+            })?;
+            writer.finish()?;
+        } else {
+            let header = ReferenceHeader {
+                model: static_levels::subject(&stored, &self.args.artifact)
+                    .name
+                    .unwrap_or_else(|| self.args.artifact.clone()),
+                file_type: stored
+                    .tensors()
+                    .iter()
+                    .map(|t| t.ty.name())
+                    .next()
+                    .unwrap_or("")
+                    .into(),
+                vocab_size,
+                tokenizer_sha256: None,
+                text_sha256: None,
+                context_tokens: text.context_tokens(),
+                bos: text.bos(),
+                written_by: concat!("nemoconv ", env!("CARGO_PKG_VERSION")).into(),
+            };
+            let keep = Keep {
+                tail_mass: self.args.tail_mass,
+                top_k: self.args.top_k.map(|k| k as usize),
+            };
+            let mut writer = CompactFileWriter::create(path, &header, &text)?;
+            for_each_scored_row(&network, &text, &watch, |_, target, logits| {
+                let row = CompactRow::new(logits, target, keep).ok_or_else(|| {
+                    Error::Run(Fault::new("the reference's logits are not finite"))
+                })?;
+                writer.write_row(&row)
+            })?;
+            let bound = writer.finish()?;
+            self.talk.say(format_args!(
+                "mean tail mass {:.2e}: the KL divergence is known to about that",
+                bound.mean_tail_mass
+            ));
+        }
+        print_stdout(path.display());
+        Ok(())
+    }
+
+    fn chunked(&self, model: &StoredModel, path: &Path) -> Result<ChunkedText> {
+        let text = std::fs::read_to_string(path)
+            .map_err(|error| nemoconv::formats::Error::from(error).in_file(path))?;
+        let tokenizer = self.args.tokenizer.as_deref();
+        let encoder = open_encoder(model, tokenizer, model.config().vocab_size)?;
+        let tokens = encoder.encode(&text, None)?;
+        let bos = encoder.bos().map(|bos| bos.id);
+        let bos = bos.filter(|bos| tokens.first() == Some(bos));
+        let chunks = self.args.chunks.map(|chunks| chunks as usize);
+        let context = self.args.context as usize;
+        ChunkedText::new(tokens, context, bos, chunks).map_err(|error| match error {
+            Error::Plan(fault) => Error::Plan(fault.in_file(path)),
+            other => other,
+        })
+    }
+
+    fn numerics(
+        &self,
+        stored: &StoredModel,
+        calibration: Option<(&Network<Cpu>, &ChunkedText)>,
+    ) -> Result<Numerics> {
+        let target = Numerics::of_target(stored);
+        let activations = match self.args.act {
+            Act::Target => target.activations.clone(),
+            Act::None => ActivationScheme::None,
+            Act::Q8_0 => ActivationScheme::Q8_0,
+            Act::Q8K => ActivationScheme::Q8K,
+            Act::TokenInt8 => ActivationScheme::TokenInt8,
+            Act::StaticInt8 => {
+                let Some((network, text)) = calibration else {
+                    let fault = Fault::new("`--act static-int8` needs a reference model");
+                    return Err(Error::Plan(
+                        fault.hint("its scales are measured on the reference"),
+                    ));
+                };
+                ActivationScheme::StaticInt8(static_scales(network, text, CALIBRATION_CHUNKS)?)
+            }
+        };
+        Ok(Numerics {
+            activations,
+            time_step: self.args.time_step,
+            ..target
+        })
+    }
+
+    /// Mapped where all weights fit `--max-ram` beside the rest, else streamed.
+    fn residence(&self, models: &[&Arc<StoredModel>]) -> Result<Residence> {
+        let Some(limit) = self.args.max_ram else {
+            return Ok(Residence::Mapped);
+        };
+        if limit < BASE_MEMORY_BYTES {
+            let what =
+                format!("--max-ram {limit} is less than the {BASE_MEMORY_BYTES} bytes a run needs");
+            return Err(Error::Plan(Fault::new(what)));
+        }
+        let weights: u64 = models.iter().map(|model| model.weight_bytes()).sum();
+        Ok(match weights.saturating_add(BASE_MEMORY_BYTES) <= limit {
+            true => Residence::Mapped,
+            false => Residence::Streamed,
+        })
+    }
+
+    fn watch(&self, stage: &'static str) -> impl Fn(usize, usize) -> Result<()> {
+        move |done, total| {
+            if self.stop.load(Ordering::Relaxed) {
+                return Err(Error::Interrupted);
+            }
+            self.talk
+                .say(format_args!("{stage}: chunk {done} of {total}"));
+            Ok(())
+        }
+    }
+
+    /// The report on stdout, and every file that was asked for.
+    fn write(&self, report: &ValidationReport) -> Result<()> {
+        let files = [
+            (
+                &self.args.junit,
+                junit::render as fn(&ValidationReport) -> String,
+            ),
+            (&self.args.sarif, sarif::render),
+            (&self.args.html, html::render),
+        ];
+        for (path, render) in files {
+            if let Some(path) = path {
+                write_whole(path, &render(report))?;
+            }
+        }
+        if self.args.json {
+            print_stdout(json::render(report));
+        } else {
+            print_stdout(text::render(report).trim_end());
+        }
+        Ok(())
+    }
+}
+
+fn open(
+    model: &Arc<StoredModel>,
+    residence: Residence,
+    numerics: &Numerics,
+) -> Result<Network<Cpu>> {
+    Network::open(model, Cpu::new(Arc::clone(model), residence), numerics)
+}
+
+fn first_chunks(text: &ChunkedText, chunks: usize) -> Result<ChunkedText> {
+    ChunkedText::new(
+        text.tokens().to_vec(),
+        text.context_tokens(),
+        text.bos(),
+        Some(chunks),
+    )
+}
+
+fn check_vocabulary(stored: &StoredModel, vocab_size: usize, reference: &str) -> Result<()> {
+    let own = stored.config().vocab_size;
+    // A GGUF vocabulary is padded to a multiple of 8.
+    if vocab_size <= own && vocab_size.next_multiple_of(8) >= own {
+        return Ok(());
+    }
+    let what = format!("the reference has a vocabulary of {vocab_size}, the artifact of {own}");
+    Err(Error::Run(
+        Fault::new(what)
+            .in_file(reference)
+            .hint("they are different models"),
+    ))
+}
+
+fn ends_early(reference: &str) -> Error {
+    nemoconv::formats::Error::malformed("has fewer positions than its header says")
+        .in_file(reference)
+        .into()
+}
+
+fn name_of(scheme: &ActivationScheme) -> &'static str {
+    match scheme {
+        ActivationScheme::None => "f32",
+        ActivationScheme::Runtime => "as llama.cpp takes them",
+        ActivationScheme::Bf16 => "BF16",
+        ActivationScheme::Q8_0 => "Q8_0",
+        ActivationScheme::Q8K => "Q8_K",
+        ActivationScheme::TokenInt8 => "int8 per token",
+        ActivationScheme::StaticInt8(_) => "int8 static",
+    }
+}
+
+/// Under a temporary name first, so that a file is whole or not there.
+fn write_whole(path: &Path, content: &str) -> Result<()> {
+    let failed = |source| Error::Write {
+        fault: Fault::new("cannot write the report").in_file(path),
+        source,
+    };
+    let mut file = create_sibling(path)?;
+    file.write_all(content.as_bytes()).map_err(failed)?;
+    file.persist(path).map_err(|error| failed(error.error))?;
+    Ok(())
+}
