@@ -128,6 +128,11 @@ impl Backend {
         self.encoder.set_encode_special_tokens(split);
     }
 
+    /// The encoder itself.
+    pub(super) fn into_encoder(self) -> tokenizers::Tokenizer {
+        self.encoder
+    }
+
     /// The ids of `text`, with whatever the post-processor puts around it.
     pub(super) fn prompt_ids(&self, text: &str) -> Result<Vec<u32>> {
         Ok(self
@@ -235,6 +240,6 @@ fn bpe(model: BpeModel) -> Result<BPE> {
     builder.build().map_err(refused)
 }
 
-fn refused(error: tokenizers::Error) -> Error {
+pub(super) fn refused(error: tokenizers::Error) -> Error {
     Error::malformed(format!("the tokenizer does not work: {error}"))
 }

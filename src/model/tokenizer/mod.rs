@@ -6,6 +6,7 @@
 mod added_tokens;
 mod backend;
 mod chat_template;
+mod encoder;
 mod files;
 mod pre_tokenizer;
 mod special;
@@ -16,6 +17,7 @@ use serde_json::Value;
 use std::path::Path;
 
 pub use chat_template::ChatTemplates;
+pub use encoder::{NamedToken, TextEncoder};
 pub use files::TokenizerFiles;
 pub use special::{SpecialToken, SpecialTokens};
 
