@@ -3,7 +3,7 @@
 //! Enters: the tokenizer's files, or an encoder built elsewhere. Leaves: ids. Knows no benchmark and no prompt.
 
 use nemoconv_formats::{Error, Result};
-use serde_json::{Map, Value, json};
+use serde_json::{Map, Value};
 
 use super::backend::{Backend, refused};
 use super::tokenizer_json::TokenizerJson;
@@ -34,22 +34,18 @@ const MAX_MEANT_LENGTH: u64 = 1 << 40;
 impl TextEncoder {
     /// From the files of a checkpoint folder; `vocab_size` is the rows of the model's embedding.
     ///
-    /// As in transformers, `add_bos_token` and `add_eos_token` of tokenizer_config.json replace the post-processor of
-    /// `tokenizer.json`, also where it has none.
+    /// The post-processor of `tokenizer.json` alone decides what is added: transformers drops `add_bos_token` and
+    /// `add_eos_token` of tokenizer_config.json where there is a `tokenizer.json`.
     ///
     /// # Errors
     /// JSON that is not a byte-level BPE tokenizer, ids outside the vocabulary or given twice.
     ///
-    /// Source: transformers 5 `tokenization_utils_tokenizers.py` (`TokenizersBackend.__init__`,
-    /// `update_post_processor`). Departs from it for added tokens with `rstrip`: the flag is not kept.
+    /// Source: transformers 5 `tokenization_utils_base.py` (`_from_pretrained`). Departs from it for added tokens with `rstrip`: the flag is not kept.
     pub fn of_files(files: &TokenizerFiles, vocab_size: usize) -> Result<Self> {
         let in_file = |error: Error| error.in_file("tokenizer.json");
         let token_count = padded_vocab_size(vocab_size)?;
-        let mut json = TokenizerJson::parse(&files.tokenizer_json, token_count).map_err(in_file)?;
+        let json = TokenizerJson::parse(&files.tokenizer_json, token_count).map_err(in_file)?;
         let settings = Settings::of(files);
-        if settings.replaces_post_processor || json.post_processor.is_null() {
-            json.post_processor = settings.post_processor(&json);
-        }
         let added = added_tokens::in_force(&json.added_tokens, files)?;
         let mut backend = Backend::new(json, &added).map_err(in_file)?;
         backend.split_special_tokens(files.splits_special_tokens());
@@ -120,12 +116,6 @@ impl TextEncoder {
     pub fn max_length(&self) -> Option<usize> {
         self.max_length
     }
-
-    /// The largest id that an encoding can hold.
-    pub fn largest_id(&self) -> u32 {
-        let vocab = self.tokenizer.get_vocab(true);
-        vocab.into_values().max().unwrap_or(0)
-    }
 }
 
 /// What tokenizer_config.json and its companion say.
@@ -133,9 +123,6 @@ struct Settings {
     bos: Option<String>,
     eos: Option<String>,
     pad: Option<String>,
-    adds_bos: bool,
-    adds_eos: bool,
-    replaces_post_processor: bool,
     max_length: Option<usize>,
 }
 
@@ -145,53 +132,15 @@ impl Settings {
         if !config.contains_key("added_tokens_decoder") {
             config.extend(files.special_tokens_map.clone().unwrap_or_default());
         }
-        let flag = |key| config.get(key).and_then(Value::as_bool).unwrap_or(false);
         let max_length = config.get("model_max_length").and_then(Value::as_u64);
         Self {
             bos: token_text(&config, "bos_token"),
             eos: token_text(&config, "eos_token"),
             pad: token_text(&config, "pad_token"),
-            adds_bos: flag("add_bos_token"),
-            adds_eos: flag("add_eos_token"),
-            replaces_post_processor: config.contains_key("add_bos_token")
-                || config.contains_key("add_eos_token"),
             max_length: max_length
                 .filter(|length| *length < MAX_MEANT_LENGTH)
                 .and_then(|length| usize::try_from(length).ok()),
         }
-    }
-
-    fn post_processor(&self, json: &TokenizerJson) -> Value {
-        let id = |text: &str| {
-            let added = json
-                .added_tokens
-                .iter()
-                .find(|entry| entry.token.content == text);
-            let of_vocab = || json.model.vocab.get(text).copied();
-            added.map(|entry| entry.id).or_else(of_vocab)
-        };
-        let mut special_tokens = Map::new();
-        let mut piece = |wanted: bool, text: &Option<String>| {
-            let text = text.as_ref().filter(|_| wanted)?;
-            let entry = json!({"id": text, "ids": [id(text)?], "tokens": [text]});
-            special_tokens.insert(text.clone(), entry);
-            Some(json!({"SpecialToken": {"id": text, "type_id": 0}}))
-        };
-        let bos = piece(self.adds_bos, &self.bos);
-        let eos = piece(self.adds_eos, &self.eos);
-        let around = |name: &str| -> Vec<Value> {
-            let sequence = json!({"Sequence": {"id": name, "type_id": 0}});
-            bos.iter()
-                .cloned()
-                .chain([sequence])
-                .chain(eos.iter().cloned())
-                .collect()
-        };
-        let pair: Vec<Value> = around("A").into_iter().chain(around("B")).collect();
-        json!({
-            "type": "TemplateProcessing", "single": around("A"), "pair": pair,
-            "special_tokens": special_tokens,
-        })
     }
 }
 
@@ -205,6 +154,7 @@ fn token_text(config: &Map<String, Value>, key: &str) -> Option<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use serde_json::json;
 
     /// The nano model's tokenizer with another tokenizer_config.json, and with or without post-processor.
     fn encoder(config: &Value, with_post_processor: bool) -> TextEncoder {
@@ -229,20 +179,20 @@ mod tests {
 
     /// Each expectation is what transformers 5.23 answers.
     #[test]
-    fn flags_replace_the_post_processor_as_in_transformers() {
-        let check = |config: Value, with_post_processor, first: &[u32], last: &[u32]| {
-            let encoder = encoder(&config, with_post_processor);
-            let plain = encoder.encode("a b", Some(false)).unwrap();
-            let expected = [first, &plain, last].concat();
-            assert_eq!(encoder.encode("a b", None).unwrap(), expected, "{config}");
+    fn only_the_post_processor_adds_tokens() {
+        let check = |flags: Value, with_post_processor, first: &[u32]| {
+            let encoder = encoder(&config(flags), with_post_processor);
+            let plain = [96, 301];
+            assert_eq!(encoder.encode("a b", Some(false)).unwrap(), plain);
+            let expected = [first, &plain].concat();
+            assert_eq!(encoder.encode("a b", None).unwrap(), expected);
             assert_eq!(encoder.encode("a b", Some(true)).unwrap(), expected);
         };
-        check(config(json!({})), true, &[1], &[]);
-        check(config(json!({})), false, &[], &[]);
-        check(config(json!({"add_bos_token": false})), true, &[], &[]);
-        check(config(json!({"add_bos_token": true})), false, &[1], &[]);
-        check(config(json!({"add_eos_token": true})), true, &[], &[2]);
-        check(json!({"add_bos_token": true}), true, &[], &[]);
+        check(json!({}), true, &[1]);
+        check(json!({}), false, &[]);
+        check(json!({"add_bos_token": false}), true, &[1]);
+        check(json!({"add_bos_token": true}), false, &[]);
+        check(json!({"add_eos_token": true}), true, &[1]);
     }
 
     #[test]
@@ -260,11 +210,10 @@ mod tests {
 
     #[test]
     fn named_tokens_have_ids() {
-        let encoder = encoder(&json!({"bos_token": "<s>", "pad_token": "no such"}), true);
+        let encoder = encoder(&json!({"bos_token": "<s>"}), true);
         assert_eq!(encoder.bos().unwrap().id, 1);
         assert_eq!(encoder.prefix_token(), encoder.bos());
         assert_eq!(encoder.eos(), None);
         assert_eq!(encoder.pad(), None);
-        assert_eq!(encoder.largest_id(), 1023);
     }
 }
