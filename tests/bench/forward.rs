@@ -32,7 +32,11 @@ fn settings() -> Settings {
     };
     let mut args = std::env::args().skip(1).filter(|arg| arg != "--bench");
     while let Some(arg) = args.next() {
-        let mut number = || args.next().and_then(|n| n.parse().ok()).expect("a number follows");
+        let mut number = || {
+            args.next()
+                .and_then(|n| n.parse().ok())
+                .expect("a number follows")
+        };
         match arg.as_str() {
             "--threads" => settings.threads = number(),
             "--prompt" => settings.prompt = number(),
@@ -65,14 +69,22 @@ fn main() {
         for run in 0..=settings.runs {
             let mut state = network.empty_state();
             let begun = Instant::now();
-            let sequence = Sequence { tokens: &tokens, state: &mut state };
+            let sequence = Sequence {
+                tokens: &tokens,
+                state: &mut state,
+            };
             let normed = network.run(&mut [sequence], &mut Silent).expect("it runs");
             let last = tokens.len() as u32 - 1;
-            network.logits(&normed, &[last], &mut Silent).expect("it runs");
+            network
+                .logits(&normed, &[last], &mut Silent)
+                .expect("it runs");
             let seconds = begun.elapsed().as_secs_f64();
             let begun = Instant::now();
             for token in 0..settings.generate as u32 {
-                let sequence = Sequence { tokens: &[token + 3], state: &mut state };
+                let sequence = Sequence {
+                    tokens: &[token + 3],
+                    state: &mut state,
+                };
                 let normed = network.run(&mut [sequence], &mut Silent).expect("it runs");
                 network.logits(&normed, &[0], &mut Silent).expect("it runs");
             }
