@@ -217,6 +217,9 @@ rules! {
     ChatTemplateInvalid: Tokenizer, Error, "tokenizer/chat-template-invalid",
         "the chat template does not parse",
         "Chat endpoints refuse to start or fall back to another template.";
+    NoChatTemplate: Tokenizer, Note, "tokenizer/no-chat-template",
+        "there is no chat template",
+        "Chat endpoints fall back to a template of their own. Base models are published like this.";
 
     NonFiniteLogits: Logits, Error, "logits/not-finite",
         "the network computes logits that are not numbers",

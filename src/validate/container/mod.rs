@@ -107,7 +107,7 @@ fn place_of(place: Option<&Place>) -> FindingPlace {
 }
 
 /// The index in `blk.N.`.
-pub(super) fn layer_of(name: &str) -> Option<usize> {
+pub(crate) fn layer_of(name: &str) -> Option<usize> {
     let (index, _) = name.strip_prefix("blk.")?.split_once('.')?;
     index.parse().ok()
 }
