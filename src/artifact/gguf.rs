@@ -64,12 +64,12 @@ impl GgufStorage {
     }
 }
 
-fn row_offset(tensor: &StoredTensor, matrix: usize, row: usize) -> u64 {
+pub fn row_offset(tensor: &StoredTensor, matrix: usize, row: usize) -> u64 {
     tensor.offset + ((matrix * tensor.rows + row) * tensor.row_bytes()) as u64
 }
 
 /// The header has checked that shape, type and size agree and lie in the file.
-fn stored(info: &TensorInfo, place: usize, data_offset: u64) -> StoredTensor {
+pub fn stored(info: &TensorInfo, place: usize, data_offset: u64) -> StoredTensor {
     let size = |index: usize| info.dims.get(index).copied().unwrap_or(1) as usize;
     let is_stack = info.dims.len() > 2;
     StoredTensor {
@@ -89,11 +89,11 @@ fn stored(info: &TensorInfo, place: usize, data_offset: u64) -> StoredTensor {
 /// A part that is missing, corrupt, of another split, or not the first.
 pub fn open_parts(path: &Path) -> Result<Vec<Gguf>> {
     let first = Gguf::open(path)?;
-    let count = split_number(&first, "split.count").unwrap_or(1);
+    let count = split_number(&first.header().metadata, "split.count").unwrap_or(1);
     if count <= 1 {
         return Ok(vec![first]);
     }
-    if split_number(&first, "split.no") != Some(0) {
+    if split_number(&first.header().metadata, "split.no") != Some(0) {
         let error = FormatError::malformed("is not the first part of the split model");
         return Err(error
             .in_file(path)
@@ -105,8 +105,8 @@ pub fn open_parts(path: &Path) -> Result<Vec<Gguf>> {
         let part_path = part_path(path, index, count)?;
         let part = Gguf::open(&part_path)?;
         let place = (
-            split_number(&part, "split.no"),
-            split_number(&part, "split.count"),
+            split_number(&part.header().metadata, "split.no"),
+            split_number(&part.header().metadata, "split.count"),
         );
         if place != (Some(index), Some(count)) {
             let what = format!("is not part {} of {count} by its split keys", index + 1);
@@ -117,8 +117,8 @@ pub fn open_parts(path: &Path) -> Result<Vec<Gguf>> {
     Ok(parts)
 }
 
-fn split_number(part: &Gguf, key: &str) -> Option<u64> {
-    match part.header().metadata.get(key)? {
+pub fn split_number(metadata: &Metadata, key: &str) -> Option<u64> {
+    match metadata.get(key)? {
         Value::U16(number) => Some(u64::from(*number)),
         Value::U32(number) => Some(u64::from(*number)),
         Value::I32(number) => u64::try_from(*number).ok(),
@@ -127,7 +127,7 @@ fn split_number(part: &Gguf, key: &str) -> Option<u64> {
 }
 
 /// `name-00001-of-00003.gguf` to the part of another index.
-fn part_path(first: &Path, index: u64, count: u64) -> Result<PathBuf> {
+pub fn part_path(first: &Path, index: u64, count: u64) -> Result<PathBuf> {
     let name = first.file_name().and_then(|name| name.to_str());
     let suffix = format!("-00001-of-{count:05}.gguf");
     let stem = name

@@ -5,8 +5,8 @@
 //! knows one naming and one layout. Computes nothing.
 
 mod checkpoint;
-mod gguf;
-mod gguf_config;
+pub(crate) mod gguf;
+pub(crate) mod gguf_config;
 
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
@@ -249,6 +249,14 @@ impl StoredModel {
             .map_err(|error| error.in_tensor(&tensor.name).in_file(&self.path).into())
     }
 
+    /// Where a row begins in the file that holds it; `None` for a checkpoint, whose rows are made.
+    pub fn file_offset(&self, tensor: &StoredTensor, matrix: usize, row: usize) -> Option<u64> {
+        match self.storage {
+            Storage::Checkpoint(_) => None,
+            Storage::Gguf(_) => Some(gguf::row_offset(tensor, matrix, row)),
+        }
+    }
+
     /// Every tensor that the architecture requires is there, with its shape.
     fn check_tensors(&self) -> Result<()> {
         let widths = Widths::of(&self.config);
@@ -285,7 +293,10 @@ impl StoredModel {
 }
 
 /// A path, or where the hub's cache holds `org/name[@revision]`.
-fn locate(model: &str) -> Result<PathBuf> {
+///
+/// # Errors
+/// The cache does not hold it.
+pub fn locate(model: &str) -> Result<PathBuf> {
     let path = Path::new(model);
     let hub_id = !path.exists() && model.split('/').count() == 2 && !model.starts_with(['.', '/']);
     Ok(if hub_id && !model.ends_with(".gguf") {

@@ -93,10 +93,11 @@ pub fn open_encoder(
 ) -> Result<TextEncoder> {
     let own = stored.checkpoint().map(|checkpoint| checkpoint.folder());
     let Some(folder) = tokenizer.or(own) else {
-        let fault = Fault::new("the tokenizer inside a GGUF file cannot be used yet")
-            .in_file(stored.path())
-            .hint("name the checkpoint's folder with `--tokenizer DIR`");
-        return Err(Error::Model(fault));
+        let keys = stored
+            .metadata()
+            .ok_or_else(|| Error::Model(Fault::new("has no tokenizer").in_file(stored.path())))?;
+        let encoder = TextEncoder::of_gguf(keys);
+        return Ok(encoder.map_err(|error| error.in_file(stored.path()))?);
     };
     let files = TokenizerFiles::read(folder)?;
     Ok(TextEncoder::of_files(&files, vocab_size)?)

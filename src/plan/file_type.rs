@@ -99,6 +99,11 @@ impl FileType {
         self.row().2
     }
 
+    /// The file type with this id, if it is known.
+    pub fn of_id(id: u32) -> Option<Self> {
+        TABLE.iter().find(|row| row.2 == id).map(|row| row.0)
+    }
+
     /// The tensor type that most weights take.
     pub fn base(self) -> GgmlType {
         self.row().3

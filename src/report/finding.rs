@@ -164,7 +164,13 @@ rules! {
     ContradictingKey: Container, Error, "container/contradicting-key",
         "a metadata key contradicts the configuration",
         "The model is loaded as another network than it is.";
+    UnsupportedArchitecture: Container, Error, "container/unsupported-architecture",
+        "the file holds a model of another architecture",
+        "Only Nemotron-H hybrids are known here: `nemotron_h` and `nemotron_h_moe`.";
 
+    DifferentModels: Weights, Error, "weights/different-models",
+        "artifact and reference are different models",
+        "Their sizes or nearly all of their weights differ. Give the model that the artifact was made from.";
     NotFinite: Weights, Error, "weights/not-finite",
         "a weight is NaN or infinite",
         "One such weight makes every logit NaN. If the source is finite, the scale overflowed its float type.";
@@ -211,6 +217,9 @@ rules! {
     ChatTemplateInvalid: Tokenizer, Error, "tokenizer/chat-template-invalid",
         "the chat template does not parse",
         "Chat endpoints refuse to start or fall back to another template.";
+    NoChatTemplate: Tokenizer, Note, "tokenizer/no-chat-template",
+        "there is no chat template",
+        "Chat endpoints fall back to a template of their own. Base models are published like this.";
 
     NonFiniteLogits: Logits, Error, "logits/not-finite",
         "the network computes logits that are not numbers",

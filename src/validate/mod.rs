@@ -2,5 +2,12 @@
 //!
 //! Enters: an artifact and what it was made from. Leaves: findings and figures for `report`. Changes nothing.
 
+pub mod container;
+mod found;
 pub mod logits;
 pub mod side_by_side;
+pub mod static_levels;
+pub mod tokenizer;
+pub mod weights;
+
+pub use found::Found;

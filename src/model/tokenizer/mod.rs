@@ -8,7 +8,9 @@ mod backend;
 mod chat_template;
 mod encoder;
 mod files;
+pub mod gguf_encoder;
 mod pre_tokenizer;
+pub mod runtime_splits;
 mod special;
 mod tokenizer_json;
 

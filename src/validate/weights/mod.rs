@@ -1,0 +1,315 @@
+//! The weights level: every stored weight as a number, and against those it was made from.
+//!
+//! Enters: an artifact, and a reference in either container. Leaves: findings and the error of each tensor. Memory
+//! holds a tile per thread, whatever the size of the model.
+
+mod block_facts;
+mod expectation;
+mod judge;
+mod order;
+mod statistics;
+mod undo;
+
+use nemoconv_formats::GgmlType;
+use nemoconv_formats::block::dequantize;
+use rayon::prelude::*;
+
+use super::Found;
+use super::container::layer_of;
+use crate::artifact::{StoredModel, StoredTensor};
+use crate::error::Result;
+use crate::report::{Finding, Rule, TensorError};
+use block_facts::BlockFacts;
+use statistics::{At, Measure, Statistics};
+use undo::{View, Views, whole};
+
+/// Weights of a tile: 1 MiB as f32 on each side.
+const TILE_WEIGHTS: usize = 1 << 18;
+
+/// What the level has to say.
+#[derive(Debug, Default)]
+pub struct Weights {
+    /// Findings.
+    pub found: Found,
+    /// The error of each tensor, in file order; empty without a reference.
+    pub tensors: Vec<TensorError>,
+}
+
+/// Compares every tensor with the reference, or looks at the stored values alone. Runs in rayon's current pool.
+///
+/// # Errors
+/// A file cannot be read.
+pub fn inspect(artifact: &StoredModel, reference: Option<&StoredModel>) -> Result<Weights> {
+    let mut weights = Weights::default();
+    let pairing = reference.map(|reference| Pairing::new(artifact, reference));
+    if let Some(finding) = pairing.as_ref().and_then(Pairing::of_other_sizes) {
+        weights.found.push(finding);
+        return Ok(weights);
+    }
+    let mut judge = judge::Judge::new(artifact, pairing.as_ref());
+    for tensor in artifact.tensors() {
+        let Some(expectation) = expectation::of(tensor.ty) else {
+            let message = format!("{} cannot be decoded here", tensor.ty);
+            let mut finding = Finding::new(Rule::NotComparable, message).in_tensor(&tensor.name);
+            finding.place.layer = layer_of(&tensor.name);
+            weights.found.push(finding);
+            continue;
+        };
+        let pair = pairing.as_ref().and_then(|pairing| pairing.pair(tensor));
+        let measure = Measure {
+            expectation,
+            lossless: pair.is_some_and(|pair| pair.is_lossless(tensor)),
+        };
+        let job = Job {
+            artifact,
+            tensor,
+            pair,
+            measure,
+        };
+        let statistics = job.statistics()?;
+        if let Some(pair) = pair {
+            weights
+                .tensors
+                .push(tensor_error(tensor, &measure, &statistics));
+            judge.compared(tensor, &pair, &measure, &statistics, &mut weights.found)?;
+        } else {
+            judge.alone(tensor, &measure, &statistics, &mut weights.found);
+        }
+    }
+    judge.finish(&mut weights.found);
+    weights.found.looked_at("tensors", artifact.tensors().len());
+    Ok(weights)
+}
+
+fn tensor_error(tensor: &StoredTensor, measure: &Measure, statistics: &Statistics) -> TensorError {
+    let expected = match measure.lossless {
+        true => 0.0,
+        false => measure.expectation.typical,
+    };
+    TensorError {
+        name: tensor.name.clone(),
+        ty: tensor.ty.name().into(),
+        weights: statistics.weights,
+        relative_error: statistics.relative_error(),
+        max_abs_error: statistics.max_abs_error,
+        expected: Some(expected),
+    }
+}
+
+/// An artifact and a reference, and what widening did to either.
+struct Pairing<'a> {
+    reference: &'a StoredModel,
+    views: (Views, Views),
+    undo: bool,
+    sizes_differ: Option<String>,
+}
+
+impl<'a> Pairing<'a> {
+    fn new(artifact: &StoredModel, reference: &'a StoredModel) -> Self {
+        let views = (Views::of(artifact), Views::of(reference));
+        let undo = !views.0.same_widths(&views.1);
+        let mut pairing = Self {
+            reference,
+            views,
+            undo,
+            sizes_differ: None,
+        };
+        let blocks = |model: &StoredModel| model.config().pattern.kinds().to_vec();
+        pairing.sizes_differ = match blocks(artifact) == blocks(reference) {
+            false => Some("the blocks are of other kinds or of another number".into()),
+            true => artifact
+                .tensors()
+                .iter()
+                .find_map(|tensor| pairing.other_shape(tensor)),
+        };
+        pairing
+    }
+
+    fn other_shape(&self, tensor: &StoredTensor) -> Option<String> {
+        let other = self.reference.tensor(&tensor.name)?;
+        let (ours, theirs) = self.views_of(tensor, other);
+        let shape = |view: View, tensor: &StoredTensor| [tensor.matrices, view.rows, view.columns];
+        let (ours, theirs) = (shape(ours, tensor), shape(theirs, other));
+        let name = &tensor.name;
+        (ours != theirs).then(|| {
+            format!("`{name}` has shape {ours:?} in the artifact, {theirs:?} in the reference")
+        })
+    }
+
+    fn views_of(&self, ours: &StoredTensor, theirs: &StoredTensor) -> (View, View) {
+        match self.undo {
+            true => (self.views.0.view(ours), self.views.1.view(theirs)),
+            false => (whole(ours), whole(theirs)),
+        }
+    }
+
+    fn of_other_sizes(&self) -> Option<Finding> {
+        let what = self.sizes_differ.as_ref()?;
+        Some(Finding::new(Rule::DifferentModels, what.as_str()))
+    }
+
+    fn pair(&self, tensor: &StoredTensor) -> Option<Pair<'_>> {
+        let other = self.reference.tensor(&tensor.name)?;
+        let (ours, theirs) = self.views_of(tensor, other);
+        expectation::of(other.ty)?;
+        Some(Pair {
+            reference: self.reference,
+            tensor: other,
+            ours,
+            theirs,
+        })
+    }
+}
+
+/// The counterpart of a tensor.
+#[derive(Clone, Copy)]
+struct Pair<'a> {
+    reference: &'a StoredModel,
+    tensor: &'a StoredTensor,
+    ours: View,
+    theirs: View,
+}
+
+impl Pair<'_> {
+    /// Whether the stored type holds every value of the reference.
+    fn is_lossless(&self, tensor: &StoredTensor) -> bool {
+        use GgmlType::{BF16, F16, F32};
+        let holds = matches!(
+            (tensor.ty, self.tensor.ty),
+            (F32, F32 | F16 | BF16) | (F16, F16) | (BF16, BF16)
+        );
+        let factors = self.ours.factor == 1.0 && self.theirs.factor == 1.0;
+        holds && (factors || tensor.ty == F32)
+    }
+}
+
+/// One tensor to be measured.
+struct Job<'a> {
+    artifact: &'a StoredModel,
+    tensor: &'a StoredTensor,
+    pair: Option<Pair<'a>>,
+    measure: Measure,
+}
+
+/// A worker's buffers.
+#[derive(Default)]
+struct Buffers {
+    bytes: Vec<u8>,
+    ours: Vec<f32>,
+    theirs: Vec<f32>,
+}
+
+impl Job<'_> {
+    fn statistics(&self) -> Result<Statistics> {
+        let tensor = self.tensor;
+        let step = (TILE_WEIGHTS / tensor.columns.max(1)).clamp(1, tensor.rows.max(1));
+        let tiles: Vec<(usize, usize)> = (0..tensor.matrices)
+            .flat_map(|matrix| (0..tensor.rows).step_by(step).map(move |row| (matrix, row)))
+            .collect();
+        let made: Result<Vec<Statistics>> = tiles
+            .par_iter()
+            .map_init(Buffers::default, |buffers, &(matrix, row)| {
+                self.tile(matrix, row, step.min(tensor.rows - row), buffers)
+            })
+            .collect();
+        let blocks_of_row = tensor.columns / tensor.ty.block_elements();
+        let mut whole = Statistics::default();
+        for (tile, (matrix, row)) in made?.into_iter().zip(tiles) {
+            let rows_before = matrix * tensor.rows + row;
+            whole.merge(tile, matrix, (rows_before * blocks_of_row) as u64);
+        }
+        Ok(whole)
+    }
+
+    fn tile(
+        &self,
+        matrix: usize,
+        first_row: usize,
+        rows: usize,
+        buffers: &mut Buffers,
+    ) -> Result<Statistics> {
+        let tensor = self.tensor;
+        let mut statistics = Statistics::default();
+        let Buffers {
+            bytes,
+            ours,
+            theirs,
+        } = buffers;
+        bytes.resize(rows * tensor.row_bytes(), 0);
+        self.artifact.read_rows(tensor, matrix, first_row, bytes)?;
+        statistics.facts = BlockFacts::of(tensor.ty, bytes);
+        ours.resize(rows * tensor.columns, 0.0);
+        dequantize(tensor.ty, bytes, ours).map_err(|error| error.in_tensor(&tensor.name))?;
+        let block = self.measure.expectation.block;
+        for (index, row) in ours.chunks_exact(tensor.columns.max(1)).enumerate() {
+            let at = At {
+                matrix,
+                row: first_row + index,
+                column: 0,
+            };
+            statistics.artifact_row(at, row, block);
+        }
+        if let Some(pair) = &self.pair {
+            let inside = pair.ours.rows.saturating_sub(first_row).min(rows);
+            self.reference_rows(pair, matrix, first_row, inside, bytes, theirs)?;
+            self.compare(pair, matrix, first_row, ours, theirs, &mut statistics);
+        }
+        Ok(statistics)
+    }
+
+    fn reference_rows(
+        &self,
+        pair: &Pair,
+        matrix: usize,
+        first_row: usize,
+        rows: usize,
+        bytes: &mut Vec<u8>,
+        theirs: &mut Vec<f32>,
+    ) -> Result<()> {
+        theirs.resize(rows * pair.tensor.columns, 0.0);
+        if rows == 0 {
+            return Ok(());
+        }
+        pair.reference
+            .dequantize_rows(pair.tensor, matrix, first_row, bytes, theirs)?;
+        if pair.theirs.factor != 1.0 {
+            theirs.iter_mut().for_each(|b| *b /= pair.theirs.factor);
+        }
+        Ok(())
+    }
+
+    fn compare(
+        &self,
+        pair: &Pair,
+        matrix: usize,
+        first_row: usize,
+        ours: &mut [f32],
+        theirs: &[f32],
+        statistics: &mut Statistics,
+    ) {
+        let mut references = theirs.chunks_exact(pair.tensor.columns.max(1));
+        let rows = ours.chunks_exact_mut(self.tensor.columns.max(1));
+        for (index, row) in rows.enumerate() {
+            let at = At {
+                matrix,
+                row: first_row + index,
+                column: 0,
+            };
+            let reference = references.next();
+            let columns = reference.map_or(0, |_| pair.ours.columns);
+            let (row, padding) = row.split_at_mut(columns);
+            if pair.ours.factor != 1.0 {
+                row.iter_mut().for_each(|a| *a /= pair.ours.factor);
+            }
+            if let Some(reference) = reference {
+                let reference = &reference[..pair.theirs.columns];
+                statistics.compare_row(at, row, reference, &self.measure);
+            }
+            let stray = padding.iter().position(|value| *value != 0.0);
+            if let Some(stray) = stray {
+                let column = columns + stray;
+                statistics.padding.add(At { column, ..at });
+            }
+        }
+    }
+}
