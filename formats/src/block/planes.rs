@@ -11,11 +11,14 @@ pub fn unpack<const BITS: usize, const STRIDE: usize>(
     codes: &mut [u8],
 ) {
     let mask = ((1u16 << BITS) - 1) as u8;
-    let chunks = codes.chunks_exact_mut(STRIDE * 8 / BITS);
-    for (bytes, codes) in bytes.as_chunks::<STRIDE>().0.iter().zip(chunks) {
-        for (s, codes) in codes.as_chunks_mut::<STRIDE>().0.iter_mut().enumerate() {
-            for (code, byte) in codes.iter_mut().zip(bytes) {
-                *code |= ((byte >> (BITS * s)) & mask) << shift;
+    // Indices, not zipped iterators: those are left as calls where the loop is compiled for wider vectors.
+    let (bytes, _) = bytes.as_chunks::<STRIDE>();
+    let (codes, _) = codes.as_chunks_mut::<STRIDE>();
+    let planes = 8 / BITS;
+    for i in 0..bytes.len().min(codes.len() / planes) {
+        for s in 0..planes {
+            for l in 0..STRIDE {
+                codes[planes * i + s][l] |= ((bytes[i][l] >> (BITS * s)) & mask) << shift;
             }
         }
     }

@@ -22,6 +22,9 @@ const TILE_TOKENS: usize = 128;
 /// Tiles of rows that are enough work for all threads.
 const ENOUGH_TILES: usize = 16;
 
+/// Tiles of tokens up to which reading the weights takes longer than multiplying them.
+const FEW_TILES: usize = 2;
+
 /// What a worker keeps between tiles.
 #[derive(Debug, Default)]
 struct Scratch {
@@ -99,19 +102,33 @@ impl Product<'_> {
             Form::Float | Form::Bf16 => FLOAT_ROWS,
             Form::Blocks { .. } | Form::SuperBlocks { .. } => LANES,
         };
-        for first in (0..rows.columns).step_by(CHUNK) {
-            for row in (0..count).step_by(step) {
-                let part = Part {
-                    row,
-                    first,
-                    count: CHUNK.min(rows.columns - first),
-                };
-                match self.form {
-                    Form::Float => self.floats(panels, rows, part),
-                    Form::Bf16 => self.bf16(panels, rows, part),
-                    Form::Blocks { .. } => self.blocks(panels, rows, part),
-                    Form::SuperBlocks { .. } => self.super_blocks(panels, rows, part),
-                }
+        let panels_of_rows = (0..count).step_by(step);
+        let chunks = (0..rows.columns).step_by(CHUNK);
+        // With many tokens their packed columns stay in the cache for all rows; with few the weights are all there is to
+        // read, and rows are read to their end.
+        let parts: Vec<(usize, usize)> = match self.tiles.len() > FEW_TILES {
+            true => chunks
+                .flat_map(|first| panels_of_rows.clone().map(move |row| (row, first)))
+                .collect(),
+            false => panels_of_rows
+                .flat_map(|row| chunks.clone().map(move |first| (row, first)))
+                .collect(),
+        };
+        for (index, &(row, first)) in parts.iter().enumerate() {
+            let part = Part {
+                row,
+                first,
+                count: CHUNK.min(rows.columns - first),
+            };
+            if let Some(&(row, first)) = parts.get(index + 1) {
+                let count = CHUNK.min(rows.columns - first);
+                rows.prefetch(Part { row, first, count }, step);
+            }
+            match self.form {
+                Form::Float => self.floats(panels, rows, part),
+                Form::Bf16 => self.bf16(panels, rows, part),
+                Form::Blocks { .. } => self.blocks(panels, rows, part),
+                Form::SuperBlocks { .. } => self.super_blocks(panels, rows, part),
             }
         }
         Ok(())

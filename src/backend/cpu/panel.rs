@@ -14,6 +14,10 @@ use crate::backend::activation::Activation;
 /// Columns that are packed at a time: a multiple of every block, small enough that panels stay in the cache.
 pub const CHUNK: usize = 512;
 
+/// Bytes of a cache line.
+#[cfg(target_arch = "x86_64")]
+const LINE_BYTES: usize = 64;
+
 /// How a stored type is multiplied.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Form {
@@ -113,6 +117,24 @@ impl<'a> Rows<'a> {
     /// Rows.
     pub fn count(&self) -> usize {
         self.bytes.len() / self.row_bytes()
+    }
+
+    /// Asks for the bytes of a panel of `height` rows, which will be read soon: rows lie pages apart, further than the
+    /// processor looks ahead by itself.
+    pub fn prefetch(&self, part: Part, height: usize) {
+        #[cfg(target_arch = "x86_64")]
+        for row in part.row..(part.row + height).min(self.count()) {
+            use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
+            let (lines, _) = self
+                .part(row, part.first, part.count)
+                .as_chunks::<LINE_BYTES>();
+            for line in lines {
+                // SAFETY: the address is that of a byte of the slice; a prefetch changes nothing but caches.
+                unsafe { _mm_prefetch::<_MM_HINT_T0>(line.as_ptr().cast()) };
+            }
+        }
+        #[cfg(not(target_arch = "x86_64"))]
+        let _ = (part, height);
     }
 
     /// Bytes of `count` columns of a row from `first` on; both are whole blocks.

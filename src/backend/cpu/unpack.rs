@@ -2,7 +2,7 @@
 //!
 //! Enters: the bytes of one row's blocks. Leaves: codes in element order, one scale per block. Knows no panels.
 
-use bytemuck::{Pod, cast_slice};
+use bytemuck::cast_slice;
 use half::f16;
 use nemoconv_formats::GgmlType;
 use nemoconv_formats::block::{
@@ -189,22 +189,13 @@ macro_rules! super_block_types {
 
         #[inline(always)]
         fn $body(bytes: &[u8], codes: &mut [[u8; 256]], scales: &mut [SuperScales; MAX_SUPER_BLOCKS]) {
-            each::<$block>(bytes, codes, scales, |$b, $out| $scales);
+            let blocks: &[$block] = cast_slice(bytes);
+            for i in 0..blocks.len().min(codes.len()).min(MAX_SUPER_BLOCKS) {
+                let ($b, $out) = (&blocks[i], &mut codes[i]);
+                scales[i] = $scales;
+            }
         }
     )*};
-}
-
-#[inline(always)]
-fn each<B: Pod>(
-    bytes: &[u8],
-    codes: &mut [[u8; 256]],
-    scales: &mut [SuperScales; MAX_SUPER_BLOCKS],
-    unpack: impl Fn(&B, &mut [u8; 256]) -> SuperScales,
-) {
-    let blocks: &[B] = cast_slice(bytes);
-    for i in 0..blocks.len().min(codes.len()).min(MAX_SUPER_BLOCKS) {
-        scales[i] = unpack(&blocks[i], &mut codes[i]);
-    }
 }
 
 super_block_types! {
