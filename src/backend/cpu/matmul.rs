@@ -97,6 +97,7 @@ impl Product<'_> {
             bytes: weight.rows(matrix, self.first_row, count, bytes)?,
             ty: weight.tensor.ty,
             columns: weight.tensor.columns,
+            row_bytes: weight.tensor.row_bytes(),
         };
         let step = match self.form {
             Form::Float | Form::Bf16 => FLOAT_ROWS,
@@ -106,7 +107,8 @@ impl Product<'_> {
         let chunks = (0..rows.columns).step_by(CHUNK);
         // With many tokens their packed columns stay in the cache for all rows; with few the weights are all there is to
         // read, and rows are read to their end.
-        let parts: Vec<(usize, usize)> = match self.tiles.len() > FEW_TILES {
+        let few = self.tiles.len() <= FEW_TILES;
+        let parts: Vec<(usize, usize)> = match !few {
             true => chunks
                 .flat_map(|first| panels_of_rows.clone().map(move |row| (row, first)))
                 .collect(),
@@ -120,7 +122,7 @@ impl Product<'_> {
                 first,
                 count: CHUNK.min(rows.columns - first),
             };
-            if let Some(&(row, first)) = parts.get(index + 1) {
+            if let Some(&(row, first)) = parts.get(index + 1).filter(|_| few) {
                 let count = CHUNK.min(rows.columns - first);
                 rows.prefetch(Part { row, first, count }, step);
             }

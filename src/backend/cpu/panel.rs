@@ -3,7 +3,7 @@
 //! Enters: stored bytes of up to 32 (floats) or 16 (codes) rows, a chunk of columns. Leaves: words in lanes, codes
 //! unsigned, scales beside them. Dequantizes nothing that a code can carry.
 
-use bytemuck::{cast_slice, cast_slice_mut};
+use bytemuck::{cast_slice, cast_slice_mut, try_cast_slice};
 use nemoconv_formats::GgmlType;
 use nemoconv_formats::block::dequantize;
 
@@ -103,20 +103,18 @@ pub struct Rows<'a> {
     pub ty: GgmlType,
     /// Row length.
     pub columns: usize,
+    /// Bytes of a row.
+    pub row_bytes: usize,
 }
 
 impl<'a> Rows<'a> {
-    fn row_bytes(&self) -> usize {
-        self.bytes_of(self.columns)
-    }
-
     fn bytes_of(&self, columns: usize) -> usize {
         columns / self.ty.block_elements() * self.ty.block_bytes()
     }
 
     /// Rows.
     pub fn count(&self) -> usize {
-        self.bytes.len() / self.row_bytes()
+        self.bytes.len() / self.row_bytes
     }
 
     /// Asks for the bytes of a panel of `height` rows, which will be read soon: rows lie pages apart, further than the
@@ -124,13 +122,13 @@ impl<'a> Rows<'a> {
     pub fn prefetch(&self, part: Part, height: usize) {
         #[cfg(target_arch = "x86_64")]
         for row in part.row..(part.row + height).min(self.count()) {
-            use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
+            use std::arch::x86_64::{_MM_HINT_T1, _mm_prefetch};
             let (lines, _) = self
                 .part(row, part.first, part.count)
                 .as_chunks::<LINE_BYTES>();
             for line in lines {
                 // SAFETY: the address is that of a byte of the slice; a prefetch changes nothing but caches.
-                unsafe { _mm_prefetch::<_MM_HINT_T0>(line.as_ptr().cast()) };
+                unsafe { _mm_prefetch::<_MM_HINT_T1>(line.as_ptr().cast()) };
             }
         }
         #[cfg(not(target_arch = "x86_64"))]
@@ -139,7 +137,7 @@ impl<'a> Rows<'a> {
 
     /// Bytes of `count` columns of a row from `first` on; both are whole blocks.
     fn part(&self, row: usize, first: usize, count: usize) -> &'a [u8] {
-        let begin = row * self.row_bytes() + self.bytes_of(first);
+        let begin = row * self.row_bytes + self.bytes_of(first);
         &self.bytes[begin..begin + self.bytes_of(count)]
     }
 }
@@ -170,8 +168,23 @@ impl Panels {
     pub fn bf16(&mut self, isa: Isa, rows: Rows, part: Part) -> Halves<'_, u32> {
         let Part { row, first, count } = part;
         let pairs = count / 2;
-        let words = resize(&mut self.rows, FLOAT_ROWS * pairs);
         let filled = (rows.count() - row).min(FLOAT_ROWS);
+        let mut stored: [&[u32]; FLOAT_ROWS] = [&[]; FLOAT_ROWS];
+        for (index, words) in stored.iter_mut().enumerate().take(filled) {
+            *words = try_cast_slice(rows.part(row + index, first, count)).unwrap_or_default();
+        }
+        if stored.iter().all(|words| words.len() == pairs) {
+            let (low, high) = (
+                resize(&mut self.words, pairs),
+                resize(&mut self.high, pairs),
+            );
+            let (halves, _) = stored.as_chunks::<LANES>();
+            kernels::interleave(isa, halves[0], low);
+            kernels::interleave(isa, halves[1], high);
+            return [low, high];
+        }
+        // Rows that are missing, or lie at odd addresses.
+        let words = resize(&mut self.rows, FLOAT_ROWS * pairs);
         words[filled * pairs..].fill(0);
         for (index, out) in words.chunks_exact_mut(pairs).enumerate().take(filled) {
             cast_slice_mut::<u32, u8>(out).copy_from_slice(rows.part(row + index, first, count));
