@@ -4,3 +4,4 @@ mod artifacts;
 mod eval;
 mod hostile;
 mod inspect;
+mod validate;

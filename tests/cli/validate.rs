@@ -1,0 +1,302 @@
+//! `validate` from the outside: levels, gates, reports, references, memory, exit codes.
+
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output, Stdio};
+
+use nemoconv_fixtures::checkpoint::RandomCheckpoint;
+use nemoconv_fixtures::{models, nano};
+use serde_json::Value;
+use tempfile::{TempDir, tempdir};
+
+use crate::support::{nemoconv, stderr, to_gguf};
+
+/// Text whose every chunk is scored.
+const TEXT: &str =
+    "The old harbour lay quiet under the morning fog, and the boats came in one after another. ";
+
+struct Place {
+    folder: TempDir,
+    text: PathBuf,
+}
+
+impl Place {
+    fn new() -> Self {
+        let folder = tempdir().unwrap();
+        let text = folder.path().join("text.txt");
+        std::fs::write(&text, TEXT.repeat(40)).unwrap();
+        Self { folder, text }
+    }
+
+    fn file(&self, name: &str) -> PathBuf {
+        self.folder.path().join(name)
+    }
+
+    fn artifact(&self, file_type: &str) -> PathBuf {
+        let path = self.file(&format!("{file_type}.gguf"));
+        to_gguf(&nano(), &path, &["-t", file_type]);
+        path
+    }
+
+    fn validate(&self, artifact: &Path, reference: &Path, flags: &[&str]) -> Output {
+        let path = |path: &Path| path.to_str().unwrap().to_string();
+        let fixed = ["-q", "validate", &path(artifact), "--context", "128"].map(String::from);
+        let reference =
+            ["--reference", &path(reference), "--text", &path(&self.text)].map(String::from);
+        let flags = flags.iter().map(|flag| flag.to_string());
+        nemoconv(fixed.into_iter().chain(reference).chain(flags))
+    }
+}
+
+fn report(output: &Output) -> Value {
+    serde_json::from_slice(&output.stdout)
+        .unwrap_or_else(|error| panic!("{error}: {}", stderr(output)))
+}
+
+fn mean_kl(report: &Value) -> f64 {
+    report["logits"]["kl_divergence"]["mean"]["value"]
+        .as_f64()
+        .unwrap_or_else(|| panic!("{}", report["logits"]["kl_divergence"]))
+}
+
+#[test]
+fn a_gate_decides_the_exit_code_and_every_report_is_written() {
+    let place = Place::new();
+    let artifact = place.artifact("q4_0");
+    let files = ["r.xml", "r.sarif", "r.html"].map(|name| place.file(name));
+    let [junit, sarif, html] = files.each_ref().map(|path| path.to_str().unwrap());
+    let flags = ["--json", "--junit", junit, "--sarif", sarif, "--html", html];
+    let passed = place.validate(
+        &artifact,
+        &nano(),
+        &[&flags[..], &["--max-kld", "0.5"]].concat(),
+    );
+    assert_eq!(passed.status.code(), Some(0), "{}", stderr(&passed));
+    let found = report(&passed);
+    assert_eq!(found["verdict"], "passed");
+    assert!(mean_kl(&found) > 1e-3, "Q4_0 is not the reference");
+    assert!(found["layers"].as_array().unwrap().len() == 5 && !found["noise_floor"].is_null());
+    for file in &files {
+        assert!(
+            std::fs::metadata(file).unwrap().len() > 500,
+            "{}",
+            file.display()
+        );
+    }
+    let failed = place.validate(&artifact, &nano(), &["--max-kld", "1e-6"]);
+    assert_eq!(failed.status.code(), Some(2), "{}", stderr(&failed));
+    let shown = String::from_utf8(failed.stdout).unwrap();
+    assert!(
+        shown.contains("max-kld") && shown.contains("verdict: failed"),
+        "{shown}"
+    );
+}
+
+#[test]
+fn the_same_function_has_no_drift() {
+    let place = Place::new();
+    let found = report(&place.validate(
+        &place.artifact("f32"),
+        &nano(),
+        &["--act", "none", "--json"],
+    ));
+    assert!(mean_kl(&found).abs() < 1e-6, "{}", mean_kl(&found));
+    assert_eq!(found["logits"]["top1_agreement"]["value"], 1.0);
+    // A widened stream is compared with the stream it was.
+    let narrow = place.file("q8_0.gguf");
+    to_gguf(&nano(), &narrow, &["-t", "f32", "--widen"]);
+    assert_eq!(
+        report(&place.validate(&narrow, &nano(), &["--json"]))["verdict"],
+        "passed"
+    );
+}
+
+#[test]
+fn gates_come_from_a_file_and_flags_win() {
+    let place = Place::new();
+    let artifact = place.artifact("q8_0");
+    let gates = place.file("gates.yaml");
+    std::fs::write(&gates, "max-kld: 1e-9\n").unwrap();
+    let gates = gates.to_str().unwrap();
+    let by_file = place.validate(&artifact, &nano(), &["--gates", gates]);
+    assert_eq!(by_file.status.code(), Some(2), "{}", stderr(&by_file));
+    let by_flag = place.validate(&artifact, &nano(), &["--gates", gates, "--max-kld", "1"]);
+    assert_eq!(by_flag.status.code(), Some(0), "{}", stderr(&by_flag));
+    let wrong = place.validate(&artifact, &nano(), &["--min-top1", "7"]);
+    assert_eq!(wrong.status.code(), Some(64), "{}", stderr(&wrong));
+}
+
+#[test]
+fn saved_references_stand_in_for_the_model() {
+    let place = Place::new();
+    let artifact = place.artifact("q4_0");
+    let exact = mean_kl(&report(&place.validate(&artifact, &nano(), &["--json"])));
+    for (name, tolerance) in [("reference.nref", 0.02), ("base.kld", 0.02)] {
+        let saved = place.file(name);
+        let made = place.validate(
+            &nano(),
+            &nano(),
+            &["--save-reference", saved.to_str().unwrap()],
+        );
+        assert_eq!(made.status.code(), Some(0), "{}", stderr(&made));
+        let found = report(&place.validate(&artifact, &saved, &["--json"]));
+        let share = mean_kl(&found) / exact;
+        assert!((share - 1.0).abs() < tolerance, "{name}: {share}");
+        // A file that was cut is refused by name.
+        let bytes = std::fs::read(&saved).unwrap();
+        std::fs::write(&saved, &bytes[..bytes.len() - 7]).unwrap();
+        let cut = place.validate(&artifact, &saved, &["--json"]);
+        assert_eq!(cut.status.code(), Some(1), "{}", stderr(&cut));
+        assert!(stderr(&cut).contains(name), "{}", stderr(&cut));
+    }
+}
+
+#[test]
+fn every_activation_scheme_runs_and_none_drifts_least() {
+    let place = Place::new();
+    let artifact = place.artifact("q8_0");
+    let kl = |act: &str| {
+        mean_kl(&report(&place.validate(
+            &artifact,
+            &nano(),
+            &["--act", act, "--json"],
+        )))
+    };
+    let none = kl("none");
+    for act in ["target", "q8_0", "q8_k", "token-int8", "static-int8"] {
+        assert!(kl(act) > none, "{act}");
+    }
+}
+
+#[test]
+fn what_cannot_be_compared_is_an_error_that_says_why() {
+    let place = Place::new();
+    let artifact = place.artifact("q8_0");
+    let check = |output: Output, expected: &str| {
+        assert_eq!(
+            output.status.code(),
+            Some(1),
+            "{expected}: {}",
+            stderr(&output)
+        );
+        assert!(stderr(&output).contains(expected), "{}", stderr(&output));
+    };
+    let other = nemoconv_fixtures::checkpoint::cases();
+    let folder = tempdir().unwrap();
+    let other = other[0]
+        .checkpoint
+        .write_as(folder.path(), "other")
+        .unwrap();
+    check(place.validate(&artifact, &other, &[]), "different models");
+    std::fs::write(&place.text, "too short").unwrap();
+    check(
+        place.validate(&artifact, &nano(), &[]),
+        "one chunk needs 128",
+    );
+    std::fs::write(&place.text, "").unwrap();
+    check(place.validate(&artifact, &nano(), &[]), "text.txt");
+    check(
+        place.validate(&artifact, Path::new("/nowhere"), &[]),
+        "/nowhere",
+    );
+}
+
+/// The largest resident size of a process while it lives, kB, as the kernel counts it.
+fn peak_kilobytes(mut command: Command) -> (u64, Option<i32>) {
+    let mut child = command
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .spawn()
+        .unwrap();
+    let status = format!("/proc/{}/status", child.id());
+    let mut peak = 0;
+    loop {
+        if let Ok(text) = std::fs::read_to_string(&status) {
+            let line = text.lines().find_map(|line| line.strip_prefix("VmHWM:"));
+            let found = line.and_then(|line| line.split_whitespace().next()?.parse().ok());
+            peak = peak.max(found.unwrap_or(0));
+        }
+        if let Some(status) = child.try_wait().unwrap() {
+            return (peak, status.code());
+        }
+        std::thread::sleep(std::time::Duration::from_millis(5));
+    }
+}
+
+#[cfg(target_os = "linux")]
+#[test]
+fn a_model_larger_than_max_ram_is_scored_under_it() {
+    let place = Place::new();
+    let checkpoint = RandomCheckpoint {
+        pattern: "M-*M-".into(),
+        hidden_size: 1024,
+        intermediate_size: 16384,
+        vocab_size: 4096,
+        ..RandomCheckpoint::of_1b()
+    };
+    let model = checkpoint.write_as(place.folder.path(), "large").unwrap();
+    let artifact = place.file("large.gguf");
+    to_gguf(&model, &artifact, &["-t", "f32"]);
+    let bytes = std::fs::metadata(&artifact).unwrap().len();
+    let limit = 300_000_000;
+    assert!(bytes > limit, "{bytes}");
+    let run = |flags: &[&str]| {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_nemoconv"));
+        command.args(["validate".as_ref(), artifact.as_os_str()]);
+        command.args(["--reference".as_ref(), model.as_os_str()]);
+        command.args(["--text".as_ref(), place.text.as_os_str()]);
+        command
+            .args(["--context", "64", "--chunks", "2"])
+            .args(flags);
+        peak_kilobytes(command)
+    };
+    let (peak, code) = run(&["--max-ram", "300M"]);
+    println!("peak {peak} kB for a file of {bytes} bytes");
+    assert_eq!(code, Some(0));
+    assert!(peak * 1024 < limit, "{peak} kB");
+    let (unlimited, _) = run(&[]);
+    assert!(
+        unlimited * 1024 > limit,
+        "without a limit the file is resident: {unlimited} kB"
+    );
+}
+
+/// Perplexity is llama.cpp's: the figures that came with the models.
+#[test]
+fn perplexity_is_the_published_one() {
+    let Some(shared) = std::env::var_os("NEMOCONV_SHARED") else {
+        println!("skipped: NEMOCONV_SHARED is not set");
+        return;
+    };
+    let text = Path::new(&shared).join("text/eval.txt");
+    for model in models()
+        .into_iter()
+        .filter(|model| model.join("reference").is_dir())
+    {
+        let json = std::fs::read(model.join("reference/reference.json")).unwrap();
+        let json: Value = serde_json::from_slice(&json).unwrap();
+        let values = &json["perplexity"]["values"]["eval.txt"];
+        let expected = values["second_half_of_windows"].as_f64().unwrap();
+        let model = model.to_str().unwrap();
+        let text = text.to_str().unwrap();
+        let output = nemoconv([
+            "-q",
+            "validate",
+            model,
+            "--reference",
+            model,
+            "--text",
+            text,
+            "--chunks",
+            "16",
+            "--json",
+        ]);
+        let found = report(&output)["logits"]["perplexity"]["value"]
+            .as_f64()
+            .unwrap();
+        println!("{model}: {found:.4}, published {expected}");
+        assert!(
+            (found / expected - 1.0).abs() < 1e-4,
+            "{model}: {found} {expected}"
+        );
+    }
+}
