@@ -15,8 +15,6 @@ use crate::report::{Finding, Rule, Severity};
 const BLOCK_OUT_OF_LINE: f64 = 4096.0;
 /// Fewer blocks have no median to speak of.
 const MIN_BLOCKS: u64 = 16;
-/// Below this cosine, weights are other weights.
-const UNRELATED: f64 = 0.5;
 /// Runs of rows that a message names.
 const MAX_RUNS_NAMED: usize = 4;
 
@@ -244,7 +242,7 @@ impl<'a> Judge<'a> {
             }
             Order::Rows(runs) => (self.rows_message(tensor, &runs), order::place(&runs[0])),
             Order::Unknown
-                if statistics.cosine() < UNRELATED && same_values(measure, statistics) =>
+                if mostly_bad(tensor, statistics) && same_values(measure, statistics) =>
             {
                 let message = "the values are those of the reference in another order".to_owned();
                 (message, statistics.bad_rows[0])
@@ -301,7 +299,7 @@ impl<'a> Judge<'a> {
 
     /// A tensor most of whose rows are unlike any of the reference.
     fn strange(&mut self, tensor: &StoredTensor, statistics: &Statistics) -> bool {
-        if statistics.cosine() >= UNRELATED {
+        if !mostly_bad(tensor, statistics) {
             return false;
         }
         let message = format!(
@@ -348,7 +346,7 @@ impl<'a> Judge<'a> {
                 tensor.ty
             );
             let mut finding = self.finding(tensor, Rule::ErrorAboveExpectation, message);
-            if statistics.cosine() < UNRELATED {
+            if mostly_bad(tensor, statistics) {
                 finding = finding.severity(Severity::Error);
             }
             found.push(finding);
@@ -410,6 +408,11 @@ impl<'a> Judge<'a> {
             .into_iter()
             .for_each(|finding| found.push(finding));
     }
+}
+
+/// Most rows are nothing like the reference's. One broken scale can spoil every figure of a whole tensor, but not this.
+fn mostly_bad(tensor: &StoredTensor, statistics: &Statistics) -> bool {
+    2 * statistics.bad_row_count > (tensor.rows * tensor.matrices) as u64
 }
 
 /// Sums over all values tell an order from other values where rounding hardly changes them.

@@ -14,7 +14,9 @@ type Signature = [f32; 32];
 /// Two rows are the same if their signatures agree so well; unrelated rows do by a chance of 1 in 10^6.
 const SAME: f32 = 0.85;
 /// Enough for a row whose neighbour is known.
-const ALIKE: f32 = 0.4;
+const ALIKE: f32 = 0.5;
+/// And for one some rows further.
+const ALIKE_BEYOND_GAP: f32 = 0.75;
 /// Rows in a run that rounding made unrecognizable.
 const MAX_GAP: usize = 16;
 /// Rows of an expert by which it is known.
@@ -151,11 +153,11 @@ impl Search {
 
     /// The neighbours that came along, down to row `free`.
     fn run(&self, matrix: usize, row: usize, from: usize, free: usize) -> Run {
-        let moved = |row: usize, from: usize| {
+        let moved = |row: usize, from: usize, alike: f32| {
             let Some((own, source)) = self.own.get(row).zip(self.reference.get(from)) else {
                 return false;
             };
-            cosine(own, source) > cosine(own, &self.reference[row]).max(ALIKE)
+            cosine(own, source) > cosine(own, &self.reference[row]).max(alike)
         };
         let mut run = Run {
             matrix,
@@ -163,11 +165,13 @@ impl Search {
             from,
             count: 1,
         };
-        while run.at > free && run.from > 0 && moved(run.at - 1, run.from - 1) {
+        while run.at > free && run.from > 0 && moved(run.at - 1, run.from - 1, ALIKE) {
             (run.at, run.from, run.count) = (run.at - 1, run.from - 1, run.count + 1);
         }
-        let after =
-            |run: &Run, gap: usize| moved(run.at + run.count + gap, run.from + run.count + gap);
+        let after = |run: &Run, gap: usize| {
+            let (row, from) = (run.at + run.count + gap, run.from + run.count + gap);
+            moved(row, from, if gap == 0 { ALIKE } else { ALIKE_BEYOND_GAP })
+        };
         while let Some(gap) = (0..MAX_GAP).find(|gap| after(&run, *gap)) {
             run.count += gap + 1;
         }
