@@ -4,4 +4,5 @@
 
 mod cli;
 mod parity;
+mod pipeline;
 mod support;

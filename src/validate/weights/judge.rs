@@ -3,6 +3,7 @@
 //! Enters: [`Statistics`]. Leaves: findings that say which tensor, expert, row and block. Measures nothing but the
 //! order of rows that are wrong.
 
+use super::expectation::Expectation;
 use super::order::{self, Order, Run};
 use super::statistics::{At, Measure, Statistics};
 use super::{Found, Job, Pair, Pairing, layer_of};
@@ -11,7 +12,7 @@ use crate::error::Result;
 use crate::report::{Finding, Rule, Severity};
 
 /// Without a reference: a block so many times larger than the median of its tensor has a broken scale.
-const BLOCK_OUT_OF_LINE: f64 = 1024.0;
+const BLOCK_OUT_OF_LINE: f64 = 4096.0;
 /// Fewer blocks have no median to speak of.
 const MIN_BLOCKS: u64 = 16;
 /// Runs of rows that a message names.
@@ -240,7 +241,9 @@ impl<'a> Judge<'a> {
                 (named.join(", ") + &and_more(more, "experts"), at)
             }
             Order::Rows(runs) => (self.rows_message(tensor, &runs), order::place(&runs[0])),
-            Order::Unknown if same_values(measure, statistics) => {
+            Order::Unknown
+                if mostly_bad(tensor, statistics) && same_values(measure, statistics) =>
+            {
                 let message = "the values are those of the reference in another order".to_owned();
                 (message, statistics.bad_rows[0])
             }
@@ -296,7 +299,7 @@ impl<'a> Judge<'a> {
 
     /// A tensor most of whose rows are unlike any of the reference.
     fn strange(&mut self, tensor: &StoredTensor, statistics: &Statistics) -> bool {
-        if statistics.cosine() > 0.5 {
+        if !mostly_bad(tensor, statistics) {
             return false;
         }
         let message = format!(
@@ -332,20 +335,7 @@ impl<'a> Judge<'a> {
         found: &mut Found,
     ) {
         let expectation = &measure.expectation;
-        if statistics.outliers.count > 0
-            && let Some((worst, at)) = statistics.worst
-        {
-            let median = statistics.unit_errors.median().unwrap_or_default();
-            let message = format!(
-                "the error of {} parts of blocks is above what {} explains, the worst in {}: {:.0} times the ceiling, {:.0} times the median",
-                statistics.outliers.count,
-                tensor.ty,
-                block_name(tensor, at),
-                worst / expectation.unit_ceiling,
-                worst / median
-            );
-            found.push(self.finding_at(tensor, Rule::ScaleOutOfRange, message, Some(at)));
-        }
+        self.scales(tensor, expectation, statistics, found);
         let error = statistics.yardstick_error();
         if error > expectation.tensor_ceiling {
             let message = format!(
@@ -356,11 +346,46 @@ impl<'a> Judge<'a> {
                 tensor.ty
             );
             let mut finding = self.finding(tensor, Rule::ErrorAboveExpectation, message);
-            if statistics.cosine() < 0.5 {
+            if mostly_bad(tensor, statistics) {
                 finding = finding.severity(Severity::Error);
             }
             found.push(finding);
         }
+    }
+
+    /// Blocks whose scale does not fit the weights.
+    fn scales(
+        &self,
+        tensor: &StoredTensor,
+        expectation: &Expectation,
+        statistics: &Statistics,
+        found: &mut Found,
+    ) {
+        let gain = statistics.out_of_gain;
+        let (message, at) = match (statistics.worst, gain.first) {
+            (Some((worst, at)), _) if statistics.outliers.count > 0 => (
+                format!(
+                    "the error of {} parts of blocks is above what {} explains, the worst in {}: {:.1} times the ceiling",
+                    statistics.outliers.count,
+                    tensor.ty,
+                    block_name(tensor, at),
+                    worst / expectation.unit_ceiling
+                ),
+                at,
+            ),
+            (_, Some(at)) => (
+                format!(
+                    "{} parts of blocks decode to too much or too little of the reference, the first in {}; factors range from {:.2} to {:.2}",
+                    gain.count,
+                    block_name(tensor, at),
+                    statistics.gain_range().0,
+                    statistics.gain_range().1
+                ),
+                at,
+            ),
+            _ => return,
+        };
+        found.push(self.finding_at(tensor, Rule::ScaleOutOfRange, message, Some(at)));
     }
 
     /// Nearly all weights are other weights: then it is the reference that is wrong.
@@ -385,13 +410,19 @@ impl<'a> Judge<'a> {
     }
 }
 
+/// Most rows are nothing like the reference's. One broken scale can spoil every figure of a whole tensor, but not this.
+fn mostly_bad(tensor: &StoredTensor, statistics: &Statistics) -> bool {
+    2 * statistics.bad_row_count > (tensor.rows * tensor.matrices) as u64
+}
+
 /// Sums over all values tell an order from other values where rounding hardly changes them.
 fn same_values(measure: &Measure, statistics: &Statistics) -> bool {
     let typical = match measure.lossless {
         true => 0.0,
         false => measure.expectation.typical,
     };
-    let near = |a: f64, b: f64| (a - b).abs() <= (2.0 * typical * typical + 1e-6) * b;
+    let chance = 8.0 * typical / (statistics.weights.max(1) as f64).sqrt();
+    let near = |a: f64, b: f64| (a - b).abs() <= (4.0 * typical * typical + chance + 1e-6) * b;
     typical < 0.02
         && near(statistics.sums.artifact2, statistics.sums.reference2)
         && near(statistics.magnitudes.0, statistics.magnitudes.1)

@@ -20,6 +20,7 @@ use crate::artifact::{StoredModel, StoredTensor};
 use crate::error::Result;
 use crate::report::{Finding, Rule, TensorError};
 use block_facts::BlockFacts;
+use expectation::Expectation;
 use statistics::{At, Measure, Statistics};
 use undo::{View, Views, whole};
 
@@ -46,9 +47,10 @@ pub fn inspect(artifact: &StoredModel, reference: Option<&StoredModel>) -> Resul
         weights.found.push(finding);
         return Ok(weights);
     }
+    let steered = is_steered(artifact);
     let mut judge = judge::Judge::new(artifact, pairing.as_ref());
     for tensor in artifact.tensors() {
-        let Some(expectation) = expectation::of(tensor.ty) else {
+        let Some(expectation) = expectation::of(tensor.ty, steered) else {
             let message = format!("{} cannot be decoded here", tensor.ty);
             let mut finding = Finding::new(Rule::NotComparable, message).in_tensor(&tensor.name);
             finding.place.layer = layer_of(&tensor.name);
@@ -57,7 +59,10 @@ pub fn inspect(artifact: &StoredModel, reference: Option<&StoredModel>) -> Resul
         };
         let pair = pairing.as_ref().and_then(|pairing| pairing.pair(tensor));
         let measure = Measure {
-            expectation,
+            expectation: match &pair {
+                Some(pair) => expectation.against(&pair.expectation),
+                None => expectation,
+            },
             lossless: pair.is_some_and(|pair| pair.is_lossless(tensor)),
         };
         let job = Job {
@@ -79,6 +84,13 @@ pub fn inspect(artifact: &StoredModel, reference: Option<&StoredModel>) -> Resul
     judge.finish(&mut weights.found);
     weights.found.looked_at("tensors", artifact.tensors().len());
     Ok(weights)
+}
+
+/// Whether an importance matrix steered the rounding, as llama-quantize and the converter record it.
+fn is_steered(model: &StoredModel) -> bool {
+    let keys = model.metadata().into_iter().flat_map(|m| m.iter());
+    keys.into_iter()
+        .any(|(key, _)| key.starts_with("quantize.imatrix."))
 }
 
 fn tensor_error(tensor: &StoredTensor, measure: &Measure, statistics: &Statistics) -> TensorError {
@@ -151,8 +163,8 @@ impl<'a> Pairing<'a> {
     fn pair(&self, tensor: &StoredTensor) -> Option<Pair<'_>> {
         let other = self.reference.tensor(&tensor.name)?;
         let (ours, theirs) = self.views_of(tensor, other);
-        expectation::of(other.ty)?;
         Some(Pair {
+            expectation: expectation::of(other.ty, is_steered(self.reference))?,
             reference: self.reference,
             tensor: other,
             ours,
@@ -168,6 +180,7 @@ struct Pair<'a> {
     tensor: &'a StoredTensor,
     ours: View,
     theirs: View,
+    expectation: Expectation,
 }
 
 impl Pair<'_> {
@@ -305,9 +318,12 @@ impl Job<'_> {
                 let reference = &reference[..pair.theirs.columns];
                 statistics.compare_row(at, row, reference, &self.measure);
             }
+            // Nothing reads padded columns but zeros: where they share a block with weights, they are rounded with them.
+            let whole = columns.next_multiple_of(self.tensor.ty.block_elements());
+            let padding = padding.get(whole - columns..).unwrap_or_default();
             let stray = padding.iter().position(|value| *value != 0.0);
             if let Some(stray) = stray {
-                let column = columns + stray;
+                let column = whole + stray;
                 statistics.padding.add(At { column, ..at });
             }
         }

@@ -13,6 +13,12 @@ use crate::error::Result;
 type Signature = [f32; 32];
 /// Two rows are the same if their signatures agree so well; unrelated rows do by a chance of 1 in 10^6.
 const SAME: f32 = 0.85;
+/// Enough for a row whose neighbour is known.
+const ALIKE: f32 = 0.5;
+/// And for one some rows further.
+const ALIKE_BEYOND_GAP: f32 = 0.75;
+/// Rows in a run that rounding made unrecognizable.
+const MAX_GAP: usize = 16;
 /// Rows of an expert by which it is known.
 const ROWS_OF_EXPERT: usize = 64;
 /// Matrices of a stack whose rows are searched.
@@ -56,13 +62,18 @@ pub fn find(job: &Job, pair: &Pair, statistics: &Statistics) -> Result<Order> {
     for at in &statistics.bad_rows {
         by_matrix.entry(at.matrix).or_default().push(at.row);
     }
-    let (mut runs, mut sought) = (Vec::new(), 0);
+    let (mut runs, mut sought, mut matched) = (Vec::new(), 0, 0);
     for (matrix, mut rows) in by_matrix.into_iter().take(MAX_MATRICES) {
         rows.truncate(MAX_QUERIES);
         sought += rows.len();
-        runs.extend(rows_of(job, pair, matrix, &rows)?);
+        let found = rows_of(job, pair, matrix, &rows)?;
+        let inside = |row: &&usize| {
+            let holds = |run: &Run| (run.at..run.at + run.count).contains(*row);
+            found.iter().any(holds)
+        };
+        matched += rows.iter().filter(inside).count();
+        runs.extend(found);
     }
-    let matched: usize = runs.iter().map(|run| run.count).sum();
     Ok(match 2 * matched > sought {
         true => Order::Rows(runs),
         false => Order::Unknown,
@@ -110,35 +121,62 @@ fn experts(job: &Job, pair: &Pair, wrong: &[usize]) -> Result<Vec<(usize, usize)
 fn rows_of(job: &Job, pair: &Pair, matrix: usize, wrong: &[usize]) -> Result<Vec<Run>> {
     let own = signatures(job, pair, true, matrix, pair.ours.rows)?;
     let reference = signatures(job, pair, false, matrix, pair.ours.rows)?;
+    let search = Search { own, reference };
     let mut runs: Vec<Run> = Vec::new();
     for &row in wrong {
-        // The row after the last match first: runs are long.
-        let hint = runs.last().map(|run| run.from + run.count);
-        let same = |from: &usize| cosine(&own[row], &reference[*from]) > SAME;
-        let by_hint = hint.filter(|from| *from < reference.len()).filter(same);
-        let from = by_hint.or_else(|| {
-            (0..reference.len())
-                .map(|from| (from, cosine(&own[row], &reference[from])))
-                .max_by(|a, b| a.1.total_cmp(&b.1))
-                .filter(|(_, agreement)| *agreement > SAME)
-                .map(|(from, _)| from)
-        });
-        let Some(from) = from.filter(|from| *from != row) else {
+        let free = runs.last().map_or(0, |run| run.at + run.count);
+        if row < free {
             continue;
-        };
-        match runs.last_mut() {
-            Some(run) if run.at + run.count == row && run.from + run.count == from => {
-                run.count += 1;
-            }
-            _ => runs.push(Run {
-                matrix,
-                at: row,
-                from,
-                count: 1,
-            }),
+        }
+        if let Some(from) = search.find(row) {
+            runs.push(search.run(matrix, row, from, free));
         }
     }
     Ok(runs)
+}
+
+/// Rows of both sides.
+struct Search {
+    own: Vec<Signature>,
+    reference: Vec<Signature>,
+}
+
+impl Search {
+    /// The row of the reference that a row holds, if it is another.
+    fn find(&self, row: usize) -> Option<usize> {
+        let agreement = |from: usize| (from, cosine(&self.own[row], &self.reference[from]));
+        let all = (0..self.reference.len()).map(agreement);
+        let best = all.max_by(|a, b| a.1.total_cmp(&b.1));
+        best.filter(|(from, agreement)| *from != row && *agreement > SAME)
+            .map(|(from, _)| from)
+    }
+
+    /// The neighbours that came along, down to row `free`.
+    fn run(&self, matrix: usize, row: usize, from: usize, free: usize) -> Run {
+        let moved = |row: usize, from: usize, alike: f32| {
+            let Some((own, source)) = self.own.get(row).zip(self.reference.get(from)) else {
+                return false;
+            };
+            cosine(own, source) > cosine(own, &self.reference[row]).max(alike)
+        };
+        let mut run = Run {
+            matrix,
+            at: row,
+            from,
+            count: 1,
+        };
+        while run.at > free && run.from > 0 && moved(run.at - 1, run.from - 1, ALIKE) {
+            (run.at, run.from, run.count) = (run.at - 1, run.from - 1, run.count + 1);
+        }
+        let after = |run: &Run, gap: usize| {
+            let (row, from) = (run.at + run.count + gap, run.from + run.count + gap);
+            moved(row, from, if gap == 0 { ALIKE } else { ALIKE_BEYOND_GAP })
+        };
+        while let Some(gap) = (0..MAX_GAP).find(|gap| after(&run, *gap)) {
+            run.count += gap + 1;
+        }
+        run
+    }
 }
 
 /// Signatures of the first `rows` rows of one matrix, of either side.

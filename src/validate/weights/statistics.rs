@@ -73,6 +73,29 @@ impl Octaves {
     }
 }
 
+/// The extremes of a factor that should be 1.
+#[derive(Debug, Clone, Copy, Default, PartialEq)]
+pub struct Gains {
+    pub least: Option<(f64, At)>,
+    pub largest: Option<(f64, At)>,
+}
+
+impl Gains {
+    fn add(&mut self, gain: f64, at: At) {
+        self.merge(Self {
+            least: Some((gain, at)),
+            largest: Some((gain, at)),
+        });
+    }
+
+    fn merge(&mut self, other: Self) {
+        let negative = |gain: (f64, At)| (-gain.0, gain.1);
+        let least = larger(self.least.map(negative), other.least.map(negative));
+        self.least = least.map(negative);
+        self.largest = larger(self.largest, other.largest);
+    }
+}
+
 /// Sums over one matrix of a stack.
 #[derive(Debug, Clone, Copy, Default, PartialEq)]
 pub struct MatrixSums {
@@ -120,8 +143,16 @@ pub struct Statistics {
     pub padding: Counted,
     /// Units whose error is above what the type explains.
     pub outliers: Counted,
+    /// Their part of the error.
+    pub outlier_error2: f64,
     /// The worst unit: its error by its yardstick.
     pub worst: Option<(f64, At)>,
+    /// Blocks and units that decode to too much or too little of the reference.
+    pub out_of_gain: Counted,
+    /// Least and largest gain of a unit: the factor by which its values are those of the reference.
+    pub unit_gains: Gains,
+    /// The same of whole blocks.
+    pub block_gains: Gains,
     /// Error of units by their yardsticks.
     pub unit_errors: Octaves,
     /// Largest magnitude of each block of the artifact.
@@ -158,9 +189,21 @@ impl Statistics {
         -20.0 * self.relative_error().log10()
     }
 
-    /// Root mean square error by the yardstick of the type.
+    /// Root mean square error by the yardstick of the type, outliers apart.
     pub fn yardstick_error(&self) -> f64 {
-        ratio(self.sums.error2, self.yardstick2).sqrt()
+        let error2 = (self.sums.error2 - self.outlier_error2).max(0.0);
+        ratio(error2, self.yardstick2).sqrt()
+    }
+
+    /// The extremes of what units and blocks decode to, by the reference.
+    pub fn gain_range(&self) -> (f64, f64) {
+        let both = [self.unit_gains, self.block_gains];
+        let least = both.iter().filter_map(|gains| gains.least);
+        let largest = both.iter().filter_map(|gains| gains.largest);
+        (
+            least.map(|gain| gain.0).fold(1.0, f64::min),
+            largest.map(|gain| gain.0).fold(1.0, f64::max),
+        )
     }
 
     /// Adds a later tile. `blocks_before`: blocks between the tensor's and the tile's beginning.
@@ -177,7 +220,11 @@ impl Statistics {
         self.reference_nonfinite += tile.reference_nonfinite;
         self.padding.merge(tile.padding);
         self.outliers.merge(tile.outliers);
+        self.outlier_error2 += tile.outlier_error2;
         self.worst = larger(self.worst, tile.worst);
+        self.out_of_gain.merge(tile.out_of_gain);
+        self.unit_gains.merge(tile.unit_gains);
+        self.block_gains.merge(tile.block_gains);
         self.unit_errors.merge(&tile.unit_errors);
         self.block_sizes.merge(&tile.block_sizes);
         self.largest_block = larger(self.largest_block, tile.largest_block);
@@ -218,23 +265,41 @@ impl Statistics {
     /// Compares one row; both sides are in the terms of the unwidened model.
     pub fn compare_row(&mut self, at: At, artifact: &[f32], reference: &[f32], measure: &Measure) {
         let expectation = &measure.expectation;
-        let (mut row, mut row_size) = (MatrixSums::default(), 0f64);
+        let (mut row, dot_before) = (MatrixSums::default(), self.dot);
         let blocks = artifact.chunks(expectation.block);
         for (index, (a, b)) in blocks.zip(reference.chunks(expectation.block)).enumerate() {
             let size = b.iter().filter(|b| b.is_finite());
             let size = f64::from(size.fold(0f32, |size, b| size.max(b.abs())));
-            row_size = row_size.max(size);
             let yardstick = size + expectation.quantum();
+            let place = |offset: usize| At {
+                column: index * expectation.block + offset,
+                ..at
+            };
+            let before = (self.dot, row.reference2);
             let units = a.chunks(expectation.unit).zip(b.chunks(expectation.unit));
             for (unit, (a, b)) in units.enumerate() {
-                let column = index * expectation.block + unit * expectation.unit;
-                let place = At { column, ..at };
+                let place = place(unit * expectation.unit);
+                let before = (self.dot, row.reference2);
                 self.compare_unit(place, a, b, yardstick, measure, &mut row);
+                let power = row.reference2 - before.1;
+                if power > a.len() as f64 * (UNIT_TO_SPEAK_OF * yardstick).powi(2) {
+                    let gain = (self.dot - before.0) / power;
+                    self.gain(gain, measure.expectation.unit_gain, place);
+                    self.unit_gains.add(gain, place);
+                }
+            }
+            let power = row.reference2 - before.1;
+            if size > 64.0 * expectation.quantum() && power > 0.0 {
+                let gain = (self.dot - before.0) / power;
+                self.gain(gain, measure.expectation.block_gain, place(0));
+                self.block_gains.add(gain, place(0));
             }
         }
-        let allowed = expectation.unit_ceiling * (row_size + expectation.quantum());
-        let rms = (row.error2 / artifact.len().max(1) as f64).sqrt();
-        let bad = row.error2 > expectation.bad_row.powi(2) * row.reference2 && rms > allowed;
+        let steps = artifact.len() as f64 * (2.0 * expectation.step()).powi(2);
+        let far = row.error2 > expectation.bad_row.powi(2) * row.reference2;
+        let norms = (row.artifact2 * row.reference2).sqrt();
+        let unlike = artifact.len() >= MIN_ROW && self.dot - dot_before < UNLIKE * norms;
+        let bad = (far || unlike) && row.error2 > steps;
         if bad {
             self.bad_row_count += 1;
             if self.bad_rows.len() < MAX_BAD_ROWS {
@@ -242,6 +307,12 @@ impl Statistics {
             }
         }
         self.sums.merge(&row);
+    }
+
+    fn gain(&mut self, gain: f64, (least, largest): (f64, f64), at: At) {
+        if !(least..=largest).contains(&gain) {
+            self.out_of_gain.add(at);
+        }
     }
 
     fn compare_unit(
@@ -288,6 +359,7 @@ impl Statistics {
         self.worst = larger(self.worst, Some((error, at)));
         if error > measure.expectation.unit_ceiling {
             self.outliers.add(at);
+            self.outlier_error2 += error2;
         }
     }
 }
@@ -303,6 +375,13 @@ pub struct Measure {
 
 /// Two ways to compute `-exp(x)` or to undo a factor differ by less.
 const LOSSLESS: f64 = 1.0 / (1 << 20) as f64;
+
+/// Rows with a smaller cosine are other rows, if they are long enough for a cosine to tell.
+const UNLIKE: f64 = 0.35;
+const MIN_ROW: usize = 64;
+
+/// A unit whose weights are smaller than this part of its block's largest may round to nothing.
+const UNIT_TO_SPEAK_OF: f64 = 0.125;
 
 fn ratio(error2: f64, reference2: f64) -> f64 {
     match (error2, reference2) {

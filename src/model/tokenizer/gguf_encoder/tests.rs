@@ -1,5 +1,6 @@
 use nemoconv_formats::checkpoint::config_json;
 use nemoconv_formats::gguf::{Array, Metadata, Value};
+use sha2::{Digest, Sha256};
 
 use super::*;
 use crate::model::tokenizer::{Tokenizer, TokenizerFiles};
@@ -30,6 +31,35 @@ fn ids_are_those_of_the_source() {
             assert_eq!(ids(&ours), ids(&source), "{text:?}");
         }
     }
+}
+
+/// What llama.cpp answers, for a vocabulary in which every boundary shows.
+#[test]
+fn ids_are_those_of_the_runtime() {
+    let folder = nemoconv_fixtures::reference().join("runtime_tokenizer");
+    let files = TokenizerFiles::read(&folder).unwrap();
+    let expected = std::fs::read_to_string(folder.join("ids.tsv")).unwrap();
+    for line in expected.lines() {
+        let [name, mode, count, digest] = line.split('\t').collect::<Vec<_>>()[..] else {
+            panic!("four fields: {line}");
+        };
+        let config = serde_json::Value::Null;
+        let tokenizer = Tokenizer::parse(&files, &config, 1024, Some(name)).unwrap();
+        let mut metadata = Metadata::new();
+        tokenizer_keys(&tokenizer, &mut metadata);
+        metadata.set("tokenizer.ggml.add_bos_token", false);
+        let control_tokens = match mode {
+            "tokens" => ControlTokens::AreTokens,
+            _ => ControlTokens::AreText,
+        };
+        let encoder = from_gguf(&metadata, control_tokens).unwrap();
+        let ids = encoder.encode(TEXT, false).unwrap().get_ids().to_vec();
+        assert_eq!(ids.len().to_string(), count, "{name} {mode}");
+        let digest_of = Sha256::digest(format!("{ids:?}"));
+        let hex: String = digest_of.iter().map(|byte| format!("{byte:02x}")).collect();
+        assert_eq!(hex, digest, "{name} {mode}");
+    }
+    assert!(expected.lines().count() > 60);
 }
 
 #[test]
