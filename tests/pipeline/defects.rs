@@ -70,6 +70,7 @@ fn a_flipped_byte_in_a_scale() {
 /// Not every byte can show: the low one of an F16 scale may change it by a thousandth.
 #[test]
 fn most_flipped_bytes_of_scales_are_found() {
+    #[allow(clippy::single_range_in_vec_init, reason = "a list of ranges")]
     let cases: [(&str, &[std::ops::Range<usize>], usize); 6] = [
         ("q8_0", &[0..2], 2),
         ("q4_0", &[0..2], 2),

@@ -2,6 +2,11 @@
 //!
 //! Enters: the bytes of one row's blocks. Leaves: codes in element order, one scale per block. Knows no panels.
 
+#![allow(
+    clippy::needless_range_loop,
+    reason = "zipped iterators are left as calls where a loop is compiled for wider vectors"
+)]
+
 use bytemuck::cast_slice;
 use half::f16;
 use nemoconv_formats::GgmlType;

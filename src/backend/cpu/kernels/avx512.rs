@@ -3,6 +3,7 @@
 //! Sums stay in registers: a tile of 8 tokens has 16 vectors of float sums, or 8 of float and 16 of integer sums.
 
 use std::arch::x86_64::*;
+use std::mem::transmute;
 
 use super::{BlockInput, Blocks, CodeTile, FloatTile, Halves, LANES, SuperBlocks, SuperInput};
 
@@ -70,8 +71,12 @@ pub fn float<const TOKENS: usize>(weights: Halves<'_, f32>, input: &[f32], tile:
 #[target_feature(enable = "avx512f,avx512bf16")]
 fn dot_bf16(sum: __m512, weights: __m512i, input: __m512i) -> __m512 {
     // SAFETY: the vectors have the same 512 bits, seen as 32 BF16 values.
-    let (w, x): (__m512bh, __m512bh) =
-        unsafe { (std::mem::transmute(weights), std::mem::transmute(input)) };
+    let (w, x) = unsafe {
+        (
+            transmute::<__m512i, __m512bh>(weights),
+            transmute::<__m512i, __m512bh>(input),
+        )
+    };
     _mm512_dpbf16_ps(sum, w, x)
 }
 
