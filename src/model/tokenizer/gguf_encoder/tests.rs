@@ -39,6 +39,7 @@ fn ids_are_those_of_the_runtime() {
     let folder = nemoconv_fixtures::reference().join("runtime_tokenizer");
     let files = TokenizerFiles::read(&folder).unwrap();
     let expected = std::fs::read_to_string(folder.join("ids.tsv")).unwrap();
+    let mut wrong = Vec::new();
     for line in expected.lines() {
         let [name, mode, count, digest] = line.split('\t').collect::<Vec<_>>()[..] else {
             panic!("four fields: {line}");
@@ -54,12 +55,17 @@ fn ids_are_those_of_the_runtime() {
         };
         let encoder = from_gguf(&metadata, control_tokens).unwrap();
         let ids = encoder.encode(TEXT, false).unwrap().get_ids().to_vec();
-        assert_eq!(ids.len().to_string(), count, "{name} {mode}");
         let digest_of = Sha256::digest(format!("{ids:?}"));
         let hex: String = digest_of.iter().map(|byte| format!("{byte:02x}")).collect();
-        assert_eq!(hex, digest, "{name} {mode}");
+        if (ids.len().to_string().as_str(), hex.as_str()) != (count, digest) {
+            wrong.push(format!(
+                "{name} {mode}: {} ids, expected {count}",
+                ids.len()
+            ));
+        }
     }
-    assert!(expected.lines().count() > 60);
+    assert_eq!(wrong, Vec::<String>::new());
+    assert!(expected.lines().count() >= 60);
 }
 
 #[test]
