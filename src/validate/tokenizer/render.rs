@@ -208,6 +208,14 @@ mod tests {
             "{{ {'a': [1, 'ü<', none, true]} | tojson }}",
             Ok("{\"a\": [1, \"ü<\", null, true]}"),
         );
+        check(
+            "{{ {'a': [1], 'b': {}} | tojson(indent=2) }}",
+            Ok("{\n  \"a\": [\n    1\n  ],\n  \"b\": {}\n}"),
+        );
+        check(
+            "{{ 1.5 }} {{ none }} {{ [1, 'a'] }}",
+            Ok("1.5 None [1, 'a']"),
+        );
         check("{{ strftime_now('%d %B %Y') }}", Ok("02 January 2026"));
         check("{% generation %}a{% endgeneration %}", Ok("a"));
         check(

@@ -27,6 +27,9 @@ use undo::{View, Views, whole};
 /// Weights of a tile: 1 MiB as f32 on each side.
 const TILE_WEIGHTS: usize = 1 << 18;
 
+/// Tiles whose figures wait to be added in order.
+const TILES_AT_ONCE: usize = 256;
+
 /// What the level has to say.
 #[derive(Debug, Default)]
 pub struct Weights {
@@ -49,7 +52,7 @@ pub fn inspect(artifact: &StoredModel, reference: Option<&StoredModel>) -> Resul
     }
     let steered = is_steered(artifact);
     let mut judge = judge::Judge::new(artifact, pairing.as_ref());
-    for tensor in artifact.tensors() {
+    for tensor in artifact.tensors().iter().filter(|t| t.weights() > 0) {
         let Some(expectation) = expectation::of(tensor.ty, steered) else {
             let message = format!("{} cannot be decoded here", tensor.ty);
             let mut finding = Finding::new(Rule::NotComparable, message).in_tensor(&tensor.name);
@@ -219,17 +222,19 @@ impl Job<'_> {
         let tiles: Vec<(usize, usize)> = (0..tensor.matrices)
             .flat_map(|matrix| (0..tensor.rows).step_by(step).map(move |row| (matrix, row)))
             .collect();
-        let made: Result<Vec<Statistics>> = tiles
-            .par_iter()
-            .map_init(Buffers::default, |buffers, &(matrix, row)| {
-                self.tile(matrix, row, step.min(tensor.rows - row), buffers)
-            })
-            .collect();
         let blocks_of_row = tensor.columns / tensor.ty.block_elements();
         let mut whole = Statistics::default();
-        for (tile, (matrix, row)) in made?.into_iter().zip(tiles) {
-            let rows_before = matrix * tensor.rows + row;
-            whole.merge(tile, matrix, (rows_before * blocks_of_row) as u64);
+        for batch in tiles.chunks(TILES_AT_ONCE) {
+            let made: Result<Vec<Statistics>> = batch
+                .par_iter()
+                .map_init(Buffers::default, |buffers, &(matrix, row)| {
+                    self.tile(matrix, row, step.min(tensor.rows - row), buffers)
+                })
+                .collect();
+            for (tile, (matrix, row)) in made?.into_iter().zip(batch) {
+                let rows_before = matrix * tensor.rows + row;
+                whole.merge(tile, *matrix, (rows_before * blocks_of_row) as u64);
+            }
         }
         Ok(whole)
     }

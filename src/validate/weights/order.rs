@@ -23,6 +23,10 @@ const MAX_GAP: usize = 16;
 const ROWS_OF_EXPERT: usize = 64;
 /// Matrices of a stack whose rows are searched.
 const MAX_MATRICES: usize = 4;
+/// Shorter rows have no signature to speak of.
+const MIN_COLUMNS: usize = 8;
+/// Rows whose signatures are kept; the largest vocabularies have half as many.
+const MAX_ROWS: usize = 1 << 19;
 /// Wrong rows that are searched for.
 const MAX_QUERIES: usize = 2048;
 
@@ -48,7 +52,7 @@ pub enum Order {
 
 /// Looks for the wrong rows of `statistics` among the rows of the reference.
 pub fn find(job: &Job, pair: &Pair, statistics: &Statistics) -> Result<Order> {
-    if pair.ours.columns < 8 {
+    if pair.ours.columns < MIN_COLUMNS || pair.ours.rows > MAX_ROWS {
         return Ok(Order::Unknown);
     }
     let wrong: Vec<usize> = wrong_matrices(statistics);
