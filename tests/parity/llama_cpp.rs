@@ -401,11 +401,6 @@ fn our_logits_are_llama_cpps_on_every_type() {
             let kl = mean_kl(theirs, &ours(file, &prompts));
             let own = mean_kl(theirs, again);
             println!("{}: KL {kl:.2e}, llama.cpp's own {own:.2e}", file.display());
-            // Known: a router near a tie sends a token elsewhere in one of the two, which the mean of nine prompts shows.
-            if model.ends_with("nemotron-h-moe-tiny") && kl > SAME_FILE_KL {
-                println!("not held: {}", file.display());
-                continue;
-            }
             let allowed = SAME_FILE_KL.max(OWN_KL_FACTOR * own);
             assert!(kl.abs() <= allowed, "{}: {kl:e} {own:e}", file.display());
         }
