@@ -47,12 +47,6 @@ pub fn eval(args: &Eval, talk: &Talk, stop: &AtomicBool) -> Result<()> {
 }
 
 fn run(args: &EvalRun, talk: &Talk, stop: &AtomicBool) -> Result<()> {
-    if let Some(threads) = args.threads {
-        // Fails only when the pool was built before, which nothing here does.
-        let _ = rayon::ThreadPoolBuilder::new()
-            .num_threads(usize::from(threads))
-            .build_global();
-    }
     let artifact = args.artifact.as_deref().unwrap_or_default();
     // Before the long run: a baseline of results that cannot be read.
     let stored = args.baseline.as_deref().and_then(stored_baseline);

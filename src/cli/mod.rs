@@ -11,6 +11,7 @@ mod output;
 mod progress;
 mod receipt;
 mod validate_job;
+mod workers;
 
 use std::process::ExitCode;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -21,6 +22,7 @@ use clap::error::ErrorKind;
 use args::{Cli, Command};
 use nemoconv::error::Error;
 use output::Talk;
+use workers::on_workers;
 
 /// Raised by SIGINT and SIGTERM; workers look at it between tiles.
 static STOP: AtomicBool = AtomicBool::new(false);
@@ -46,8 +48,12 @@ pub fn main() -> ExitCode {
         Command::ToGguf(args) => gguf_job::to_gguf(args, &talk, &STOP).map(done),
         Command::Plan(args) => gguf_job::plan(args, &talk).map(done),
         Command::Inspect(args) => inspect::inspect(args).map(done),
-        Command::Eval(args) => eval_job::eval(args, &talk, &STOP).map(done),
-        Command::Validate(args) => validate_job::validate(args, &talk, &STOP),
+        Command::Eval(args) => {
+            on_workers(args.run.threads, || eval_job::eval(args, &talk, &STOP)).map(done)
+        }
+        Command::Validate(args) => {
+            on_workers(args.threads, || validate_job::validate(args, &talk, &STOP))
+        }
     };
     match result {
         Ok(code) => ExitCode::from(code),

@@ -42,12 +42,6 @@ pub fn validate(args: &Validate, talk: &Talk, stop: &AtomicBool) -> Result<u8> {
         print_error(&Error::Plan(fault));
         return Ok(exit::USAGE);
     }
-    if let Some(threads) = args.threads {
-        // Fails only when the pool was built before, which nothing here does.
-        let _ = rayon::ThreadPoolBuilder::new()
-            .num_threads(usize::from(threads))
-            .build_global();
-    }
     // Before the long run: gates that cannot be read.
     let gates = match &args.gates {
         Some(path) => args.gates().or(Gates::open(path)?),

@@ -57,8 +57,12 @@ fn main() {
     let settings = settings();
     rayon::ThreadPoolBuilder::new()
         .num_threads(settings.threads)
-        .build_global()
-        .expect("the pool is built once");
+        .build()
+        .expect("the threads are there")
+        .install(|| measure(&settings));
+}
+
+fn measure(settings: &Settings) {
     for path in &settings.models {
         let model = Arc::new(StoredModel::open(path).expect("the model opens"));
         let numerics = Numerics::of_target(&model);

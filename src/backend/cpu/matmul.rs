@@ -5,6 +5,7 @@
 
 use std::cell::RefCell;
 
+use bytemuck::cast_slice;
 use rayon::prelude::*;
 
 use super::CpuWeight;
@@ -116,16 +117,12 @@ impl Product<'_> {
                 .flat_map(|row| chunks.clone().map(move |first| (row, first)))
                 .collect(),
         };
-        for (index, &(row, first)) in parts.iter().enumerate() {
+        for (row, first) in parts {
             let part = Part {
                 row,
                 first,
                 count: CHUNK.min(rows.columns - first),
             };
-            if let Some(&(row, first)) = parts.get(index + 1).filter(|_| few) {
-                let count = CHUNK.min(rows.columns - first);
-                rows.prefetch(Part { row, first, count }, step);
-            }
             match self.form {
                 Form::Float => self.floats(panels, rows, part),
                 Form::Bf16 => self.bf16(panels, rows, part),
@@ -136,7 +133,24 @@ impl Product<'_> {
         Ok(())
     }
 
+    /// The only tile, if it is a single token: its rows are not worth interleaving.
+    fn single(&self) -> Option<TokenTile> {
+        match self.tiles {
+            [tile] if tile.tokens == 1 => Some(*tile),
+            _ => None,
+        }
+    }
+
     fn floats(&self, panels: &mut Panels, rows: Rows, part: Part) {
+        if let Some(tile) = self.single() {
+            let input = cast_slice(self.input.floats(tile, part.first, part.count));
+            let (words, ahead) = (
+                panels.rows().floats(rows, part),
+                rows.ahead(part, FLOAT_ROWS),
+            );
+            let sums = kernels::float_rows(self.isa, words, input, ahead);
+            return self.add(tile, rows, part, &[sums]);
+        }
         let panel = panels.floats(self.isa, rows, part);
         let mut sums = [[0.0; FLOAT_ROWS]; MAX_TOKENS];
         for &tile in self.tiles {
@@ -147,6 +161,12 @@ impl Product<'_> {
     }
 
     fn bf16(&self, panels: &mut Panels, rows: Rows, part: Part) {
+        if let Some(tile) = self.single() {
+            let input = self.input.bf16(tile, part.first, part.count);
+            let (words, ahead) = (panels.rows().bf16(rows, part), rows.ahead(part, FLOAT_ROWS));
+            let sums = kernels::bf16_rows(self.isa, words, input, ahead);
+            return self.add(tile, rows, part, &[sums]);
+        }
         let panel = panels.bf16(self.isa, rows, part);
         let mut sums = [[0.0; FLOAT_ROWS]; MAX_TOKENS];
         for &tile in self.tiles {
@@ -157,6 +177,12 @@ impl Product<'_> {
     }
 
     fn blocks(&self, panels: &mut Panels, rows: Rows, part: Part) {
+        if let Some(tile) = self.single() {
+            let input = self.input.blocks(tile, part.first, part.count);
+            let unpacked = panels.rows().blocks(self.isa, rows, part);
+            let sums = kernels::block_rows(self.isa, unpacked, input);
+            return self.add(tile, rows, part, &[sums]);
+        }
         let panel = panels.blocks(self.isa, rows, part);
         let mut sums = [[0.0; LANES]; MAX_TOKENS];
         for &tile in self.tiles {
@@ -167,6 +193,12 @@ impl Product<'_> {
     }
 
     fn super_blocks(&self, panels: &mut Panels, rows: Rows, part: Part) {
+        if let Some(tile) = self.single() {
+            let input = self.input.super_blocks(tile, part.first, part.count);
+            let unpacked = panels.rows().super_blocks(self.isa, rows, part);
+            let sums = kernels::super_rows(self.isa, unpacked, input);
+            return self.add(tile, rows, part, &[sums]);
+        }
         let panel = panels.super_blocks(self.isa, rows, part);
         let mut sums = [[0.0; LANES]; MAX_TOKENS];
         for &tile in self.tiles {
@@ -176,13 +208,7 @@ impl Product<'_> {
         }
     }
 
-    fn add<const N: usize>(
-        &self,
-        tile: TokenTile,
-        rows: Rows,
-        part: Part,
-        sums: &[[f32; N]; MAX_TOKENS],
-    ) {
+    fn add<const N: usize>(&self, tile: TokenTile, rows: Rows, part: Part, sums: &[[f32; N]]) {
         let filled = N.min(rows.count() - part.row);
         for (token, sums) in sums.iter().enumerate().take(tile.tokens) {
             let (token, first) = (tile.first + token, self.first_row + part.row);

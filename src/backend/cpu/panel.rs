@@ -3,20 +3,19 @@
 //! Enters: stored bytes of up to 32 (floats) or 16 (codes) rows, a chunk of columns. Leaves: words in lanes, codes
 //! unsigned, scales beside them. Dequantizes nothing that a code can carry.
 
-use bytemuck::{cast_slice, cast_slice_mut, try_cast_slice};
+use bytemuck::{bytes_of, cast_slice, cast_slice_mut, try_cast_slice};
 use nemoconv_formats::GgmlType;
 use nemoconv_formats::block::dequantize;
 
-use super::kernels::{self, Blocks, FLOAT_ROWS, Halves, Isa, LANES, SuperBlocks};
-use super::unpack::{self, BlockScales, MAX_SUPER_BLOCKS, SuperScales};
+use super::kernels::{
+    self, Ahead, BlockRows, BlockScales, Blocks, FLOAT_ROWS, Halves, Isa, LANES, MAX_SUPER_BLOCKS,
+    SuperBlocks, SuperRows, SuperScales,
+};
+use super::unpack;
 use crate::backend::activation::Activation;
 
 /// Columns that are packed at a time: a multiple of every block, small enough that panels stay in the cache.
 pub const CHUNK: usize = 512;
-
-/// Bytes of a cache line.
-#[cfg(target_arch = "x86_64")]
-const LINE_BYTES: usize = 64;
 
 /// How a stored type is multiplied.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -73,14 +72,17 @@ impl Form {
 #[derive(Debug, Default)]
 pub struct Panels {
     words: Vec<[u32; LANES]>,
-    /// The second half of a panel of floats.
-    high: Vec<[u32; LANES]>,
-    d: Vec<[f32; LANES]>,
-    m: Vec<[f32; LANES]>,
-    scales: Vec<[i32; LANES]>,
-    mins: Vec<[u32; LANES]>,
-    /// Rows before they are interleaved.
-    rows: Vec<u32>,
+    /// The second half of a panel of floats, or the scales of a panel of codes.
+    beside: Vec<[u32; LANES]>,
+    rows: UnpackedRows,
+}
+
+/// Rows before they are interleaved.
+#[derive(Debug, Default)]
+pub struct UnpackedRows {
+    words: Vec<u32>,
+    blocks: [BlockScales; LANES],
+    super_blocks: [[SuperScales; MAX_SUPER_BLOCKS]; LANES],
 }
 
 /// What is packed: columns `first..first + count` of a panel of rows from `row` on.
@@ -117,28 +119,17 @@ impl<'a> Rows<'a> {
         self.bytes.len() / self.row_bytes
     }
 
-    /// Asks for the bytes of a panel of `height` rows, which will be read soon: rows lie pages apart, further than the
-    /// processor looks ahead by itself.
-    pub fn prefetch(&self, part: Part, height: usize) {
-        #[cfg(target_arch = "x86_64")]
-        for row in part.row..(part.row + height).min(self.count()) {
-            use std::arch::x86_64::{_MM_HINT_T1, _mm_prefetch};
-            let (lines, _) = self
-                .part(row, part.first, part.count)
-                .as_chunks::<LINE_BYTES>();
-            for line in lines {
-                // SAFETY: the address is that of a byte of the slice; a prefetch changes nothing but caches.
-                unsafe { _mm_prefetch::<_MM_HINT_T1>(line.as_ptr().cast()) };
-            }
-        }
-        #[cfg(not(target_arch = "x86_64"))]
-        let _ = (part, height);
+    /// What is read after `part`, a panel of `height` rows: as many bytes of the next panel, which follows this one.
+    pub fn ahead(&self, part: Part, height: usize) -> Ahead {
+        let next = (part.row + height) * self.row_bytes;
+        Ahead::from(self.bytes, next + height * self.bytes_of(part.first))
     }
 
-    /// Bytes of `count` columns of a row from `first` on; both are whole blocks.
-    fn part(&self, row: usize, first: usize, count: usize) -> &'a [u8] {
-        let begin = row * self.row_bytes + self.bytes_of(first);
-        &self.bytes[begin..begin + self.bytes_of(count)]
+    /// The bytes of one part of every row from that of `part` on; the part is whole blocks.
+    fn parts(self, part: Part) -> impl Iterator<Item = &'a [u8]> {
+        let (first, count) = (self.bytes_of(part.first), self.bytes_of(part.count));
+        let rows = self.bytes[part.row * self.row_bytes..].chunks_exact(self.row_bytes);
+        rows.map(move |row| &row[first..first + count])
     }
 }
 
@@ -148,148 +139,182 @@ fn resize<T: Clone + bytemuck::Zeroable>(buffer: &mut Vec<T>, len: usize) -> &mu
     &mut buffer[..len]
 }
 
-impl Panels {
-    /// Packs 32 rows as f32; rows that are not there are zeros.
-    pub fn floats(&mut self, isa: Isa, rows: Rows, part: Part) -> Halves<'_, f32> {
-        let Part { row, first, count } = part;
-        let values = resize(&mut self.rows, FLOAT_ROWS * count);
-        let filled = (rows.count() - row).min(FLOAT_ROWS);
-        values[filled * count..].fill(0);
-        for (index, out) in values.chunks_exact_mut(count).enumerate().take(filled) {
-            let out: &mut [f32] = cast_slice_mut(out);
-            dequantize(rows.ty, rows.part(row + index, first, count), out)
+impl UnpackedRows {
+    /// 32 rows as f32; rows that are not there are zeros.
+    pub fn floats<'a>(&'a mut self, rows: Rows<'a>, part: Part) -> [&'a [u32]; FLOAT_ROWS] {
+        if rows.ty == GgmlType::F32
+            && let Some(stored) = stored_words(rows, part)
+        {
+            return stored;
+        }
+        let words = self.filled(rows, part, part.count);
+        for (out, bytes) in words.chunks_exact_mut(part.count).zip(rows.parts(part)) {
+            dequantize(rows.ty, bytes, cast_slice_mut(out))
                 .expect("the type was checked when the weight was opened");
         }
-        let (low, high) = interleave_halves(isa, values, count, &mut self.words, &mut self.high);
-        [cast_slice(low), cast_slice(high)]
+        words_of(&self.words, part.count)
     }
 
     /// The same for BF16 rows, as pairs.
-    pub fn bf16(&mut self, isa: Isa, rows: Rows, part: Part) -> Halves<'_, u32> {
-        let Part { row, first, count } = part;
-        let pairs = count / 2;
-        let filled = (rows.count() - row).min(FLOAT_ROWS);
-        let mut stored: [&[u32]; FLOAT_ROWS] = [&[]; FLOAT_ROWS];
-        for (index, words) in stored.iter_mut().enumerate().take(filled) {
-            *words = try_cast_slice(rows.part(row + index, first, count)).unwrap_or_default();
-        }
-        if stored.iter().all(|words| words.len() == pairs) {
-            let (low, high) = (
-                resize(&mut self.words, pairs),
-                resize(&mut self.high, pairs),
-            );
-            let (halves, _) = stored.as_chunks::<LANES>();
-            kernels::interleave(isa, halves[0], low);
-            kernels::interleave(isa, halves[1], high);
-            return [low, high];
+    pub fn bf16<'a>(&'a mut self, rows: Rows<'a>, part: Part) -> [&'a [u32]; FLOAT_ROWS] {
+        if let Some(stored) = stored_words(rows, part) {
+            return stored;
         }
         // Rows that are missing, or lie at odd addresses.
-        let words = resize(&mut self.rows, FLOAT_ROWS * pairs);
-        words[filled * pairs..].fill(0);
-        for (index, out) in words.chunks_exact_mut(pairs).enumerate().take(filled) {
-            cast_slice_mut::<u32, u8>(out).copy_from_slice(rows.part(row + index, first, count));
+        let pairs = part.count / 2;
+        let words = self.filled(rows, part, pairs);
+        for (out, bytes) in words.chunks_exact_mut(pairs).zip(rows.parts(part)) {
+            cast_slice_mut::<u32, u8>(out).copy_from_slice(bytes);
         }
-        let (low, high) = interleave_halves(isa, words, pairs, &mut self.words, &mut self.high);
-        [low, high]
+        words_of(&self.words, pairs)
     }
 
-    /// Packs 16 rows as codes in blocks of 32.
-    pub fn blocks(&mut self, isa: Isa, rows: Rows, part: Part) -> Blocks<'_> {
-        let Part { row, first, count } = part;
-        let (blocks, words) = (count / 32, count / 4);
-        let d = resize(&mut self.d, blocks);
-        let m = resize(&mut self.m, blocks);
-        let codes = resize(&mut self.rows, LANES * words);
-        let mut scales = BlockScales::default();
-        for (lane, codes) in codes.chunks_exact_mut(words).enumerate() {
-            if row + lane < rows.count() {
-                let (codes, _) = cast_slice_mut::<u32, u8>(codes).as_chunks_mut::<32>();
-                let bytes = rows.part(row + lane, first, count);
-                unpack::blocks(isa, rows.ty, bytes, codes, &mut scales);
-            } else {
+    /// Room for 32 rows of `words` words; those of rows that are not there are zeros.
+    fn filled(&mut self, rows: Rows, part: Part, words: usize) -> &mut [u32] {
+        let filled = (rows.count() - part.row).min(FLOAT_ROWS);
+        let all = resize(&mut self.words, FLOAT_ROWS * words);
+        all[filled * words..].fill(0);
+        all
+    }
+
+    /// 16 rows as codes in blocks of 32.
+    pub fn blocks(&mut self, isa: Isa, rows: Rows, part: Part) -> BlockRows<'_> {
+        let unpack = unpack::blocks(rows.ty);
+        let words = part.count / 4;
+        let codes = resize(&mut self.words, LANES * words);
+        let (ahead, mut parts) = (rows.ahead(part, LANES), rows.parts(part));
+        let lanes = codes.chunks_exact_mut(words).zip(&mut self.blocks);
+        for (lane, (codes, scales)) in lanes.enumerate() {
+            let Some(bytes) = parts.next() else {
                 codes.fill(0);
-                scales = BlockScales::default();
-            }
-            for block in 0..blocks {
-                d[block][lane] = scales.d[block];
-                m[block][lane] = scales.m[block];
-            }
+                *scales = BlockScales::default();
+                continue;
+            };
+            let (codes, _) = cast_slice_mut::<u32, u8>(codes).as_chunks_mut::<32>();
+            unpack(isa, bytes, codes, scales);
+            ahead.fetch(lane * bytes.len(), bytes.len());
         }
-        let panel = resize(&mut self.words, words);
-        kernels::interleave(isa, lanes(codes, words), panel);
-        let is_affine = matches!(rows.ty, GgmlType::Q4_1 | GgmlType::Q5_1);
-        Blocks {
-            codes: panel,
-            d,
-            m: if is_affine { m } else { &[] },
+        BlockRows {
+            codes: words_of(&self.words, words),
+            scales: &self.blocks,
+            affine: matches!(rows.ty, GgmlType::Q4_1 | GgmlType::Q5_1),
         }
     }
 
     /// The same in super-blocks of 256.
-    pub fn super_blocks(&mut self, isa: Isa, rows: Rows, part: Part) -> SuperBlocks<'_> {
-        let Part { row, first, count } = part;
-        let (blocks, words) = (count / 256, count / 4);
+    pub fn super_blocks(&mut self, isa: Isa, rows: Rows, part: Part) -> SuperRows<'_> {
+        let unpack = unpack::super_blocks(rows.ty);
+        let words = part.count / 4;
+        let codes = resize(&mut self.words, LANES * words);
+        let (ahead, mut parts) = (rows.ahead(part, LANES), rows.parts(part));
+        let lanes = codes.chunks_exact_mut(words).zip(&mut self.super_blocks);
+        for (lane, (codes, scales)) in lanes.enumerate() {
+            let Some(bytes) = parts.next() else {
+                codes.fill(0);
+                *scales = [SuperScales::default(); MAX_SUPER_BLOCKS];
+                continue;
+            };
+            let (codes, _) = cast_slice_mut::<u32, u8>(codes).as_chunks_mut::<256>();
+            unpack(isa, bytes, codes, scales);
+            ahead.fetch(lane * bytes.len(), bytes.len());
+        }
         let sub_block = match rows.ty {
             GgmlType::Q2_K | GgmlType::Q3_K | GgmlType::Q6_K => 16,
             _ => 32,
         };
-        let subs = 256 / sub_block;
-        let d = resize(&mut self.d, blocks);
-        let dmin = resize(&mut self.m, blocks);
-        let scales = resize(&mut self.scales, blocks * subs);
-        let mins = resize(&mut self.mins, blocks * subs / 2);
-        let codes = resize(&mut self.rows, LANES * words);
-        let mut unpacked = [SuperScales::default(); MAX_SUPER_BLOCKS];
-        for (lane, codes) in codes.chunks_exact_mut(words).enumerate() {
-            if row + lane < rows.count() {
-                let (codes, _) = cast_slice_mut::<u32, u8>(codes).as_chunks_mut::<256>();
-                let bytes = rows.part(row + lane, first, count);
-                unpack::super_blocks(isa, rows.ty, bytes, codes, &mut unpacked);
-            } else {
-                codes.fill(0);
-                unpacked = [SuperScales::default(); MAX_SUPER_BLOCKS];
-            }
-            for (block, from) in unpacked.iter().enumerate().take(blocks) {
-                d[block][lane] = from.d;
-                dmin[block][lane] = from.dmin;
-                for sub in 0..subs {
-                    scales[block * subs + sub][lane] = i32::from(from.scales[sub]);
-                }
-                for pair in 0..subs / 2 {
-                    let word = |i: usize| u32::from(from.mins[i] as u16);
-                    mins[block * subs / 2 + pair][lane] = word(2 * pair) | word(2 * pair + 1) << 16;
-                }
-            }
-        }
-        let panel = resize(&mut self.words, words);
-        kernels::interleave(isa, lanes(codes, words), panel);
-        SuperBlocks {
-            codes: panel,
-            scales,
-            mins,
-            d,
-            dmin: if unpack::has_dmin(rows.ty) { dmin } else { &[] },
+        SuperRows {
+            codes: words_of(&self.words, words),
+            scales: &self.super_blocks,
+            has_dmin: unpack::has_dmin(rows.ty),
             sub_words: sub_block / 4,
         }
     }
 }
 
-/// Sixteen rows of `words` words each.
-fn lanes(rows: &[u32], words: usize) -> [&[u32]; LANES] {
+impl Panels {
+    /// Rows that are multiplied without being interleaved.
+    pub fn rows(&mut self) -> &mut UnpackedRows {
+        &mut self.rows
+    }
+
+    /// Packs 32 rows as f32; rows that are not there are zeros.
+    pub fn floats(&mut self, isa: Isa, rows: Rows, part: Part) -> Halves<'_, f32> {
+        let rows = self.rows.floats(rows, part);
+        let (low, high) = interleave_halves(isa, rows, &mut self.words, &mut self.beside);
+        [cast_slice(low), cast_slice(high)]
+    }
+
+    /// The same for BF16 rows, as pairs.
+    pub fn bf16(&mut self, isa: Isa, rows: Rows, part: Part) -> Halves<'_, u32> {
+        let rows = self.rows.bf16(rows, part);
+        let (low, high) = interleave_halves(isa, rows, &mut self.words, &mut self.beside);
+        [low, high]
+    }
+
+    /// Packs 16 rows as codes in blocks of 32.
+    pub fn blocks(&mut self, isa: Isa, rows: Rows, part: Part) -> Blocks<'_> {
+        let rows = self.rows.blocks(isa, rows, part);
+        let codes = resize(&mut self.words, part.count / 4);
+        kernels::interleave(isa, rows.codes, codes);
+        let scales = resize(&mut self.beside, 2 * LANES);
+        let words = rows.scales.each_ref().map(|row| cast_slice(bytes_of(row)));
+        kernels::interleave(isa, words, scales);
+        let (d, m) = cast_slice(scales).split_at(LANES);
+        let blocks = part.count / 32;
+        Blocks {
+            codes,
+            d: &d[..blocks],
+            m: if rows.affine { &m[..blocks] } else { &[] },
+        }
+    }
+
+    /// The same in super-blocks of 256.
+    pub fn super_blocks(&mut self, isa: Isa, rows: Rows, part: Part) -> SuperBlocks<'_> {
+        let rows = self.rows.super_blocks(isa, rows, part);
+        let codes = resize(&mut self.words, part.count / 4);
+        kernels::interleave(isa, rows.codes, codes);
+        let blocks = part.count / 256;
+        let words = blocks * size_of::<SuperScales>() / size_of::<u32>();
+        let scales = resize(&mut self.beside, words);
+        let by_row = rows.scales.each_ref().map(|row| cast_slice(&row[..blocks]));
+        kernels::interleave(isa, by_row, scales);
+        SuperBlocks {
+            codes,
+            scales: cast_slice(scales),
+            has_dmin: rows.has_dmin,
+            sub_words: rows.sub_words,
+        }
+    }
+}
+
+/// Rows of `words` words each.
+fn words_of<const ROWS: usize>(rows: &[u32], words: usize) -> [&[u32]; ROWS] {
     std::array::from_fn(|lane| &rows[lane * words..][..words])
+}
+
+/// 32 rows where they lie, if all are there and at addresses of whole words.
+fn stored_words(rows: Rows<'_>, part: Part) -> Option<[&[u32]; FLOAT_ROWS]> {
+    if rows.count() - part.row < FLOAT_ROWS {
+        return None;
+    }
+    let mut stored: [&[u32]; FLOAT_ROWS] = [&[]; FLOAT_ROWS];
+    for (words, bytes) in stored.iter_mut().zip(rows.parts(part)) {
+        *words = try_cast_slice(bytes).ok()?;
+    }
+    Some(stored)
 }
 
 /// Interleaves the first and the second sixteen rows.
 fn interleave_halves<'a>(
     isa: Isa,
-    rows: &[u32],
-    words: usize,
+    rows: [&[u32]; FLOAT_ROWS],
     low: &'a mut Vec<[u32; LANES]>,
     high: &'a mut Vec<[u32; LANES]>,
 ) -> (&'a [[u32; LANES]], &'a [[u32; LANES]]) {
+    let words = rows[0].len();
     let (low, high) = (resize(low, words), resize(high, words));
-    let (first, second) = rows.split_at(LANES * words);
-    kernels::interleave(isa, lanes(first, words), low);
-    kernels::interleave(isa, lanes(second, words), high);
+    let (halves, _) = rows.as_chunks::<LANES>();
+    kernels::interleave(isa, halves[0], low);
+    kernels::interleave(isa, halves[1], high);
     (low, high)
 }

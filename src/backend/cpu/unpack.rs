@@ -15,14 +15,11 @@ use nemoconv_formats::block::{
     BlockQ5_0, BlockQ5_1, BlockQ5K, BlockQ6K, BlockQ8_0, IQ4_NL_VALUES, MXFP4_VALUES, mxfp4_scale,
 };
 
-use super::kernels::Isa;
+use super::kernels::{BlockScales, Isa, LANES, MAX_SUPER_BLOCKS, SuperScales};
 use super::multiversion::multiversion;
-use super::panel::CHUNK;
 
 /// Most blocks of 32 in a chunk of a row.
-pub const MAX_BLOCKS: usize = CHUNK / 32;
-/// Most super-blocks in a chunk of a row.
-pub const MAX_SUPER_BLOCKS: usize = CHUNK / 256;
+const MAX_BLOCKS: usize = LANES;
 
 /// The table of IQ4_NL and IQ4_XS as unsigned codes around 128.
 const IQ4_NL_CODES: [u8; 16] = unsigned(IQ4_NL_VALUES);
@@ -40,43 +37,19 @@ const fn unsigned(values: [f32; 16]) -> [u8; 16] {
     codes
 }
 
-/// Scale and minimum of every block of a chunk; types without minima leave them zero.
-#[derive(Debug, Default)]
-pub struct BlockScales {
-    /// Scales.
-    pub d: [f32; MAX_BLOCKS],
-    /// Minima.
-    pub m: [f32; MAX_BLOCKS],
-}
-
-/// Scales of one super-block: `d * scale * code - dmin * min`, or `d * (scale * code - min)` in types that have no
-/// `dmin`, where the minima are scale times the code of zero.
-#[derive(Debug, Clone, Copy, Default)]
-pub struct SuperScales {
-    /// Scale of the scales.
-    pub d: f32,
-    /// Scale of the minima; 0 in types without.
-    pub dmin: f32,
-    /// Per sub-block.
-    pub scales: [i16; 16],
-    /// Per sub-block.
-    pub mins: [i16; 16],
-}
-
 /// Whether super-blocks of this type have a `dmin`.
 pub fn has_dmin(ty: GgmlType) -> bool {
     matches!(ty, GgmlType::Q2_K | GgmlType::Q4_K | GgmlType::Q5_K)
 }
 
-/// Unpacks blocks of 32.
-pub fn blocks(
-    isa: Isa,
-    ty: GgmlType,
-    bytes: &[u8],
-    codes: &mut [[u8; 32]],
-    scales: &mut BlockScales,
-) {
-    let unpack = match ty {
+/// Unpacks the blocks of a chunk of a row: their bytes, codes, scales.
+pub type UnpackBlocks = fn(Isa, &[u8], &mut [[u8; 32]], &mut BlockScales);
+/// The same for super-blocks.
+pub type UnpackSuperBlocks = fn(Isa, &[u8], &mut [[u8; 256]], &mut [SuperScales; MAX_SUPER_BLOCKS]);
+
+/// How blocks of 32 are unpacked.
+pub fn blocks(ty: GgmlType) -> UnpackBlocks {
+    match ty {
         GgmlType::Q8_0 => q8_0,
         GgmlType::Q4_0 => q4_0,
         GgmlType::Q4_1 => q4_1,
@@ -85,19 +58,12 @@ pub fn blocks(
         GgmlType::IQ4_NL => iq4_nl,
         GgmlType::MXFP4 => mxfp4,
         _ => unreachable!("`Form::of` names the types of this form"),
-    };
-    unpack(isa, bytes, codes, scales);
+    }
 }
 
-/// Unpacks super-blocks of 256.
-pub fn super_blocks(
-    isa: Isa,
-    ty: GgmlType,
-    bytes: &[u8],
-    codes: &mut [[u8; 256]],
-    scales: &mut [SuperScales; MAX_SUPER_BLOCKS],
-) {
-    let unpack = match ty {
+/// How super-blocks of 256 are unpacked.
+pub fn super_blocks(ty: GgmlType) -> UnpackSuperBlocks {
+    match ty {
         GgmlType::Q2_K => q2_k,
         GgmlType::Q3_K => q3_k,
         GgmlType::Q4_K => q4_k,
@@ -105,8 +71,7 @@ pub fn super_blocks(
         GgmlType::Q6_K => q6_k,
         GgmlType::IQ4_XS => iq4_xs,
         _ => unreachable!("`Form::of` names the types of this form"),
-    };
-    unpack(isa, bytes, codes, scales);
+    }
 }
 
 /// F16 to f32 without the look at the processor that a library call takes each time.
@@ -244,7 +209,7 @@ fn symmetric<const N: usize>(d: f32, scales: &[i8; N], zero: i16) -> SuperScales
         ..SuperScales::default()
     };
     for j in 0..N {
-        all.scales[j] = i16::from(scales[j]);
+        all.scales[j] = i32::from(scales[j]);
         all.mins[j] = i16::from(scales[j]) * zero;
     }
     all
@@ -259,7 +224,7 @@ fn affine<const N: usize>(d: f32, dmin: f32, scales: &[u8; N], mins: &[u8; N]) -
         ..SuperScales::default()
     };
     for j in 0..N {
-        all.scales[j] = i16::from(scales[j]);
+        all.scales[j] = i32::from(scales[j]);
         all.mins[j] = i16::from(mins[j]);
     }
     all

@@ -17,6 +17,8 @@ const SAME: f32 = 0.85;
 const ALIKE: f32 = 0.5;
 /// And for one some rows further.
 const ALIKE_BEYOND_GAP: f32 = 0.75;
+/// A row that comes from elsewhere is that much nearer to its source than to its place, in squared distance.
+const MIN_GAIN: f32 = 2.0;
 /// Rows in a run that rounding made unrecognizable.
 const MAX_GAP: usize = 16;
 /// Rows of an expert by which it is known.
@@ -150,9 +152,15 @@ impl Search {
     fn find(&self, row: usize) -> Option<usize> {
         let agreement = |from: usize| (from, cosine(&self.own[row], &self.reference[from]));
         let all = (0..self.reference.len()).map(agreement);
-        let best = all.max_by(|a, b| a.1.total_cmp(&b.1));
-        best.filter(|(from, agreement)| *from != row && *agreement > SAME)
-            .map(|(from, _)| from)
+        let (from, agreement) = all.max_by(|a, b| a.1.total_cmp(&b.1))?;
+        (from != row && agreement > SAME && self.explains(row, from)).then_some(from)
+    }
+
+    /// Whether a row of the reference leaves far less of `row` over than the one that belongs there. Where a few columns
+    /// outweigh the rest, all rows are alike, and what coarse rounding makes of one may lean towards any of them.
+    fn explains(&self, row: usize, from: usize) -> bool {
+        let left_over = |from: usize| distance2(&self.own[row], &self.reference[from]);
+        MIN_GAIN * left_over(from) < left_over(row)
     }
 
     /// The neighbours that came along, down to row `free`.
@@ -227,6 +235,10 @@ fn signs(column: u64) -> u64 {
     let z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
     let z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
     z ^ (z >> 31)
+}
+
+fn distance2(a: &Signature, b: &Signature) -> f32 {
+    a.iter().zip(b).map(|(a, b)| (a - b) * (a - b)).sum()
 }
 
 fn cosine(a: &Signature, b: &Signature) -> f32 {

@@ -8,6 +8,8 @@
 mod avx512;
 mod portable;
 
+use bytemuck::{Pod, Zeroable};
+
 /// Weight rows of a panel of codes, and lanes of a vector.
 pub const LANES: usize = 16;
 /// Weight rows of a panel of floats: two vectors.
@@ -47,22 +49,120 @@ pub struct BlockInput<'a> {
     pub s: &'a [f32],
 }
 
-/// Packed 8-bit weights of a panel, super-blocks of 256: `w = d * scale * code - dmin * min`, or
-/// `d * (scale * code - min)` where the types have one scale only.
+/// Scales of sixteen blocks of 32: `d * (code - zero) + m`; types without minima leave those zero.
+#[repr(C)]
+#[derive(Debug, Clone, Copy, Default, Pod, Zeroable)]
+pub struct BlockScales {
+    /// Scales.
+    pub d: [f32; LANES],
+    /// Minima.
+    pub m: [f32; LANES],
+}
+
+/// Scales of one super-block: `d * scale * code - dmin * min`, or `d * (scale * code - min)` in types that have no
+/// `dmin`, where the minima are scale times the code of zero.
+#[repr(C)]
+#[derive(Debug, Clone, Copy, Default, Pod, Zeroable)]
+pub struct SuperScales {
+    /// Scale of the scales.
+    pub d: f32,
+    /// Scale of the minima; 0 in types without.
+    pub dmin: f32,
+    /// Per sub-block, of which there are 8 or 16.
+    pub scales: [i32; 16],
+    /// Per sub-block.
+    pub mins: [i16; 16],
+}
+
+/// [`SuperScales`] of sixteen rows, interleaved word by word.
+#[repr(C)]
+#[derive(Debug, Clone, Copy, Default, Pod, Zeroable)]
+pub struct SuperLanes {
+    /// Scales of the scales.
+    pub d: [f32; LANES],
+    /// Scales of the minima.
+    pub dmin: [f32; LANES],
+    /// Per sub-block.
+    pub scales: [[i32; LANES]; 16],
+    /// Per two sub-blocks, 16 bits each.
+    pub mins: [[u32; LANES]; 8],
+}
+
+const _: () = assert!(size_of::<SuperLanes>() == LANES * size_of::<SuperScales>());
+
+/// Packed 8-bit weights of a panel, super-blocks of 256.
 #[derive(Debug, Clone, Copy)]
 pub struct SuperBlocks<'a> {
     /// `[super-block][64 words][lane]`.
     pub codes: &'a [[u32; LANES]],
-    /// `[super-block][sub-block][lane]`.
-    pub scales: &'a [[i32; LANES]],
-    /// Pairs of 16-bit minima, `[super-block][sub-block / 2][lane]`.
-    pub mins: &'a [[u32; LANES]],
-    /// `[super-block][lane]`.
-    pub d: &'a [[f32; LANES]],
-    /// `[super-block][lane]`; empty where minima share `d`.
-    pub dmin: &'a [[f32; LANES]],
+    /// `[super-block]`.
+    pub scales: &'a [SuperLanes],
+    /// Whether minima have a scale of their own.
+    pub has_dmin: bool,
     /// Words of a sub-block: 4 (16 weights) or 8 (32).
     pub sub_words: usize,
+}
+
+/// Sixteen rows of up to sixteen blocks, each with its codes and scales by itself.
+#[derive(Debug, Clone, Copy)]
+pub struct BlockRows<'a> {
+    /// `[row][block][8 words]`.
+    pub codes: [&'a [u32]; LANES],
+    /// `[row]`.
+    pub scales: &'a [BlockScales; LANES],
+    /// Whether blocks have minima.
+    pub affine: bool,
+}
+
+/// Most super-blocks of [`SuperRows`].
+pub const MAX_SUPER_BLOCKS: usize = 2;
+
+/// The same in super-blocks.
+#[derive(Debug, Clone, Copy)]
+pub struct SuperRows<'a> {
+    /// `[row][super-block][64 words]`.
+    pub codes: [&'a [u32]; LANES],
+    /// `[row][super-block]`.
+    pub scales: &'a [[SuperScales; MAX_SUPER_BLOCKS]; LANES],
+    /// Whether minima have a scale of their own.
+    pub has_dmin: bool,
+    /// Words of a sub-block: 4 (16 weights) or 8 (32).
+    pub sub_words: usize,
+}
+
+/// Bytes that will be read next, asked for while the present ones are multiplied: rows lie pages apart, further than the
+/// processor looks ahead by itself.
+#[derive(Debug, Clone, Copy)]
+pub struct Ahead(*const u8);
+
+impl Ahead {
+    /// Bytes of a cache line.
+    const LINE: usize = 64;
+
+    /// Bytes from `offset` on behind the start of `bytes`, which may lie beyond their end.
+    pub fn from(bytes: &[u8], offset: usize) -> Self {
+        Self(bytes.as_ptr().wrapping_add(offset))
+    }
+
+    /// Asks for line `index`.
+    #[inline(always)]
+    pub fn fetch_line(self, index: usize) {
+        #[cfg(target_arch = "x86_64")]
+        {
+            use std::arch::x86_64::{_MM_HINT_T1, _mm_prefetch};
+            let address = self.0.wrapping_add(Self::LINE * index);
+            // SAFETY: a prefetch changes nothing but caches, and of an address that is not mapped nothing at all.
+            unsafe { _mm_prefetch::<_MM_HINT_T1>(address.cast()) };
+        }
+        #[cfg(not(target_arch = "x86_64"))]
+        let _ = index;
+    }
+
+    /// Asks for all lines of `bytes` bytes from `offset` on.
+    #[inline(always)]
+    pub fn fetch(self, offset: usize, bytes: usize) {
+        (offset / Self::LINE..(offset + bytes) / Self::LINE).for_each(|line| self.fetch_line(line));
+    }
 }
 
 /// Activations of a tile for [`SuperBlocks`].
@@ -124,6 +224,21 @@ impl Isa {
         #[cfg(not(target_arch = "x86_64"))]
         vec![Self::Portable]
     }
+}
+
+/// Calls `$name` in the twin for `$isa`.
+macro_rules! twin {
+    ($isa:expr, $name:ident($($argument:expr),*)) => {
+        match $isa {
+            Isa::Portable => portable::$name::<false>($($argument),*),
+            #[cfg(target_arch = "x86_64")]
+            // SAFETY: `Isa::detect` has found AVX2 and FMA.
+            Isa::Avx2 => unsafe { portable::avx2::$name($($argument),*) },
+            #[cfg(target_arch = "x86_64")]
+            // SAFETY: `Isa::detect` has found every feature the kernel names.
+            Isa::Avx512 => unsafe { avx512::$name($($argument),*) },
+        }
+    };
 }
 
 /// Calls `$module::$name::<TOKENS>` in the twin for `$isa`, with the number of tokens as a constant.
@@ -197,20 +312,60 @@ pub fn super_blocks(
     input: SuperInput,
     sums: &mut CodeTile,
 ) {
-    let count = weights.d.len();
-    let subs = 64 / weights.sub_words;
+    let count = weights.scales.len();
+    assert!([4, 8].contains(&weights.sub_words));
     assert_eq!(weights.codes.len(), count * 64);
-    assert_eq!(
-        (weights.scales.len(), weights.mins.len()),
-        (count * subs, count * subs / 2)
-    );
-    assert!(weights.dmin.is_empty() || weights.dmin.len() == count);
+    check_super_input(input, count, weights.sub_words, tokens);
+    dispatch!(isa, tokens, super_blocks(weights, input, sums));
+}
+
+fn check_super_input(input: SuperInput, count: usize, sub_words: usize, tokens: usize) {
     assert_eq!(
         (input.codes.len(), input.d.len()),
         (count * 64 * tokens, count * tokens)
     );
-    assert_eq!(input.sums.len(), count * subs / 2 * tokens);
-    dispatch!(isa, tokens, super_blocks(weights, input, sums));
+    assert_eq!(input.sums.len(), count * 32 / sub_words * tokens);
+}
+
+/// [`float`] for one token and rows of words as they are stored.
+pub fn float_rows(
+    isa: Isa,
+    rows: [&[u32]; FLOAT_ROWS],
+    input: &[u32],
+    ahead: Ahead,
+) -> [f32; FLOAT_ROWS] {
+    assert!(rows.iter().all(|row| row.len() == input.len()));
+    twin!(isa, float_rows(rows, input, ahead))
+}
+
+/// [`bf16`] for one token and rows of words as they are stored.
+pub fn bf16_rows(
+    isa: Isa,
+    rows: [&[u32]; FLOAT_ROWS],
+    input: &[u32],
+    ahead: Ahead,
+) -> [f32; FLOAT_ROWS] {
+    assert!(rows.iter().all(|row| row.len() == input.len()));
+    twin!(isa, bf16_rows(rows, input, ahead))
+}
+
+/// [`blocks`] for one token and rows that are not interleaved.
+pub fn block_rows(isa: Isa, rows: BlockRows, input: BlockInput) -> [f32; LANES] {
+    let count = input.d.len();
+    assert!(count <= LANES);
+    assert!(rows.codes.iter().all(|codes| codes.len() == count * 8));
+    assert_eq!((input.codes.len(), input.start.len()), (count * 8, count));
+    assert!(!rows.affine || input.s.len() == count);
+    twin!(isa, block_rows(rows, input))
+}
+
+/// [`super_blocks`] for one token and rows that are not interleaved.
+pub fn super_rows(isa: Isa, rows: SuperRows, input: SuperInput) -> [f32; LANES] {
+    let count = input.d.len();
+    assert!(count <= MAX_SUPER_BLOCKS && [4, 8].contains(&rows.sub_words));
+    assert!(rows.codes.iter().all(|codes| codes.len() == count * 64));
+    check_super_input(input, count, rows.sub_words, 1);
+    twin!(isa, super_rows(rows, input))
 }
 
 /// Writes rows of words as columns: `panel[word][lane] = rows[lane][word]`.
@@ -380,6 +535,147 @@ mod tests {
         }
     }
 
+    fn super_lanes(seed: u32, affine: bool) -> SuperLanes {
+        let scale = |word: u32| (word & 127) as i32 - 64;
+        let rows = |words: Vec<u32>| -> Vec<[u32; LANES]> { words.as_chunks().0.to_vec() };
+        let (scales, mins) = (rows(words(seed, 256)), rows(words(seed + 50, 128)));
+        let d = floats(seed, LANES).as_chunks().0[0];
+        SuperLanes {
+            d,
+            dmin: if affine { d } else { [0.0; LANES] },
+            scales: std::array::from_fn(|sub| scales[sub].map(scale)),
+            mins: std::array::from_fn(|pair| mins[pair].map(|w| w & 0x03ff_03ff)),
+        }
+    }
+
+    /// Sixteen rows as slices.
+    fn rows_of(all: &[u32]) -> [&[u32]; LANES] {
+        let len = all.len() / LANES;
+        std::array::from_fn(|row| &all[row * len..][..len])
+    }
+
+    fn interleaved(isa: Isa, rows: [&[u32]; LANES]) -> Vec<[u32; LANES]> {
+        let mut panel = vec![[0; LANES]; rows[0].len()];
+        interleave(isa, rows, &mut panel);
+        panel
+    }
+
+    #[test]
+    fn rows_of_words_sum_as_panels_do() {
+        for (isa, words) in Isa::all()
+            .into_iter()
+            .flat_map(|isa| [16, 39].map(|words| (isa, words)))
+        {
+            let values = floats(21, FLOAT_ROWS * words);
+            let stored: &[u32] = bytemuck::cast_slice(&values);
+            let halves = [&stored[..LANES * words], &stored[LANES * words..]].map(rows_of);
+            let panels = halves.map(|rows| interleaved(isa, rows));
+            let rows = std::array::from_fn(|row| halves[row / LANES][row % LANES]);
+            let input = floats(22, words);
+            let x: &[u32] = bytemuck::cast_slice(&input);
+            let ahead = Ahead::from(&[], 0);
+            let mut sums = [[0.0; FLOAT_ROWS]; MAX_TOKENS];
+            let panels: Halves<u32> = [&panels[0], &panels[1]];
+            bf16(isa, 1, panels, x, &mut sums);
+            assert_eq!(bf16_rows(isa, rows, x, ahead), sums[0], "{isa:?} {words}");
+            float(isa, 1, panels.map(bytemuck::cast_slice), &input, &mut sums);
+            assert_eq!(float_rows(isa, rows, x, ahead), sums[0], "{isa:?} {words}");
+        }
+    }
+
+    #[test]
+    fn rows_of_blocks_sum_as_panels_do() {
+        for (isa, count) in Isa::all()
+            .into_iter()
+            .flat_map(|isa| [1, 5, 16].map(|n| (isa, n)))
+        {
+            for affine in [false, true] {
+                let stored = words(23, LANES * count * 8);
+                let mut scales = [BlockScales::default(); LANES];
+                for (row, scales) in scales.iter_mut().enumerate() {
+                    scales.d.copy_from_slice(&floats(24 + row as u32, LANES));
+                    scales.m.copy_from_slice(&floats(54 + row as u32, LANES));
+                }
+                let rows = BlockRows {
+                    codes: rows_of(&stored),
+                    scales: &scales,
+                    affine,
+                };
+                let (codes, x) = (interleaved(isa, rows.codes), words(25, count * 8));
+                let column = |of: fn(&BlockScales) -> &[f32; LANES]| -> Vec<[f32; LANES]> {
+                    let lanes = |block: usize| scales.each_ref().map(|scales| of(scales)[block]);
+                    (0..count).map(lanes).collect()
+                };
+                let (d, m) = (column(|scales| &scales.d), column(|scales| &scales.m));
+                let xd = floats(26, count);
+                let start: Vec<i32> = (0..count as i32).map(|i| 70 - 31 * i).collect();
+                let input = BlockInput {
+                    codes: &x,
+                    d: &xd,
+                    start: &start,
+                    s: &xd,
+                };
+                let panel = Blocks {
+                    codes: &codes,
+                    d: &d,
+                    m: if affine { &m } else { &[] },
+                };
+                let mut sums = [[0.0; LANES]; MAX_TOKENS];
+                blocks(isa, 1, panel, input, &mut sums);
+                assert_eq!(block_rows(isa, rows, input), sums[0], "{isa:?} {count}");
+            }
+        }
+    }
+
+    #[test]
+    fn rows_of_super_blocks_sum_as_panels_do() {
+        for isa in Isa::all() {
+            for (count, has_dmin, sub_words) in
+                [(2, true, 8), (1, false, 4), (2, false, 8), (2, true, 4)]
+            {
+                let stored = words(27, LANES * count * 64);
+                let lanes: Vec<SuperLanes> = (0..count as u32)
+                    .map(|seed| super_lanes(seed, has_dmin))
+                    .collect();
+                let mut scales = [[SuperScales::default(); MAX_SUPER_BLOCKS]; LANES];
+                for (row, scales) in scales.iter_mut().enumerate() {
+                    for (scales, lanes) in scales.iter_mut().zip(&lanes) {
+                        let words: &[[u32; LANES]] =
+                            bytemuck::cast_slice(std::slice::from_ref(lanes));
+                        let words: Vec<u32> = words.iter().map(|lanes| lanes[row]).collect();
+                        *scales = bytemuck::cast_slice(&words)[0];
+                    }
+                }
+                let rows = SuperRows {
+                    codes: rows_of(&stored),
+                    scales: &scales,
+                    has_dmin,
+                    sub_words,
+                };
+                let (codes, x) = (interleaved(isa, rows.codes), words(28, count * 64));
+                let xd = floats(29, count);
+                let sums_of: Vec<u32> = words(30, count * 32 / sub_words)
+                    .iter()
+                    .map(|w| w & 0x0fff_0fff)
+                    .collect();
+                let input = SuperInput {
+                    codes: &x,
+                    d: &xd,
+                    sums: &sums_of,
+                };
+                let panel = SuperBlocks {
+                    codes: &codes,
+                    scales: &lanes,
+                    has_dmin,
+                    sub_words,
+                };
+                let mut sums = [[0.0; LANES]; MAX_TOKENS];
+                super_blocks(isa, 1, panel, input, &mut sums);
+                assert_eq!(super_rows(isa, rows, input), sums[0], "{isa:?} {count}");
+            }
+        }
+    }
+
     #[test]
     fn every_twin_sums_super_blocks() {
         for isa in Isa::all() {
@@ -394,22 +690,10 @@ mod tests {
                     .as_chunks()
                     .0
                     .to_vec();
-                let scales: Vec<[i32; LANES]> = words(10, count * subs * LANES)
-                    .iter()
-                    .map(|w| (w & 127) as i32 - 64)
-                    .collect::<Vec<_>>()
-                    .as_chunks()
-                    .0
-                    .to_vec();
-                let mins: Vec<[u32; LANES]> = words(11, count * subs / 2 * LANES)
-                    .iter()
-                    .map(|w| w & 0x03ff_03ff)
-                    .collect::<Vec<_>>()
-                    .as_chunks()
-                    .0
-                    .to_vec();
-                let d: Vec<[f32; LANES]> = floats(12, count * LANES).as_chunks().0.to_vec();
-                let dmin = if affine { d.clone() } else { Vec::new() };
+                let mut scales = vec![SuperLanes::default(); count];
+                for (block, lanes) in scales.iter_mut().enumerate() {
+                    *lanes = super_lanes(10 + block as u32, affine);
+                }
                 let x = words(13, count * 64 * tokens);
                 let xd = floats(14, count * tokens);
                 let xs: Vec<u32> = words(15, count * subs / 2 * tokens)
@@ -419,9 +703,7 @@ mod tests {
                 let weights = SuperBlocks {
                     codes: &codes,
                     scales: &scales,
-                    mins: &mins,
-                    d: &d,
-                    dmin: &dmin,
+                    has_dmin: affine,
                     sub_words,
                 };
                 let input = SuperInput {
@@ -438,18 +720,18 @@ mod tests {
                             let (mut sum, mut min) = (0_i64, 0_i64);
                             for word in 0..64 {
                                 let at = b * 64 + word;
-                                let scale = i64::from(scales[b * subs + word / sub_words][lane]);
+                                let scale = i64::from(scales[b].scales[word / sub_words][lane]);
                                 sum +=
                                     scale * i64::from(dot(codes[at][lane], x[at * tokens + token]));
                             }
                             for pair in 0..subs / 2 {
                                 let at = b * subs / 2 + pair;
-                                let (w, s) = (mins[at][lane], xs[at * tokens + token]);
+                                let (w, s) = (scales[b].mins[pair][lane], xs[at * tokens + token]);
                                 min += i64::from(w & 0xffff) * i64::from(s & 0xffff)
                                     + i64::from(w >> 16) * i64::from(s >> 16);
                             }
                             exact += (sum - min) as f64
-                                * f64::from(d[b][lane])
+                                * f64::from(scales[b].d[lane])
                                 * f64::from(xd[b * tokens + token]);
                         }
                         let error = (f64::from(sums[token][lane]) - exact).abs();

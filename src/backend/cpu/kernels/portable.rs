@@ -2,7 +2,10 @@
 //!
 //! The same code compiled with AVX2 and FMA is the twin for machines without AVX-512.
 
-use super::{BlockInput, Blocks, CodeTile, FloatTile, Halves, LANES, SuperBlocks, SuperInput};
+use super::{
+    Ahead, BlockInput, BlockRows, Blocks, CodeTile, FLOAT_ROWS, FloatTile, Halves, LANES,
+    SuperBlocks, SuperInput, SuperRows,
+};
 
 /// `a * b + c`, fused where the machine has the instruction: without it a fused product is a function call.
 #[inline(always)]
@@ -29,21 +32,29 @@ pub fn float<const TOKENS: usize, const FUSED: bool>(
 }
 
 #[inline(always)]
+fn low_bf16(word: u32) -> f32 {
+    f32::from_bits(word << 16)
+}
+
+#[inline(always)]
+fn high_bf16(word: u32) -> f32 {
+    f32::from_bits(word & 0xffff_0000)
+}
+
+#[inline(always)]
 pub fn bf16<const TOKENS: usize, const FUSED: bool>(
     weights: Halves<'_, u32>,
     input: &[u32],
     sums: &mut FloatTile,
 ) {
-    let low = |word: u32| f32::from_bits(word << 16);
-    let high = |word: u32| f32::from_bits(word & 0xffff_0000);
     for (token, sums) in sums.iter_mut().enumerate().take(TOKENS) {
         for (weights, sums) in weights.iter().zip(sums.as_chunks_mut::<LANES>().0) {
             *sums = [0.0; LANES];
             for (weights, input) in weights.iter().zip(input.chunks_exact(TOKENS)) {
-                let (x0, x1) = (low(input[token]), high(input[token]));
+                let (x0, x1) = (low_bf16(input[token]), high_bf16(input[token]));
                 for (sum, weight) in sums.iter_mut().zip(weights) {
-                    let first = multiply_add::<FUSED>(low(*weight), x0, *sum);
-                    *sum = multiply_add::<FUSED>(high(*weight), x1, first);
+                    let first = multiply_add::<FUSED>(low_bf16(*weight), x0, *sum);
+                    *sum = multiply_add::<FUSED>(high_bf16(*weight), x1, first);
                 }
             }
         }
@@ -100,12 +111,12 @@ pub fn super_blocks<const TOKENS: usize, const FUSED: bool>(
     let subs = 64 / weights.sub_words;
     for (token, sums) in sums.iter_mut().enumerate().take(TOKENS) {
         *sums = [0.0; LANES];
-        for (block, d) in weights.d.iter().enumerate() {
+        for (block, lanes) in weights.scales.iter().enumerate() {
             let at = block * TOKENS + token;
             let mut mins = [0_i32; LANES];
-            for pair in block * subs / 2..(block + 1) * subs / 2 {
-                let sum = input.sums[pair * TOKENS + token];
-                for (min, weight) in mins.iter_mut().zip(&weights.mins[pair]) {
+            for pair in 0..subs / 2 {
+                let sum = input.sums[(block * subs / 2 + pair) * TOKENS + token];
+                for (min, weight) in mins.iter_mut().zip(&lanes.mins[pair]) {
                     let product = |shift: u32| {
                         i32::from((weight >> shift) as i16) * i32::from((sum >> shift) as i16)
                     };
@@ -113,9 +124,10 @@ pub fn super_blocks<const TOKENS: usize, const FUSED: bool>(
                 }
             }
             let mut total = [0_i32; LANES];
-            for sub in block * subs..(block + 1) * subs {
+            for sub in 0..subs {
                 let mut products = [0_i32; LANES];
-                for word in sub * weights.sub_words..(sub + 1) * weights.sub_words {
+                let first = 64 * block + sub * weights.sub_words;
+                for word in first..first + weights.sub_words {
                     add_products(
                         &mut products,
                         &weights.codes[word],
@@ -123,22 +135,102 @@ pub fn super_blocks<const TOKENS: usize, const FUSED: bool>(
                     );
                 }
                 for lane in 0..LANES {
-                    total[lane] += products[lane] * weights.scales[sub][lane];
+                    total[lane] += products[lane] * lanes.scales[sub][lane];
                 }
             }
-            let dmin = weights.dmin.get(block);
             for lane in 0..LANES {
-                let scale = d[lane] * input.d[at];
-                let shared = if dmin.is_some() { 0 } else { mins[lane] };
-                sums[lane] =
-                    multiply_add::<FUSED>((total[lane] - shared) as f32, scale, sums[lane]);
-                if let Some(dmin) = dmin {
-                    let scale = -dmin[lane] * input.d[at];
+                let (mut total, scale) = (total[lane], lanes.d[lane] * input.d[at]);
+                if weights.has_dmin {
+                    let scale = -lanes.dmin[lane] * input.d[at];
                     sums[lane] = multiply_add::<FUSED>(mins[lane] as f32, scale, sums[lane]);
+                } else {
+                    total -= mins[lane];
                 }
+                sums[lane] = multiply_add::<FUSED>(total as f32, scale, sums[lane]);
             }
         }
     }
+}
+
+#[inline(always)]
+pub fn float_rows<const FUSED: bool>(
+    rows: [&[u32]; FLOAT_ROWS],
+    input: &[u32],
+    _ahead: Ahead,
+) -> [f32; FLOAT_ROWS] {
+    let mut sums = [0.0; FLOAT_ROWS];
+    for (word, x) in input.iter().enumerate() {
+        for (sum, row) in sums.iter_mut().zip(rows) {
+            *sum = multiply_add::<FUSED>(f32::from_bits(row[word]), f32::from_bits(*x), *sum);
+        }
+    }
+    sums
+}
+
+#[inline(always)]
+pub fn bf16_rows<const FUSED: bool>(
+    rows: [&[u32]; FLOAT_ROWS],
+    input: &[u32],
+    _ahead: Ahead,
+) -> [f32; FLOAT_ROWS] {
+    let mut sums = [0.0; FLOAT_ROWS];
+    for (word, x) in input.iter().enumerate() {
+        for (sum, row) in sums.iter_mut().zip(rows) {
+            let first = multiply_add::<FUSED>(low_bf16(row[word]), low_bf16(*x), *sum);
+            *sum = multiply_add::<FUSED>(high_bf16(row[word]), high_bf16(*x), first);
+        }
+    }
+    sums
+}
+
+/// The sum of products of unsigned weights and signed activations.
+#[inline(always)]
+fn dot(weights: &[u32], input: &[u32]) -> i32 {
+    let weights: &[u8] = bytemuck::cast_slice(weights);
+    let input: &[i8] = bytemuck::cast_slice(input);
+    let products = weights.iter().zip(input);
+    products.map(|(w, x)| i32::from(*w) * i32::from(*x)).sum()
+}
+
+#[inline(always)]
+pub fn block_rows<const FUSED: bool>(rows: BlockRows, input: BlockInput) -> [f32; LANES] {
+    let mut sums = [0.0; LANES];
+    for ((sum, codes), scales) in sums.iter_mut().zip(rows.codes).zip(rows.scales) {
+        for (block, d) in input.d.iter().enumerate() {
+            let words = 8 * block..8 * block + 8;
+            let product = input.start[block] + dot(&codes[words.clone()], &input.codes[words]);
+            *sum = multiply_add::<FUSED>(product as f32, scales.d[block] * d, *sum);
+            if rows.affine {
+                *sum = multiply_add::<FUSED>(scales.m[block], input.s[block], *sum);
+            }
+        }
+    }
+    sums
+}
+
+#[inline(always)]
+pub fn super_rows<const FUSED: bool>(rows: SuperRows, input: SuperInput) -> [f32; LANES] {
+    let subs = 64 / rows.sub_words;
+    let mut sums = [0.0; LANES];
+    for ((sum, codes), scales) in sums.iter_mut().zip(rows.codes).zip(rows.scales) {
+        for (block, (scales, d)) in scales.iter().zip(input.d).enumerate() {
+            let (mut total, mut min) = (0, 0);
+            for sub in 0..subs {
+                let first = 64 * block + sub * rows.sub_words;
+                let words = first..first + rows.sub_words;
+                total += scales.scales[sub] * dot(&codes[words.clone()], &input.codes[words]);
+                let pair = input.sums[(block * subs + sub) / 2];
+                let x_sum = (pair >> (16 * (sub % 2))) as i16;
+                min += i32::from(scales.mins[sub]) * i32::from(x_sum);
+            }
+            match rows.has_dmin {
+                true => *sum = multiply_add::<FUSED>(min as f32, -scales.dmin * d, *sum),
+                false => total -= min,
+            }
+            *sum = multiply_add::<FUSED>(total as f32, scales.d * d, *sum);
+        }
+    }
+    sums
 }
 
 pub fn interleave(rows: [&[u32]; LANES], panel: &mut [[u32; LANES]]) {
@@ -182,5 +274,29 @@ pub mod avx2 {
         sums: &mut CodeTile,
     ) {
         super::super_blocks::<TOKENS, true>(weights, input, sums);
+    }
+
+    #[target_feature(enable = "avx2,fma")]
+    pub fn float_rows(
+        rows: [&[u32]; FLOAT_ROWS],
+        input: &[u32],
+        ahead: Ahead,
+    ) -> [f32; FLOAT_ROWS] {
+        super::float_rows::<true>(rows, input, ahead)
+    }
+
+    #[target_feature(enable = "avx2,fma")]
+    pub fn bf16_rows(rows: [&[u32]; FLOAT_ROWS], input: &[u32], ahead: Ahead) -> [f32; FLOAT_ROWS] {
+        super::bf16_rows::<true>(rows, input, ahead)
+    }
+
+    #[target_feature(enable = "avx2,fma")]
+    pub fn block_rows(rows: BlockRows, input: BlockInput) -> [f32; LANES] {
+        super::block_rows::<true>(rows, input)
+    }
+
+    #[target_feature(enable = "avx2,fma")]
+    pub fn super_rows(rows: SuperRows, input: SuperInput) -> [f32; LANES] {
+        super::super_rows::<true>(rows, input)
     }
 }

@@ -1,56 +1,18 @@
-//! The kernels in AVX-512 with VNNI and BF16 dot products.
+//! Panels of sixteen interleaved rows times a tile of tokens.
 //!
 //! Sums stay in registers: a tile of 8 tokens has 16 vectors of float sums, or 8 of float and 16 of integer sums.
 
+#![allow(
+    clippy::needless_range_loop,
+    reason = "sums that an iterator borrows are kept in memory, not in registers"
+)]
+
 use std::arch::x86_64::*;
-use std::mem::transmute;
 
-use super::{BlockInput, Blocks, CodeTile, FloatTile, Halves, LANES, SuperBlocks, SuperInput};
-
-#[inline]
-#[target_feature(enable = "avx512f")]
-fn load_floats(lanes: &[f32; LANES]) -> __m512 {
-    // SAFETY: the array has the 64 bytes that are read; no alignment is needed.
-    unsafe { _mm512_loadu_ps(lanes.as_ptr()) }
-}
-
-#[inline]
-#[target_feature(enable = "avx512f")]
-fn load_words(lanes: &[u32; LANES]) -> __m512i {
-    // SAFETY: as above.
-    unsafe { _mm512_loadu_si512(lanes.as_ptr().cast()) }
-}
-
-#[inline]
-#[target_feature(enable = "avx512f")]
-fn load_integers(lanes: &[i32; LANES]) -> __m512i {
-    // SAFETY: as above.
-    unsafe { _mm512_loadu_si512(lanes.as_ptr().cast()) }
-}
-
-#[inline]
-#[target_feature(enable = "avx512f")]
-fn store_floats(lanes: &mut [f32; LANES], values: __m512) {
-    // SAFETY: the array has the 64 bytes that are written; no alignment is needed.
-    unsafe { _mm512_storeu_ps(lanes.as_mut_ptr(), values) }
-}
-
-#[inline]
-#[target_feature(enable = "avx512f")]
-fn store_words(lanes: &mut [u32; LANES], values: __m512i) {
-    // SAFETY: as above.
-    unsafe { _mm512_storeu_si512(lanes.as_mut_ptr().cast(), values) }
-}
-
-#[inline]
-#[target_feature(enable = "avx512f")]
-fn store_tile<const TOKENS: usize>(sums: [[__m512; 2]; TOKENS], tile: &mut FloatTile) {
-    for (sums, row) in sums.iter().zip(tile) {
-        let (halves, _) = row.as_chunks_mut::<LANES>();
-        store_floats(&mut halves[0], sums[0]);
-        store_floats(&mut halves[1], sums[1]);
-    }
-}
+use super::super::{
+    BlockInput, Blocks, CodeTile, FloatTile, Halves, LANES, SuperBlocks, SuperInput,
+};
+use super::lanes::{dot_bf16, load_floats, load_integers, load_words, store_floats};
 
 #[target_feature(enable = "avx512f")]
 pub fn float<const TOKENS: usize>(weights: Halves<'_, f32>, input: &[f32], tile: &mut FloatTile) {
@@ -64,20 +26,11 @@ pub fn float<const TOKENS: usize>(weights: Halves<'_, f32>, input: &[f32], tile:
             sums[token][1] = _mm512_fmadd_ps(w1, x, sums[token][1]);
         }
     }
-    store_tile(sums, tile);
-}
-
-#[inline]
-#[target_feature(enable = "avx512f,avx512bf16")]
-fn dot_bf16(sum: __m512, weights: __m512i, input: __m512i) -> __m512 {
-    // SAFETY: the vectors have the same 512 bits, seen as 32 BF16 values.
-    let (w, x) = unsafe {
-        (
-            transmute::<__m512i, __m512bh>(weights),
-            transmute::<__m512i, __m512bh>(input),
-        )
-    };
-    _mm512_dpbf16_ps(sum, w, x)
+    for token in 0..TOKENS {
+        let (halves, _) = tile[token].as_chunks_mut::<LANES>();
+        store_floats(&mut halves[0], sums[token][0]);
+        store_floats(&mut halves[1], sums[token][1]);
+    }
 }
 
 #[target_feature(enable = "avx512f,avx512bf16")]
@@ -92,7 +45,11 @@ pub fn bf16<const TOKENS: usize>(weights: Halves<'_, u32>, input: &[u32], tile: 
             sums[token][1] = dot_bf16(sums[token][1], w1, x);
         }
     }
-    store_tile(sums, tile);
+    for token in 0..TOKENS {
+        let (halves, _) = tile[token].as_chunks_mut::<LANES>();
+        store_floats(&mut halves[0], sums[token][0]);
+        store_floats(&mut halves[1], sums[token][1]);
+    }
 }
 
 #[target_feature(enable = "avx512f,avx512vnni")]
@@ -136,8 +93,8 @@ pub fn blocks<const TOKENS: usize>(weights: Blocks, input: BlockInput, tile: &mu
             }
         }
     }
-    for (sum, row) in sums.iter().zip(tile) {
-        store_floats(row, *sum);
+    for token in 0..TOKENS {
+        store_floats(&mut tile[token], sums[token]);
     }
 }
 
@@ -147,11 +104,11 @@ pub fn super_blocks<const TOKENS: usize>(
     input: SuperInput,
     tile: &mut CodeTile,
 ) {
-    match (weights.sub_words, weights.dmin.is_empty()) {
-        (8, true) => super_blocks_of::<TOKENS, 8, false>(weights, input, tile),
-        (8, false) => super_blocks_of::<TOKENS, 8, true>(weights, input, tile),
-        (_, true) => super_blocks_of::<TOKENS, 4, false>(weights, input, tile),
-        (_, false) => super_blocks_of::<TOKENS, 4, true>(weights, input, tile),
+    match (weights.sub_words, weights.has_dmin) {
+        (8, false) => super_blocks_of::<TOKENS, 8, false>(weights, input, tile),
+        (8, true) => super_blocks_of::<TOKENS, 8, true>(weights, input, tile),
+        (_, false) => super_blocks_of::<TOKENS, 4, false>(weights, input, tile),
+        (_, true) => super_blocks_of::<TOKENS, 4, true>(weights, input, tile),
     }
 }
 
@@ -169,10 +126,10 @@ fn super_blocks_of<const TOKENS: usize, const WORDS: usize, const DMIN: bool>(
     let (inputs, _) = inputs.as_chunks::<WORDS>();
     let (pair_sums, _) = input.sums.as_chunks::<TOKENS>();
     let (scales, _) = input.d.as_chunks::<TOKENS>();
-    for (block, (d, scales)) in weights.d.iter().zip(scales).enumerate() {
+    for (block, (lanes, scales)) in weights.scales.iter().zip(scales).enumerate() {
         let mut mins = [_mm512_setzero_si512(); TOKENS];
         let pairs = block * subs / 2..(block + 1) * subs / 2;
-        for (w, sums) in weights.mins[pairs.clone()].iter().zip(&pair_sums[pairs]) {
+        for (w, sums) in lanes.mins.iter().zip(&pair_sums[pairs]) {
             let w = load_words(w);
             for token in 0..TOKENS {
                 let x = _mm512_set1_epi32(sums[token] as i32);
@@ -181,7 +138,7 @@ fn super_blocks_of<const TOKENS: usize, const WORDS: usize, const DMIN: bool>(
         }
         let mut totals = [_mm512_setzero_si512(); TOKENS];
         if DMIN {
-            let dmin = load_floats(&weights.dmin[block]);
+            let dmin = load_floats(&lanes.dmin);
             for token in 0..TOKENS {
                 let scale = _mm512_mul_ps(dmin, _mm512_set1_ps(scales[token]));
                 sums[token] = _mm512_fnmadd_ps(_mm512_cvtepi32_ps(mins[token]), scale, sums[token]);
@@ -192,8 +149,8 @@ fn super_blocks_of<const TOKENS: usize, const WORDS: usize, const DMIN: bool>(
             }
         }
         let range = block * subs..(block + 1) * subs;
-        let rows = codes[range.clone()].iter().zip(&inputs[range.clone()]);
-        for ((codes, inputs), scale) in rows.zip(&weights.scales[range]) {
+        let rows = codes[range.clone()].iter().zip(&inputs[range]);
+        for ((codes, inputs), scale) in rows.zip(&lanes.scales) {
             let mut products = [_mm512_setzero_si512(); TOKENS];
             for (codes, input) in codes.iter().zip(inputs) {
                 let w = load_words(codes);
@@ -208,73 +165,13 @@ fn super_blocks_of<const TOKENS: usize, const WORDS: usize, const DMIN: bool>(
                 totals[token] = _mm512_add_epi32(totals[token], scaled);
             }
         }
-        let d = load_floats(d);
+        let d = load_floats(&lanes.d);
         for token in 0..TOKENS {
             let scale = _mm512_mul_ps(d, _mm512_set1_ps(scales[token]));
             sums[token] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(totals[token]), scale, sums[token]);
         }
     }
-    for (sum, row) in sums.iter().zip(tile) {
-        store_floats(row, *sum);
+    for token in 0..TOKENS {
+        store_floats(&mut tile[token], sums[token]);
     }
-}
-
-/// Sixteen rows of sixteen words at a time, in registers; the rest word by word.
-#[target_feature(enable = "avx512f")]
-pub fn interleave(rows: [&[u32]; LANES], panel: &mut [[u32; LANES]]) {
-    let (tiles, rest) = panel.as_chunks_mut::<LANES>();
-    let whole = tiles.len() * LANES;
-    for (index, tile) in tiles.iter_mut().enumerate() {
-        let mut row = [_mm512_setzero_si512(); LANES];
-        for lane in 0..LANES {
-            let (words, _) = rows[lane][index * LANES..].as_chunks::<LANES>();
-            row[lane] = load_words(&words[0]);
-        }
-        let columns = transpose(row);
-        for lane in 0..LANES {
-            store_words(&mut tile[lane], columns[lane]);
-        }
-    }
-    for (word, lanes) in rest.iter_mut().enumerate() {
-        for lane in 0..LANES {
-            lanes[lane] = rows[lane][whole + word];
-        }
-    }
-}
-
-/// A 16 x 16 transpose in four rounds: words, pairs of words, quarters within halves, halves.
-#[inline]
-#[target_feature(enable = "avx512f")]
-fn transpose(r: [__m512i; LANES]) -> [__m512i; LANES] {
-    let zero = _mm512_setzero_si512();
-    let (mut words, mut pairs, mut quarters, mut columns) =
-        ([zero; LANES], [zero; LANES], [zero; LANES], [zero; LANES]);
-    for i in (0..LANES).step_by(2) {
-        words[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
-        words[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
-    }
-    for i in (0..LANES).step_by(4) {
-        for half in 0..2 {
-            let (a, b) = (words[i + half], words[i + half + 2]);
-            pairs[i + 2 * half] = _mm512_unpacklo_epi64(a, b);
-            pairs[i + 2 * half + 1] = _mm512_unpackhi_epi64(a, b);
-        }
-    }
-    // `pairs[4 g + c]` holds, per 128-bit quarter q, column 4 q + c of rows 4 g .. 4 g + 4.
-    for half in 0..2 {
-        for c in 0..4 {
-            let (a, b) = (pairs[8 * half + c], pairs[8 * half + 4 + c]);
-            quarters[8 * half + c] = _mm512_shuffle_i32x4::<0x88>(a, b);
-            quarters[8 * half + 4 + c] = _mm512_shuffle_i32x4::<0xdd>(a, b);
-        }
-    }
-    // Quarters 0 and 2 (or 1 and 3) of both row groups of a half.
-    for odd in 0..2 {
-        for c in 0..4 {
-            let (a, b) = (quarters[4 * odd + c], quarters[8 + 4 * odd + c]);
-            columns[4 * odd + c] = _mm512_shuffle_i32x4::<0x88>(a, b);
-            columns[8 + 4 * odd + c] = _mm512_shuffle_i32x4::<0xdd>(a, b);
-        }
-    }
-    columns
 }

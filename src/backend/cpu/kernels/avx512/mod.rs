@@ -1,0 +1,9 @@
+//! The kernels in AVX-512 with VNNI and BF16 dot products.
+
+mod lanes;
+mod panels;
+mod rows;
+
+pub use lanes::interleave;
+pub use panels::{bf16, blocks, float, super_blocks};
+pub use rows::{bf16_rows, block_rows, float_rows, super_rows};
