@@ -5,12 +5,12 @@
 
 use std::cell::RefCell;
 
-use bytemuck::cast_slice;
 use rayon::prelude::*;
 
 use super::CpuWeight;
 use super::input::{Input, TokenTile};
 use super::kernels::{self, FLOAT_ROWS, Isa, LANES, MAX_TOKENS};
+use super::matvec;
 use super::panel::{CHUNK, Form, Panels, Part, Rows};
 use super::shared_rows::SharedRows;
 use crate::backend::activation::Activation;
@@ -133,7 +133,7 @@ impl Product<'_> {
         Ok(())
     }
 
-    /// The only tile, if it is a single token: its rows are not worth interleaving.
+    /// The only tile, if it is a single token.
     fn single(&self) -> Option<TokenTile> {
         match self.tiles {
             [tile] if tile.tokens == 1 => Some(*tile),
@@ -142,14 +142,10 @@ impl Product<'_> {
     }
 
     fn floats(&self, panels: &mut Panels, rows: Rows, part: Part) {
-        if let Some(tile) = self.single() {
-            let input = cast_slice(self.input.floats(tile, part.first, part.count));
-            let (words, ahead) = (
-                panels.rows().floats(rows, part),
-                rows.ahead(part, FLOAT_ROWS),
-            );
-            let sums = kernels::float_rows(self.isa, words, input, ahead);
-            return self.add(tile, rows, part, &[sums]);
+        if let Some(token) = self.single() {
+            let input = (self.input, token);
+            let sums = matvec::floats(self.isa, panels.rows(), rows, part, input);
+            return self.add(token, rows, part, &[sums]);
         }
         let panel = panels.floats(self.isa, rows, part);
         let mut sums = [[0.0; FLOAT_ROWS]; MAX_TOKENS];
@@ -161,11 +157,10 @@ impl Product<'_> {
     }
 
     fn bf16(&self, panels: &mut Panels, rows: Rows, part: Part) {
-        if let Some(tile) = self.single() {
-            let input = self.input.bf16(tile, part.first, part.count);
-            let (words, ahead) = (panels.rows().bf16(rows, part), rows.ahead(part, FLOAT_ROWS));
-            let sums = kernels::bf16_rows(self.isa, words, input, ahead);
-            return self.add(tile, rows, part, &[sums]);
+        if let Some(token) = self.single() {
+            let input = (self.input, token);
+            let sums = matvec::bf16(self.isa, panels.rows(), rows, part, input);
+            return self.add(token, rows, part, &[sums]);
         }
         let panel = panels.bf16(self.isa, rows, part);
         let mut sums = [[0.0; FLOAT_ROWS]; MAX_TOKENS];
@@ -177,11 +172,10 @@ impl Product<'_> {
     }
 
     fn blocks(&self, panels: &mut Panels, rows: Rows, part: Part) {
-        if let Some(tile) = self.single() {
-            let input = self.input.blocks(tile, part.first, part.count);
-            let unpacked = panels.rows().blocks(self.isa, rows, part);
-            let sums = kernels::block_rows(self.isa, unpacked, input);
-            return self.add(tile, rows, part, &[sums]);
+        if let Some(token) = self.single() {
+            let input = (self.input, token);
+            let sums = matvec::blocks(self.isa, panels.rows(), rows, part, input);
+            return self.add(token, rows, part, &[sums]);
         }
         let panel = panels.blocks(self.isa, rows, part);
         let mut sums = [[0.0; LANES]; MAX_TOKENS];
@@ -193,11 +187,10 @@ impl Product<'_> {
     }
 
     fn super_blocks(&self, panels: &mut Panels, rows: Rows, part: Part) {
-        if let Some(tile) = self.single() {
-            let input = self.input.super_blocks(tile, part.first, part.count);
-            let unpacked = panels.rows().super_blocks(self.isa, rows, part);
-            let sums = kernels::super_rows(self.isa, unpacked, input);
-            return self.add(tile, rows, part, &[sums]);
+        if let Some(token) = self.single() {
+            let input = (self.input, token);
+            let sums = matvec::super_blocks(self.isa, panels.rows(), rows, part, input);
+            return self.add(token, rows, part, &[sums]);
         }
         let panel = panels.super_blocks(self.isa, rows, part);
         let mut sums = [[0.0; LANES]; MAX_TOKENS];

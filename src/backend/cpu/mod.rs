@@ -10,6 +10,7 @@ mod input;
 pub mod kernels;
 pub use elementwise::exp;
 mod matmul;
+mod matvec;
 mod multiversion;
 mod panel;
 mod rms_norm;

@@ -126,7 +126,7 @@ impl<'a> Rows<'a> {
     }
 
     /// The bytes of one part of every row from that of `part` on; the part is whole blocks.
-    fn parts(self, part: Part) -> impl Iterator<Item = &'a [u8]> {
+    pub fn parts(self, part: Part) -> impl Iterator<Item = &'a [u8]> {
         let (first, count) = (self.bytes_of(part.first), self.bytes_of(part.count));
         let rows = self.bytes[part.row * self.row_bytes..].chunks_exact(self.row_bytes);
         rows.map(move |row| &row[first..first + count])

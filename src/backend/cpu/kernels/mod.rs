@@ -9,6 +9,7 @@ mod avx512;
 mod portable;
 
 use bytemuck::{Pod, Zeroable};
+use nemoconv_formats::block::{BlockQ4K, BlockQ8_0};
 
 /// Weight rows of a panel of codes, and lanes of a vector.
 pub const LANES: usize = 16;
@@ -366,6 +367,50 @@ pub fn super_rows(isa: Isa, rows: SuperRows, input: SuperInput) -> [f32; LANES] 
     assert!(rows.codes.iter().all(|codes| codes.len() == count * 64));
     check_super_input(input, count, rows.sub_words, 1);
     twin!(isa, super_rows(rows, input))
+}
+
+/// [`block_rows`] of Q8_0 as it is stored, whole pairs of blocks; `None` where this CPU has no kernel for that.
+pub fn q8_0_rows(
+    isa: Isa,
+    rows: [&[BlockQ8_0]; LANES],
+    input: BlockInput,
+    ahead: Ahead,
+) -> Option<[f32; LANES]> {
+    let count = input.d.len();
+    if !count.is_multiple_of(2) {
+        return None;
+    }
+    assert!(rows.iter().all(|row| row.len() == count));
+    assert_eq!((input.codes.len(), input.start.len()), (count * 8, count));
+    match isa {
+        #[cfg(target_arch = "x86_64")]
+        // SAFETY: `Isa::detect` has found every feature the kernel names.
+        Isa::Avx512 => Some(unsafe { avx512::q8_0_rows(rows, input, ahead) }),
+        _ => {
+            let _ = ahead;
+            None
+        }
+    }
+}
+
+/// [`super_rows`] of Q4_K as it is stored; `None` where this CPU has no kernel for that.
+pub fn q4_k_rows(
+    isa: Isa,
+    rows: [&[BlockQ4K]; LANES],
+    input: SuperInput,
+    ahead: Ahead,
+) -> Option<[f32; LANES]> {
+    assert!(rows.iter().all(|row| row.len() == input.d.len()));
+    check_super_input(input, input.d.len(), 8, 1);
+    match isa {
+        #[cfg(target_arch = "x86_64")]
+        // SAFETY: `Isa::detect` has found every feature the kernel names.
+        Isa::Avx512 => Some(unsafe { avx512::q4_k_rows(rows, input, ahead) }),
+        _ => {
+            let _ = ahead;
+            None
+        }
+    }
 }
 
 /// Writes rows of words as columns: `panel[word][lane] = rows[lane][word]`.
