@@ -10,17 +10,14 @@ use nemoconv::backend::cpu::{Cpu, Residence};
 use nemoconv::error::{Error, Fault, Result};
 use nemoconv::forward::network::Network;
 use nemoconv::forward::numerics::{ActivationScheme, Numerics};
+use nemoconv::model::tokenizer::TextEncoder;
 use nemoconv::report::{Gates, KlBounds, Level, LevelReport, NoiseFloor, ValidationReport};
 use nemoconv::report::{html, json, junit, sarif, text};
-use nemoconv::validate::logits::compact_file::{
-    CompactFileReader, CompactFileWriter, ReferenceHeader,
-};
-use nemoconv::validate::logits::compact_reference::{CompactRow, Keep};
-use nemoconv::validate::logits::drift::{DriftAccumulator, ScoredPosition};
-use nemoconv::validate::logits::kl_divergence::compare_log_probs;
-use nemoconv::validate::logits::kld_base::{KldBaseReader, KldBaseWriter};
+use nemoconv::validate::logits::compact_file::ReferenceHeader;
+use nemoconv::validate::logits::compact_reference::Keep;
 use nemoconv::validate::logits::perplexity::ChunkedText;
-use nemoconv::validate::side_by_side::{for_each_scored_row, side_by_side, static_scales};
+use nemoconv::validate::reference_file::{ReferenceFile, write_compact, write_kld_base};
+use nemoconv::validate::side_by_side::{side_by_side, static_scales};
 use nemoconv::validate::{logits, static_levels};
 use nemoconv::write::gguf::artifact::create_sibling;
 
@@ -70,8 +67,7 @@ struct Job<'a> {
 enum Reference<'a> {
     None,
     Model(&'a str),
-    Compact(Box<CompactFileReader>),
-    KldBase(Box<KldBaseReader>),
+    File(ReferenceFile),
 }
 
 impl Reference<'_> {
@@ -84,24 +80,13 @@ impl Reference<'_> {
 }
 
 impl Job<'_> {
-    /// A model, or a file of one of the two reference formats, told apart by how it begins.
     fn reference(&self) -> Result<Reference<'_>> {
         let Some(reference) = self.args.reference.as_deref() else {
             return Ok(Reference::None);
         };
-        let path = Path::new(reference);
-        let mut magic = [0; 8];
-        if path.is_file() {
-            use std::io::Read;
-            let failed = |error| Error::from(nemoconv::formats::Error::from(error).in_file(path));
-            let mut file = std::fs::File::open(path).map_err(failed)?;
-            let read = file.read(&mut magic).map_err(failed)?;
-            magic[read..].fill(0);
-        }
-        Ok(match &magic {
-            b"nemo-ref" => Reference::Compact(Box::new(CompactFileReader::open(path)?)),
-            b"_logits_" => Reference::KldBase(Box::new(KldBaseReader::open(path)?)),
-            _ => Reference::Model(reference),
+        Ok(match ReferenceFile::open(Path::new(reference))? {
+            Some(file) => Reference::File(file),
+            None => Reference::Model(reference),
         })
     }
 
@@ -131,8 +116,7 @@ impl Job<'_> {
                 let text = text.unwrap_or(Path::new(""));
                 self.against_model(report, &stored, model, text)
             }
-            Reference::Compact(reader) => self.against_compact(report, &stored, *reader),
-            Reference::KldBase(reader) => self.against_base(report, &stored, *reader),
+            Reference::File(file) => self.against_file(report, &stored, file),
             Reference::None => Ok(()),
         }
     }
@@ -174,85 +158,35 @@ impl Job<'_> {
         Ok(())
     }
 
-    fn against_compact(
+    fn against_file(
         &self,
         report: &mut ValidationReport,
         stored: &Arc<StoredModel>,
-        mut reader: CompactFileReader,
+        file: ReferenceFile,
     ) -> Result<()> {
-        let text = reader.text().clone();
-        let path = self.args.reference.clone().unwrap_or_default();
-        check_vocabulary(stored, reader.header().vocab_size, &path)?;
+        // The file has the tokens; a tokenizer only says which of them begins a chunk, and whether it gives the same.
+        let tokenizer = self.args.tokenizer.as_deref();
+        let encoder = open_encoder(stored, tokenizer, stored.config().vocab_size);
+        let bos = encoder
+            .as_ref()
+            .ok()
+            .and_then(TextEncoder::bos)
+            .map(|bos| bos.id);
+        if let Some(path) = &self.args.text {
+            let tokens = encoder?.encode(&read_text(path)?, None)?;
+            report.findings.extend(file.check_tokens(&tokens));
+        }
+        let chunks = self.args.chunks.map(|chunks| chunks as usize);
+        let text = file.text(bos, chunks)?;
         let numerics = self.numerics(stored, None)?;
         let artifact = open(stored, self.residence(&[stored])?, &numerics)?;
-        let mut drift = DriftAccumulator::new(text.context_tokens(), reader.header().vocab_size);
-        let vocabulary = reader.header().vocab_size;
-        for_each_scored_row(
-            &artifact,
-            &text,
-            &self.watch("logits"),
-            |position, target, logits| {
-                let row = reader.read_row()?.ok_or_else(|| ends_early(&path))?;
-                let compared = row.compare(&logits[..vocabulary], target);
-                drift.push(ScoredPosition {
-                    kl_interval: compared.map(|(_, interval)| interval),
-                    ..ScoredPosition::new(position, compared.map(|(drift, _)| drift))
-                });
-                Ok(())
-            },
-        )?;
-        let logits = drift.finish();
+        let logits = file.measure(&artifact, &text, &self.watch("logits"))?;
         if let Some(KlBounds { lower, upper, .. }) = logits.kl_bounds {
             self.talk.say(format_args!(
                 "the mean KL divergence is between {lower:.6} and {upper:.6}"
             ));
         }
         report.logits = Some(logits);
-        self.conclude(report, &text, &numerics);
-        Ok(())
-    }
-
-    fn against_base(
-        &self,
-        report: &mut ValidationReport,
-        stored: &Arc<StoredModel>,
-        mut reader: KldBaseReader,
-    ) -> Result<()> {
-        let path = self.args.reference.clone().unwrap_or_default();
-        let vocabulary = reader.vocab_size();
-        check_vocabulary(stored, vocabulary, &path)?;
-        let bos = open_encoder(
-            stored,
-            self.args.tokenizer.as_deref(),
-            stored.config().vocab_size,
-        )
-        .ok()
-        .and_then(|encoder| encoder.bos().map(|bos| bos.id))
-        .filter(|bos| reader.tokens().first() == Some(bos));
-        let text = ChunkedText::new(
-            reader.tokens().to_vec(),
-            reader.context_tokens(),
-            bos,
-            self.args.chunks.map(|chunks| chunks as usize),
-        )?;
-        let numerics = self.numerics(stored, None)?;
-        let artifact = open(stored, self.residence(&[stored])?, &numerics)?;
-        let mut drift = DriftAccumulator::new(text.context_tokens(), vocabulary);
-        let mut row = Vec::new();
-        for_each_scored_row(
-            &artifact,
-            &text,
-            &self.watch("logits"),
-            |position, target, logits| {
-                if !reader.read_row(&mut row)? {
-                    return Err(ends_early(&path));
-                }
-                let compared = compare_log_probs(&row, &logits[..vocabulary], target);
-                drift.push(ScoredPosition::new(position, compared));
-                Ok(())
-            },
-        )?;
-        report.logits = Some(drift.finish());
         self.conclude(report, &text, &numerics);
         Ok(())
     }
@@ -287,12 +221,7 @@ impl Job<'_> {
         let vocab_size = stored.config().vocab_size;
         let watch = self.watch("reference");
         if path.extension().is_some_and(|extension| extension == "kld") {
-            let context = text.context_tokens();
-            let mut writer = KldBaseWriter::create(path, context, vocab_size, text.tokens())?;
-            for_each_scored_row(&network, &text, &watch, |_, _, logits| {
-                writer.write_row(logits)
-            })?;
-            writer.finish()?;
+            write_kld_base(path, &network, &text, &watch)?;
         } else {
             let header = ReferenceHeader {
                 model: static_levels::subject(&stored, &self.args.artifact)
@@ -306,8 +235,6 @@ impl Job<'_> {
                     .unwrap_or("")
                     .into(),
                 vocab_size,
-                tokenizer_sha256: None,
-                text_sha256: None,
                 context_tokens: text.context_tokens(),
                 bos: text.bos(),
                 written_by: concat!("nemoconv ", env!("CARGO_PKG_VERSION")).into(),
@@ -316,14 +243,7 @@ impl Job<'_> {
                 tail_mass: self.args.tail_mass,
                 top_k: self.args.top_k.map(|k| k as usize),
             };
-            let mut writer = CompactFileWriter::create(path, &header, &text)?;
-            for_each_scored_row(&network, &text, &watch, |_, target, logits| {
-                let row = CompactRow::new(logits, target, keep).ok_or_else(|| {
-                    Error::Run(Fault::new("the reference's logits are not finite"))
-                })?;
-                writer.write_row(&row)
-            })?;
-            let bound = writer.finish()?;
+            let bound = write_compact(path, &header, keep, (&network, &text), &watch)?;
             self.talk.say(format_args!(
                 "mean tail mass {:.2e}: the KL divergence is known to about that",
                 bound.mean_tail_mass
@@ -334,8 +254,7 @@ impl Job<'_> {
     }
 
     fn chunked(&self, model: &StoredModel, path: &Path) -> Result<ChunkedText> {
-        let text = std::fs::read_to_string(path)
-            .map_err(|error| nemoconv::formats::Error::from(error).in_file(path))?;
+        let text = read_text(path)?;
         let tokenizer = self.args.tokenizer.as_deref();
         let encoder = open_encoder(model, tokenizer, model.config().vocab_size)?;
         let tokens = encoder.encode(&text, None)?;
@@ -447,24 +366,9 @@ fn first_chunks(text: &ChunkedText, chunks: usize) -> Result<ChunkedText> {
     )
 }
 
-fn check_vocabulary(stored: &StoredModel, vocab_size: usize, reference: &str) -> Result<()> {
-    let own = stored.config().vocab_size;
-    // A GGUF vocabulary is padded to a multiple of 8.
-    if vocab_size <= own && vocab_size.next_multiple_of(8) >= own {
-        return Ok(());
-    }
-    let what = format!("the reference has a vocabulary of {vocab_size}, the artifact of {own}");
-    Err(Error::Run(
-        Fault::new(what)
-            .in_file(reference)
-            .hint("they are different models"),
-    ))
-}
-
-fn ends_early(reference: &str) -> Error {
-    nemoconv::formats::Error::malformed("has fewer positions than its header says")
-        .in_file(reference)
-        .into()
+fn read_text(path: &Path) -> Result<String> {
+    let failed = |error| nemoconv::formats::Error::from(error).in_file(path);
+    Ok(std::fs::read_to_string(path).map_err(failed)?)
 }
 
 fn name_of(scheme: &ActivationScheme) -> &'static str {

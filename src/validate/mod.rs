@@ -5,6 +5,7 @@
 pub mod container;
 mod found;
 pub mod logits;
+pub mod reference_file;
 pub mod side_by_side;
 pub mod static_levels;
 pub mod tokenizer;

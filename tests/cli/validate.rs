@@ -141,6 +141,20 @@ fn saved_references_stand_in_for_the_model() {
         let found = report(&place.validate(&artifact, &saved, &["--json"]));
         let share = mean_kl(&found) / exact;
         assert!((share - 1.0).abs() < tolerance, "{name}: {share}");
+        // Another text is not the one that the file was made of.
+        let other = place.file("other.txt");
+        std::fs::write(&other, "Another text altogether.").unwrap();
+        let output = nemoconv([
+            "validate",
+            artifact.to_str().unwrap(),
+            "--reference",
+            saved.to_str().unwrap(),
+            "--text",
+            other.to_str().unwrap(),
+        ]);
+        let shown = String::from_utf8_lossy(&output.stdout).into_owned();
+        assert_eq!(output.status.code(), Some(2), "{shown}");
+        assert!(shown.contains("tokenizer/token-ids-differ"), "{shown}");
         // A file that was cut is refused by name.
         let bytes = std::fs::read(&saved).unwrap();
         std::fs::write(&saved, &bytes[..bytes.len() - 7]).unwrap();

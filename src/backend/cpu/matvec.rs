@@ -82,6 +82,7 @@ fn stored_super_blocks(
     let ahead = rows.ahead(part, LANES);
     match rows.ty {
         GgmlType::Q4_K => kernels::q4_k_rows(isa, stored(rows, part)?, input, ahead),
+        GgmlType::Q6_K => kernels::q6_k_rows(isa, stored(rows, part)?, input, ahead),
         _ => None,
     }
 }

@@ -88,6 +88,15 @@ impl Cpu {
             isa: Isa::detect(),
         }
     }
+
+    /// The same without vector instructions: slow, and what machines that have none compute. Sums are rounded in another
+    /// order, so results differ as those of two machines do.
+    pub fn portable(model: Arc<StoredModel>, residence: Residence) -> Self {
+        Self {
+            isa: Isa::Portable,
+            ..Self::new(model, residence)
+        }
+    }
 }
 
 impl Backend for Cpu {

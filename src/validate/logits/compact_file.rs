@@ -38,10 +38,6 @@ pub struct ReferenceHeader {
     pub file_type: String,
     /// Rows of the output matrix.
     pub vocab_size: usize,
-    /// SHA-256 of the tokenizer, hexadecimal.
-    pub tokenizer_sha256: Option<String>,
-    /// SHA-256 of the text, hexadecimal.
-    pub text_sha256: Option<String>,
     /// Tokens of a chunk.
     pub context_tokens: usize,
     /// The token that begins every chunk where it is run, if the model adds one.

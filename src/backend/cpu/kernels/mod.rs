@@ -9,7 +9,7 @@ mod avx512;
 mod portable;
 
 use bytemuck::{Pod, Zeroable};
-use nemoconv_formats::block::{BlockQ4K, BlockQ8_0};
+use nemoconv_formats::block::{BlockQ4K, BlockQ6K, BlockQ8_0};
 
 /// Weight rows of a panel of codes, and lanes of a vector.
 pub const LANES: usize = 16;
@@ -406,6 +406,26 @@ pub fn q4_k_rows(
         #[cfg(target_arch = "x86_64")]
         // SAFETY: `Isa::detect` has found every feature the kernel names.
         Isa::Avx512 => Some(unsafe { avx512::q4_k_rows(rows, input, ahead) }),
+        _ => {
+            let _ = ahead;
+            None
+        }
+    }
+}
+
+/// [`super_rows`] of Q6_K as it is stored; `None` where this CPU has no kernel for that.
+pub fn q6_k_rows(
+    isa: Isa,
+    rows: [&[BlockQ6K]; LANES],
+    input: SuperInput,
+    ahead: Ahead,
+) -> Option<[f32; LANES]> {
+    assert!(rows.iter().all(|row| row.len() == input.d.len()));
+    check_super_input(input, input.d.len(), 4, 1);
+    match isa {
+        #[cfg(target_arch = "x86_64")]
+        // SAFETY: `Isa::detect` has found every feature the kernel names.
+        Isa::Avx512 => Some(unsafe { avx512::q6_k_rows(rows, input, ahead) }),
         _ => {
             let _ = ahead;
             None

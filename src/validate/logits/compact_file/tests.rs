@@ -11,8 +11,6 @@ fn header() -> ReferenceHeader {
         model: "nano".into(),
         file_type: "BF16".into(),
         vocab_size: VOCAB,
-        tokenizer_sha256: None,
-        text_sha256: Some("00".into()),
         context_tokens: 8,
         bos: Some(1),
         written_by: "test".into(),

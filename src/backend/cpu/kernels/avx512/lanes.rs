@@ -113,30 +113,86 @@ pub(super) fn transpose(r: [__m512i; LANES]) -> [__m512i; LANES] {
     columns
 }
 
-/// Sums over the lower and over the upper eight lanes of every row, each with one row per lane.
+/// Sums of four lanes: quarter `q` of vector `i` has those of quarter `q` of rows `4 i` to `4 i + 3`.
 #[inline]
 #[target_feature(enable = "avx512f")]
-pub(super) fn sum_halves(r: [__m512i; LANES]) -> [__m512i; 2] {
+fn sum_fours(r: [__m512i; LANES]) -> [__m512i; 4] {
     let zero = _mm512_setzero_si512();
-    let (mut pairs, mut quarters, mut eights) = ([zero; 8], [zero; 4], [zero; 2]);
+    let (mut pairs, mut fours) = ([zero; 8], [zero; 4]);
     for i in 0..8 {
         let (a, b) = (r[2 * i], r[2 * i + 1]);
         pairs[i] = _mm512_add_epi32(_mm512_unpacklo_epi32(a, b), _mm512_unpackhi_epi32(a, b));
     }
-    // Every 128-bit quarter now has, per row, the sum of its own four lanes.
     for i in 0..4 {
         let (a, b) = (pairs[2 * i], pairs[2 * i + 1]);
-        quarters[i] = _mm512_add_epi32(_mm512_unpacklo_epi64(a, b), _mm512_unpackhi_epi64(a, b));
+        fours[i] = _mm512_add_epi32(_mm512_unpacklo_epi64(a, b), _mm512_unpackhi_epi64(a, b));
     }
-    // Quarters 0 and 1, and 2 and 3, belong to one half.
-    for i in 0..2 {
-        let (a, b) = (quarters[2 * i], quarters[2 * i + 1]);
-        let even = _mm512_shuffle_i32x4::<0x88>(a, b);
-        eights[i] = _mm512_add_epi32(even, _mm512_shuffle_i32x4::<0xdd>(a, b));
+    fours
+}
+
+/// Sums over each four lanes of every row, one row per lane.
+#[inline]
+#[target_feature(enable = "avx512f")]
+pub(super) fn sum_quarters(rows: [__m512i; LANES]) -> [__m512i; 4] {
+    let f = sum_fours(rows);
+    let (even0, odd0) = even_and_odd_quarters(f[0], f[1]);
+    let (even1, odd1) = even_and_odd_quarters(f[2], f[3]);
+    let (first, third) = even_and_odd_quarters(even0, even1);
+    let (second, fourth) = even_and_odd_quarters(odd0, odd1);
+    [first, second, third, fourth]
+}
+
+/// Sums over the lower and over the upper eight lanes of every row, each with one row per lane.
+#[inline]
+#[target_feature(enable = "avx512f")]
+pub(super) fn sum_halves(rows: [__m512i; LANES]) -> [__m512i; 2] {
+    let f = sum_fours(rows);
+    let (even0, odd0) = even_and_odd_quarters(f[0], f[1]);
+    let (even1, odd1) = even_and_odd_quarters(f[2], f[3]);
+    let sums = (_mm512_add_epi32(even0, odd0), _mm512_add_epi32(even1, odd1));
+    let (low, high) = even_and_odd_quarters(sums.0, sums.1);
+    [low, high]
+}
+
+/// Quarters 0 and 2 of both vectors, and quarters 1 and 3.
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn even_and_odd_quarters(a: __m512i, b: __m512i) -> (__m512i, __m512i) {
+    (
+        _mm512_shuffle_i32x4::<0x88>(a, b),
+        _mm512_shuffle_i32x4::<0xdd>(a, b),
+    )
+}
+
+/// Four words of every row become four vectors with one row per lane.
+#[inline]
+#[target_feature(enable = "avx512f")]
+pub(super) fn transpose_fours(rows: [&[u8; 16]; LANES]) -> [__m512i; 4] {
+    let load = |lane: usize| {
+        // SAFETY: the array has the 16 bytes that are read; no alignment is needed.
+        unsafe { _mm_loadu_si128(rows[lane].as_ptr().cast()) }
+    };
+    let mut r = [_mm512_setzero_si512(); 4];
+    // Rows `i`, `i + 4`, `i + 8` and `i + 12` in the quarters of a vector: words are transposed within quarters.
+    for i in 0..4 {
+        let one = _mm512_castsi128_si512(load(i));
+        let two = _mm512_inserti32x4::<1>(one, load(i + 4));
+        let three = _mm512_inserti32x4::<2>(two, load(i + 8));
+        r[i] = _mm512_inserti32x4::<3>(three, load(i + 12));
     }
+    let low = (
+        _mm512_unpacklo_epi32(r[0], r[1]),
+        _mm512_unpacklo_epi32(r[2], r[3]),
+    );
+    let high = (
+        _mm512_unpackhi_epi32(r[0], r[1]),
+        _mm512_unpackhi_epi32(r[2], r[3]),
+    );
     [
-        _mm512_shuffle_i32x4::<0x88>(eights[0], eights[1]),
-        _mm512_shuffle_i32x4::<0xdd>(eights[0], eights[1]),
+        _mm512_unpacklo_epi64(low.0, low.1),
+        _mm512_unpackhi_epi64(low.0, low.1),
+        _mm512_unpacklo_epi64(high.0, high.1),
+        _mm512_unpackhi_epi64(high.0, high.1),
     ]
 }
 
