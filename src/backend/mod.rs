@@ -77,8 +77,17 @@ pub struct AttentionShape {
     pub key_value_heads: usize,
     /// Width of a head.
     pub head_dim: usize,
-    /// Keys and values are rounded to F16 in the cache, as llama.cpp keeps them.
-    pub f16_cache: bool,
+    /// What is rounded on the way.
+    pub arithmetic: AttentionArithmetic,
+}
+
+/// In what attention is computed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum AttentionArithmetic {
+    /// As it is defined.
+    F32,
+    /// As llama.cpp's flash attention on CPU: queries, keys and values in F16, and sums of values too.
+    F16,
 }
 
 /// Keys and values of one sequence, `[position, key-value head, channel]` each.

@@ -237,7 +237,7 @@ impl<B: Backend> Attention<B> {
                 heads: config.num_attention_heads,
                 key_value_heads: config.num_key_value_heads,
                 head_dim: config.head_dim,
-                f16_cache: weights.numerics.f16_cache,
+                arithmetic: weights.numerics.attention,
             },
         })
     }

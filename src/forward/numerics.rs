@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use nemoconv_formats::GgmlType;
 
 use crate::artifact::{Container, StoredModel};
+use crate::backend::AttentionArithmetic;
 use crate::backend::activation::Activation;
 use crate::model::config::TimeStep;
 
@@ -43,8 +44,8 @@ pub struct Numerics {
     pub activations: ActivationScheme,
     /// Bounds of the time step.
     pub time_step: TimeStepRule,
-    /// Whether keys and values are kept in F16.
-    pub f16_cache: bool,
+    /// In what attention is computed.
+    pub attention: AttentionArithmetic,
 }
 
 impl Numerics {
@@ -52,7 +53,7 @@ impl Numerics {
     pub const EXACT: Self = Self {
         activations: ActivationScheme::None,
         time_step: TimeStepRule::Limit,
-        f16_cache: false,
+        attention: AttentionArithmetic::F32,
     };
 
     /// What the runtime of a container does: llama.cpp's arithmetic for GGUF, the definition for a checkpoint.
@@ -61,7 +62,7 @@ impl Numerics {
             Container::Checkpoint => Self::EXACT,
             Container::Gguf => Self {
                 activations: ActivationScheme::Runtime,
-                f16_cache: true,
+                attention: AttentionArithmetic::F16,
                 ..Self::EXACT
             },
         }

@@ -57,6 +57,32 @@ pub fn exp(x: f32) -> f32 {
     fraction * f32::from_bits(((n as i32 + 127) as u32) << 23)
 }
 
+/// The nearest F16, ties to even; beyond its range infinite. The loop becomes vectors, which a call per value does not.
+#[inline(always)]
+pub fn round_to_f16(x: f32) -> f32 {
+    /// The least normal F16, 2^-14.
+    const MIN_NORMAL: f32 = 6.103_515_6e-5;
+    /// From here on values are rounded to infinity.
+    const TOO_LARGE: f32 = 65520.0;
+    let (magnitude, sign) = (x.abs(), x.to_bits() & 0x8000_0000);
+    // Normal: 13 bits are cut from the mantissa. Subnormal: whole multiples of 2^-24, the step of f32 above 0.5.
+    let bits = magnitude.to_bits();
+    let normal = f32::from_bits((bits + 0xfff + (bits >> 13 & 1)) & !0x1fff);
+    let subnormal = (magnitude + 0.5) - 0.5;
+    let small = if magnitude < MIN_NORMAL {
+        subnormal
+    } else {
+        normal
+    };
+    let large = if magnitude >= TOO_LARGE {
+        f32::INFINITY
+    } else {
+        small
+    };
+    let rounded = f32::from_bits(large.to_bits() | sign);
+    if x.is_nan() { x } else { rounded }
+}
+
 /// `x / (1 + e^-x)`.
 #[inline(always)]
 pub fn silu(x: f32) -> f32 {
@@ -120,6 +146,25 @@ mod tests {
         }
         assert_eq!(exp(0.0), 1.0);
         assert!(exp(f32::NEG_INFINITY) < 2e-38 && exp(f32::NAN).is_nan());
+    }
+
+    #[test]
+    fn rounding_to_f16_is_the_conversion() {
+        // All exponents, mantissas around the ties of both ranges.
+        let mantissas = [
+            0, 1, 0xfff, 0x1000, 0x1001, 0x3000, 0x2f_f000, 0x7f_efff, 0x7f_f000, 0x7f_ffff,
+        ];
+        for top in 0..512_u32 {
+            for mantissa in mantissas {
+                let x = f32::from_bits(top << 23 | mantissa);
+                let (found, expected) = (round_to_f16(x), half::f16::from_f32(x).to_f32());
+                let same = found.to_bits() == expected.to_bits();
+                assert!(
+                    same || found.is_nan() && expected.is_nan(),
+                    "{x:e} {found:e} {expected:e}"
+                );
+            }
+        }
     }
 
     #[test]
