@@ -9,7 +9,7 @@ use nemoconv_formats::checkpoint::Checkpoint;
 
 use super::StoredTensor;
 use crate::convert::tile::{Scratch, Tile};
-use crate::error::{Error, Fault, Result};
+use crate::error::Result;
 use crate::model::config::NemotronHConfig;
 use crate::plan::file_type::FileType;
 use crate::plan::types::TypeSettings;
@@ -25,27 +25,9 @@ pub struct CheckpointStorage {
 impl CheckpointStorage {
     pub fn open(path: &Path) -> Result<Self> {
         let checkpoint = Checkpoint::open(path)?;
-        let config_path = checkpoint.folder().join("config.json");
-        let json = checkpoint.read_json("config.json")?.ok_or_else(|| {
-            let fault = Fault::new("there is no config.json beside the weights");
-            Error::Model(
-                fault
-                    .in_file(checkpoint.folder())
-                    .hint("point to a complete model folder, or to a .gguf file"),
-            )
-        })?;
-        let config = NemotronHConfig::parse(&json)
-            .map_err(|fault| Error::Model(fault.in_file(&config_path)))?;
+        let (_, config) = NemotronHConfig::open(&checkpoint)?;
         let settings = Settings {
-            types: TypeSettings {
-                file_type: own_float_type(&checkpoint),
-                pure: false,
-                leave_output: false,
-                output: None,
-                token_embedding: None,
-                rules: Vec::new(),
-                allow_fallback: false,
-            },
+            types: TypeSettings::of(own_float_type(&checkpoint)),
             widen: false,
             with_mtp: false,
         };

@@ -4,9 +4,10 @@ use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::AtomicBool;
 
+use nemoconv::artifact::locate;
 use nemoconv::convert::{self, Conduct};
 use nemoconv::error::{Error, Fault, Result};
-use nemoconv::formats::checkpoint::{Checkpoint, resolve_hub_id};
+use nemoconv::formats::checkpoint::Checkpoint;
 use nemoconv::formats::gguf::NewTensor;
 use nemoconv::formats::{Dtype, Imatrix};
 use nemoconv::model::config::NemotronHConfig;
@@ -103,10 +104,7 @@ pub fn plan(args: &ToGguf, talk: &Talk) -> Result<()> {
 
 fn prepare(args: &ToGguf) -> Result<Prepared> {
     let checkpoint = Checkpoint::open(&locate(&args.model)?)?;
-    let json = required_config(&checkpoint)?;
-    let config_path = checkpoint.folder().join("config.json");
-    let config =
-        NemotronHConfig::parse(&json).map_err(|fault| Error::Model(fault.in_file(&config_path)))?;
+    let (json, config) = NemotronHConfig::open(&checkpoint)?;
     let vocab_size = config.vocab_size;
     let file_type = match args.outtype {
         OutType::Named(file_type) => file_type,
@@ -178,27 +176,6 @@ fn drop_padding(tokenizer: &mut Tokenizer, vocab_size: usize) -> Result<()> {
 
 /// The program itself and the mapped pages that are in use at a time.
 const BASE_MEMORY_BYTES: u64 = 32 << 20;
-
-fn locate(model: &str) -> Result<PathBuf> {
-    let path = Path::new(model);
-    let hub_id = !path.exists() && model.split('/').count() == 2 && !model.starts_with(['.', '/']);
-    Ok(if hub_id {
-        resolve_hub_id(model)?
-    } else {
-        path.to_path_buf()
-    })
-}
-
-fn required_config(checkpoint: &Checkpoint) -> Result<Value> {
-    checkpoint.read_json("config.json")?.ok_or_else(|| {
-        let fault = Fault::new("there is no config.json beside the weights");
-        Error::Model(
-            fault
-                .in_file(checkpoint.folder())
-                .hint("point to a complete model folder"),
-        )
-    })
-}
 
 /// The converter's rule: BF16 or F16 by the first tensor with two dimensions, F32 checkpoints become F16.
 fn auto_type(checkpoint: &Checkpoint) -> FileType {

@@ -2,10 +2,11 @@
 //!
 //! Enters: the JSON as the checkpoint has it. Leaves: [`NemotronHConfig`]. Knows no tensors.
 
+use nemoconv_formats::checkpoint::Checkpoint;
 use serde_json::Value;
 
 use super::hybrid_pattern::{BlockKind, HybridPattern};
-use crate::error::Fault;
+use crate::error::{Error, Fault};
 
 /// Sizes of the network. Field names are those of `config.json`.
 #[derive(Debug, Clone, PartialEq)]
@@ -110,6 +111,23 @@ const MAX_EXPERTS: usize = 4096;
 const MAX_SIZE: u64 = 1 << 28;
 
 impl NemotronHConfig {
+    /// Reads `config.json` beside the weights: the whole of it, and the sizes.
+    ///
+    /// # Errors
+    /// It is not there, cannot be read, or as [`Self::parse`].
+    pub fn open(checkpoint: &Checkpoint) -> Result<(Value, Self), Error> {
+        const NAME: &str = "config.json";
+        let absent = || {
+            let fault = Fault::new("there is no config.json beside the weights");
+            let fault = fault.in_file(checkpoint.folder());
+            Error::Model(fault.hint("point to a complete model folder"))
+        };
+        let json = checkpoint.read_json(NAME)?.ok_or_else(absent)?;
+        let of_file = |fault: Fault| Error::Model(fault.in_file(checkpoint.folder().join(NAME)));
+        let config = Self::parse(&json).map_err(of_file)?;
+        Ok((json, config))
+    }
+
     /// Reads the sizes out of `config.json`.
     ///
     /// A vision-language wrapper's `llm_config` is used when present, as the stock converter does.

@@ -39,6 +39,21 @@ pub struct TypeSettings {
     pub allow_fallback: bool,
 }
 
+impl TypeSettings {
+    /// The named mix and no wish beyond it.
+    pub fn of(file_type: FileType) -> Self {
+        Self {
+            file_type,
+            pure: false,
+            leave_output: false,
+            output: None,
+            token_embedding: None,
+            rules: Vec::new(),
+            allow_fallback: false,
+        }
+    }
+}
+
 /// A tensor as far as its type depends on it.
 #[derive(Debug, Clone, Copy)]
 pub struct Candidate<'a> {
@@ -254,18 +269,6 @@ mod tests {
         has_imatrix: false,
     };
 
-    fn settings(file_type: FileType) -> TypeSettings {
-        TypeSettings {
-            file_type,
-            pure: false,
-            leave_output: false,
-            output: None,
-            token_embedding: None,
-            rules: Vec::new(),
-            allow_fallback: false,
-        }
-    }
-
     fn weight<'a>(name: &'a str, dims: &'a [u64]) -> Candidate<'a> {
         Candidate {
             name,
@@ -285,7 +288,7 @@ mod tests {
     #[test]
     fn a_row_that_does_not_fit_is_an_error_with_a_way_out() {
         let tensors = [weight("blk.0.ssm_in.weight", &[2688, 64])];
-        let error = choose(&tensors, &settings(FileType::Q4_K_M), TRAITS).unwrap_err();
+        let error = choose(&tensors, &TypeSettings::of(FileType::Q4_K_M), TRAITS).unwrap_err();
         assert!(error.to_string().contains("found 2688"), "{error}");
         let hint = error.hint().unwrap();
         assert!(
@@ -306,7 +309,7 @@ mod tests {
         let tensors = [weight("blk.0.ssm_in.weight", &[2688, 64])];
         let allowed = TypeSettings {
             allow_fallback: true,
-            ..settings(FileType::Q4_K_M)
+            ..TypeSettings::of(FileType::Q4_K_M)
         };
         let choices = choose(&tensors, &allowed, TRAITS).unwrap();
         assert_eq!(
@@ -326,7 +329,7 @@ mod tests {
             &tensors,
             &TypeSettings {
                 rules,
-                ..settings(FileType::Q4_K_M)
+                ..TypeSettings::of(FileType::Q4_K_M)
             },
             TRAITS,
         );
@@ -336,7 +339,7 @@ mod tests {
             &tensors,
             &TypeSettings {
                 rules,
-                ..settings(FileType::Q4_K_M)
+                ..TypeSettings::of(FileType::Q4_K_M)
             },
             TRAITS,
         );

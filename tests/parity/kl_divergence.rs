@@ -12,12 +12,16 @@ use nemoconv::validate::logits::kl_divergence::compare_log_probs;
 use nemoconv::validate::logits::kld_base::{KldBaseReader, KldBaseWriter};
 use nemoconv::validate::logits::perplexity::{ChunkedText, scored_positions};
 use nemoconv_fixtures::{nano, reference};
+use serde_json::Value;
 use tempfile::tempdir;
 
-use crate::support::to_gguf;
+use super::llama_cpp::TYPES;
+use crate::support::{nemoconv, stderr, to_gguf};
 
 /// Both sides of our comparison have 16 bits, llama.cpp's artifact has 32.
 const TOLERANCE: f64 = 0.02;
+/// Of a perplexity beside llama-perplexity's.
+const PERPLEXITY_TOLERANCE: f64 = 2e-3;
 const CONTEXT: usize = 512;
 
 fn llama_bin() -> Option<PathBuf> {
@@ -153,11 +157,20 @@ fn a_run_of_llama_cpp_is_ours() {
             "--kl-divergence-base".as_ref(),
             base,
         ];
-        llama_perplexity(&bin, &at("q4_0.gguf"), "Same top p", &args)
+        llama_perplexity(&bin, &at("q4_0.gguf"), "Same top p:", &args)
     };
     let report = compare(&f32_kld);
     let found = drift(&f32_kld, &q4_kld);
     check_report(&report, &found);
+    // Our network instead of llama.cpp's, on the same file.
+    let ours = validated(&at("q4_0.gguf"), &f32_kld);
+    let mean = ours["logits"]["kl_divergence"]["mean"]["value"].as_f64();
+    near(
+        "our network, mean KLD",
+        mean.unwrap(),
+        printed(&report, "Mean    KLD")[0],
+        TOLERANCE,
+    );
 
     // llama.cpp reads what we write.
     let (base, rows) = rows(&f32_kld);
@@ -176,6 +189,44 @@ fn a_run_of_llama_cpp_is_ours() {
         1e-3,
     );
     check_compact(&f32_kld, &q4_kld);
+}
+
+/// What `validate` reports of a file beside a base file.
+fn validated(artifact: &Path, base: &Path) -> Value {
+    let (artifact, base) = (artifact.to_str().unwrap(), base.to_str().unwrap());
+    let output = nemoconv(["-q", "validate", artifact, "--reference", base, "--json"]);
+    serde_json::from_slice(&output.stdout).unwrap_or_else(|_| panic!("{}", stderr(&output)))
+}
+
+#[test]
+fn perplexities_are_llama_perplexitys_on_every_type() {
+    let Some(bin) = llama_bin() else { return };
+    let folder = tempdir().unwrap();
+    let at = |name: &str| folder.path().join(name);
+    let text = include_str!("../../LICENSE").to_owned() + include_str!("../../README.md");
+    std::fs::write(at("text.txt"), &text).unwrap();
+    let (text, base) = (at("text.txt"), at("base.kld"));
+    for file_type in TYPES {
+        let model = at(&format!("{file_type}.gguf"));
+        to_gguf(&nano(), &model, &["--outtype", file_type]);
+        let flags: [&Path; 4] = ["-f".as_ref(), &text, "--save-all-logits".as_ref(), &base];
+        let log = llama_perplexity(&bin, &model, "Final estimate", &flags);
+        let theirs = log
+            .split("PPL = ")
+            .nth(1)
+            .and_then(|rest| rest.split_whitespace().next());
+        let theirs: f64 = theirs.unwrap().parse().unwrap();
+        let report = validated(&model, &base);
+        let found = report["logits"]["perplexity"]["value"].as_f64().unwrap();
+        println!(
+            "{file_type}: {found:.4}, llama-perplexity {theirs}, {:+.4} %",
+            100.0 * (found / theirs - 1.0)
+        );
+        assert!(
+            (found / theirs - 1.0).abs() < PERPLEXITY_TOLERANCE,
+            "{file_type}: {found} {theirs}"
+        );
+    }
 }
 
 fn check_report(report: &str, found: &LogitsDrift) {

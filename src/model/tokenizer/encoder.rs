@@ -28,7 +28,7 @@ pub struct TextEncoder {
     max_length: Option<usize>,
 }
 
-/// Lengths above are placeholders of libraries for "no limit".
+/// Longer lengths mean "no limit": tokenizer libraries write numbers such as 10^30 for it.
 const MAX_MEANT_LENGTH: u64 = 1 << 40;
 
 impl TextEncoder {
