@@ -10,7 +10,7 @@ use rayon::prelude::*;
 use super::CpuWeight;
 use super::input::{Input, TokenTile};
 use super::kernels::{self, FLOAT_ROWS, Isa, LANES, MAX_TOKENS};
-use super::matvec;
+use super::matvec::OneToken;
 use super::panel::{CHUNK, Form, Panels, Part, Rows};
 use super::shared_rows::SharedRows;
 use crate::backend::activation::Activation;
@@ -134,18 +134,21 @@ impl Product<'_> {
     }
 
     /// The only tile, if it is a single token.
-    fn single(&self) -> Option<TokenTile> {
-        match self.tiles {
-            [tile] if tile.tokens == 1 => Some(*tile),
-            _ => None,
-        }
+    fn single<'a>(&'a self, rows: Rows<'a>, part: Part) -> Option<OneToken<'a>> {
+        let [token] = self.tiles else { return None };
+        (token.tokens == 1).then_some(OneToken {
+            isa: self.isa,
+            rows,
+            part,
+            input: self.input,
+            token: *token,
+        })
     }
 
     fn floats(&self, panels: &mut Panels, rows: Rows, part: Part) {
-        if let Some(token) = self.single() {
-            let input = (self.input, token);
-            let sums = matvec::floats(self.isa, panels.rows(), rows, part, input);
-            return self.add(token, rows, part, &[sums]);
+        if let Some(one) = self.single(rows, part) {
+            let sums = one.floats(panels.rows());
+            return self.add(one.token, rows, part, &[sums]);
         }
         let panel = panels.floats(self.isa, rows, part);
         let mut sums = [[0.0; FLOAT_ROWS]; MAX_TOKENS];
@@ -157,10 +160,9 @@ impl Product<'_> {
     }
 
     fn bf16(&self, panels: &mut Panels, rows: Rows, part: Part) {
-        if let Some(token) = self.single() {
-            let input = (self.input, token);
-            let sums = matvec::bf16(self.isa, panels.rows(), rows, part, input);
-            return self.add(token, rows, part, &[sums]);
+        if let Some(one) = self.single(rows, part) {
+            let sums = one.bf16(panels.rows());
+            return self.add(one.token, rows, part, &[sums]);
         }
         let panel = panels.bf16(self.isa, rows, part);
         let mut sums = [[0.0; FLOAT_ROWS]; MAX_TOKENS];
@@ -172,10 +174,9 @@ impl Product<'_> {
     }
 
     fn blocks(&self, panels: &mut Panels, rows: Rows, part: Part) {
-        if let Some(token) = self.single() {
-            let input = (self.input, token);
-            let sums = matvec::blocks(self.isa, panels.rows(), rows, part, input);
-            return self.add(token, rows, part, &[sums]);
+        if let Some(one) = self.single(rows, part) {
+            let sums = one.blocks(panels.rows());
+            return self.add(one.token, rows, part, &[sums]);
         }
         let panel = panels.blocks(self.isa, rows, part);
         let mut sums = [[0.0; LANES]; MAX_TOKENS];
@@ -187,10 +188,9 @@ impl Product<'_> {
     }
 
     fn super_blocks(&self, panels: &mut Panels, rows: Rows, part: Part) {
-        if let Some(token) = self.single() {
-            let input = (self.input, token);
-            let sums = matvec::super_blocks(self.isa, panels.rows(), rows, part, input);
-            return self.add(token, rows, part, &[sums]);
+        if let Some(one) = self.single(rows, part) {
+            let sums = one.super_blocks(panels.rows());
+            return self.add(one.token, rows, part, &[sums]);
         }
         let panel = panels.super_blocks(self.isa, rows, part);
         let mut sums = [[0.0; LANES]; MAX_TOKENS];

@@ -9,92 +9,94 @@ use super::input::{Input, TokenTile};
 use super::kernels::{self, BlockInput, FLOAT_ROWS, Isa, LANES, SuperInput};
 use super::panel::{Part, Rows, UnpackedRows};
 
-/// 32 rows of F32, or of a type that is dequantized.
-pub fn floats(
-    isa: Isa,
-    unpacked: &mut UnpackedRows,
-    rows: Rows,
-    part: Part,
-    (input, token): (&Input, TokenTile),
-) -> [f32; FLOAT_ROWS] {
-    let input = cast_slice(input.floats(token, part.first, part.count));
-    let words = unpacked.floats(rows, part);
-    kernels::float_rows(isa, words, input, rows.ahead(part, FLOAT_ROWS))
+/// One token and the panel of rows it meets.
+#[derive(Debug, Clone, Copy)]
+pub struct OneToken<'a> {
+    /// Instructions.
+    pub isa: Isa,
+    /// Stored rows.
+    pub rows: Rows<'a>,
+    /// Which of them, and which columns.
+    pub part: Part,
+    /// Where the token is packed.
+    pub input: &'a Input,
+    /// Its tile.
+    pub token: TokenTile,
 }
 
-/// 32 rows of BF16.
-pub fn bf16(
-    isa: Isa,
-    unpacked: &mut UnpackedRows,
-    rows: Rows,
-    part: Part,
-    (input, token): (&Input, TokenTile),
-) -> [f32; FLOAT_ROWS] {
-    let input = input.bf16(token, part.first, part.count);
-    let words = unpacked.bf16(rows, part);
-    kernels::bf16_rows(isa, words, input, rows.ahead(part, FLOAT_ROWS))
-}
-
-/// 16 rows of a type with blocks of 32.
-pub fn blocks(
-    isa: Isa,
-    unpacked: &mut UnpackedRows,
-    rows: Rows,
-    part: Part,
-    (input, token): (&Input, TokenTile),
-) -> [f32; LANES] {
-    let input = input.blocks(token, part.first, part.count);
-    if let Some(sums) = stored_blocks(isa, rows, part, input) {
-        return sums;
+impl OneToken<'_> {
+    /// Sums of 32 rows of F32, or of a type that is dequantized.
+    pub fn floats(&self, unpacked: &mut UnpackedRows) -> [f32; FLOAT_ROWS] {
+        let Part { first, count, .. } = self.part;
+        let input = cast_slice(self.input.floats(self.token, first, count));
+        let words = unpacked.floats(self.rows, self.part);
+        kernels::float_rows(
+            self.isa,
+            words,
+            input,
+            self.rows.ahead(self.part, FLOAT_ROWS),
+        )
     }
-    kernels::block_rows(isa, unpacked.blocks(isa, rows, part), input)
-}
 
-/// 16 rows of a type with super-blocks.
-pub fn super_blocks(
-    isa: Isa,
-    unpacked: &mut UnpackedRows,
-    rows: Rows,
-    part: Part,
-    (input, token): (&Input, TokenTile),
-) -> [f32; LANES] {
-    let input = input.super_blocks(token, part.first, part.count);
-    if let Some(sums) = stored_super_blocks(isa, rows, part, input) {
-        return sums;
+    /// Sums of 32 rows of BF16.
+    pub fn bf16(&self, unpacked: &mut UnpackedRows) -> [f32; FLOAT_ROWS] {
+        let Part { first, count, .. } = self.part;
+        let input = self.input.bf16(self.token, first, count);
+        let words = unpacked.bf16(self.rows, self.part);
+        kernels::bf16_rows(
+            self.isa,
+            words,
+            input,
+            self.rows.ahead(self.part, FLOAT_ROWS),
+        )
     }
-    kernels::super_rows(isa, unpacked.super_blocks(isa, rows, part), input)
-}
 
-fn stored_blocks(isa: Isa, rows: Rows, part: Part, input: BlockInput) -> Option<[f32; LANES]> {
-    let ahead = rows.ahead(part, LANES);
-    match rows.ty {
-        GgmlType::Q8_0 => kernels::q8_0_rows(isa, stored(rows, part)?, input, ahead),
-        _ => None,
+    /// Sums of 16 rows of a type with blocks of 32.
+    pub fn blocks(&self, unpacked: &mut UnpackedRows) -> [f32; LANES] {
+        let Part { first, count, .. } = self.part;
+        let input = self.input.blocks(self.token, first, count);
+        self.stored_blocks(input).unwrap_or_else(|| {
+            let rows = unpacked.blocks(self.isa, self.rows, self.part);
+            kernels::block_rows(self.isa, rows, input)
+        })
     }
-}
 
-fn stored_super_blocks(
-    isa: Isa,
-    rows: Rows,
-    part: Part,
-    input: SuperInput,
-) -> Option<[f32; LANES]> {
-    let ahead = rows.ahead(part, LANES);
-    match rows.ty {
-        GgmlType::Q4_K => kernels::q4_k_rows(isa, stored(rows, part)?, input, ahead),
-        GgmlType::Q6_K => kernels::q6_k_rows(isa, stored(rows, part)?, input, ahead),
-        _ => None,
+    /// Sums of 16 rows of a type with super-blocks.
+    pub fn super_blocks(&self, unpacked: &mut UnpackedRows) -> [f32; LANES] {
+        let Part { first, count, .. } = self.part;
+        let input = self.input.super_blocks(self.token, first, count);
+        self.stored_super_blocks(input).unwrap_or_else(|| {
+            let rows = unpacked.super_blocks(self.isa, self.rows, self.part);
+            kernels::super_rows(self.isa, rows, input)
+        })
     }
-}
 
-/// 16 rows of blocks where they lie, if all are there.
-fn stored<B: Pod>(rows: Rows<'_>, part: Part) -> Option<[&[B]; LANES]> {
-    let mut parts = rows.parts(part);
-    let mut stored: [&[B]; LANES] = [&[]; LANES];
-    for row in &mut stored {
-        *row = cast_slice(parts.next()?);
+    fn stored_blocks(&self, input: BlockInput) -> Option<[f32; LANES]> {
+        let ahead = self.rows.ahead(self.part, LANES);
+        match self.rows.ty {
+            GgmlType::Q8_0 => kernels::q8_0_rows(self.isa, self.stored()?, input, ahead),
+            _ => None,
+        }
     }
-    Some(stored)
+
+    fn stored_super_blocks(&self, input: SuperInput) -> Option<[f32; LANES]> {
+        let ahead = self.rows.ahead(self.part, LANES);
+        match self.rows.ty {
+            GgmlType::Q4_K => kernels::q4_k_rows(self.isa, self.stored()?, input, ahead),
+            GgmlType::Q6_K => kernels::q6_k_rows(self.isa, self.stored()?, input, ahead),
+            _ => None,
+        }
+    }
+
+    /// 16 rows of blocks where they lie, if all are there.
+    fn stored<B: Pod>(&self) -> Option<[&[B]; LANES]> {
+        let mut parts = self.rows.parts(self.part);
+        let mut stored: [&[B]; LANES] = [&[]; LANES];
+        for row in &mut stored {
+            *row = cast_slice(parts.next()?);
+        }
+        Some(stored)
+    }
 }
 
 #[cfg(test)]
@@ -156,15 +158,13 @@ mod tests {
         floats[0].to_vec()
     }
 
-    fn by_row(isa: Isa, rows: Rows, form: Form, part: Part, input: &Input) -> Vec<f32> {
-        let (mut unpacked, token) = (UnpackedRows::default(), (input, input.tiles()[0]));
+    fn by_row(form: Form, token: OneToken) -> Vec<f32> {
+        let mut unpacked = UnpackedRows::default();
         match form {
-            Form::Float => floats(isa, &mut unpacked, rows, part, token).to_vec(),
-            Form::Bf16 => bf16(isa, &mut unpacked, rows, part, token).to_vec(),
-            Form::Blocks { .. } => blocks(isa, &mut unpacked, rows, part, token).to_vec(),
-            Form::SuperBlocks { .. } => {
-                super_blocks(isa, &mut unpacked, rows, part, token).to_vec()
-            }
+            Form::Float => token.floats(&mut unpacked).to_vec(),
+            Form::Bf16 => token.bf16(&mut unpacked).to_vec(),
+            Form::Blocks { .. } => token.blocks(&mut unpacked).to_vec(),
+            Form::SuperBlocks { .. } => token.super_blocks(&mut unpacked).to_vec(),
         }
     }
 
@@ -193,7 +193,14 @@ mod tests {
             for (row, first, count) in [(0, 0, 512), (0, 512, 256), (32, 0, 512)] {
                 let part = Part { row, first, count };
                 let expected = by_panel(isa, rows, form, part, &input);
-                let found = by_row(isa, rows, form, part, &input);
+                let token = OneToken {
+                    isa,
+                    rows,
+                    part,
+                    input: &input,
+                    token: input.tiles()[0],
+                };
+                let found = by_row(form, token);
                 let bits = |sums: &[f32]| sums.iter().map(|sum| sum.to_bits()).collect::<Vec<_>>();
                 assert_eq!(bits(&found), bits(&expected), "{isa:?} {ty:?} {part:?}");
             }
