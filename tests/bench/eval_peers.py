@@ -76,9 +76,11 @@ def lm_eval():
         job = {"threads": arguments.threads, "tasks": TASKS, "data": data, "folder": folder,
                "model": os.path.abspath(arguments.model), "batch": arguments.batch, "limit": arguments.limit}
         environment = dict(os.environ, HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
-        out = subprocess.run([arguments.lm_eval_python, "-c", LM_EVAL, json.dumps(job)], check=True, capture_output=True,
-                             text=True, env=environment).stdout
-        return float(out.rsplit("seconds", 1)[1])
+        run = subprocess.run([arguments.lm_eval_python, "-c", LM_EVAL, json.dumps(job)], capture_output=True, text=True,
+                             env=environment)
+        if run.returncode != 0:
+            raise SystemExit(f"lm-eval failed: {run.stderr}")
+        return float(run.stdout.rsplit("seconds", 1)[1])
 
 
 def hellaswag_file(folder):
@@ -88,7 +90,8 @@ def hellaswag_file(folder):
             open(path, "w", encoding="utf-8") as out:
         for line in documents.readlines()[:arguments.limit]:
             document = json.loads(line)
-            rows = [f"{document['activity_label']}: {document['ctx']}", str(document["label"]), *document["endings"]]
+            context = f"{document['activity_label']}: {document['ctx_a']} {document['ctx_b'].capitalize()}"
+            rows = [context, str(document["label"]), *document["endings"]]
             out.writelines(row.replace("\n", " ") + "\n" for row in rows)
     return path
 
