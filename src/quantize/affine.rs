@@ -104,6 +104,31 @@ pub fn search<S: Simd, const SUBS: usize>(
     }
 }
 
+/// The f16 factors of scales and offsets of least weighted squared error, in units of the original weights.
+#[inline(always)]
+pub fn factors<S: Simd, const SUBS: usize>(
+    simd: S,
+    problem: &Problem<S>,
+    grid: &AffineGrid,
+) -> (Lanes<S>, Lanes<S>) {
+    let best = choose_scales::<S, SUBS>(simd, problem, grid);
+    (
+        problem.in_original_units(best.d),
+        problem.in_original_units(best.dmin),
+    )
+}
+
+/// Step and offset of one sub-block of least weighted squared error, with nothing rounded but the codes.
+#[inline(always)]
+pub fn fit_sub_block<S: Simd>(
+    xs: &[Lanes<S>],
+    ws: &[Lanes<S>],
+    grid: &AffineGrid,
+) -> (Lanes<S>, Lanes<S>) {
+    let (best, _) = two_fits(xs, ws, grid);
+    (best.step, best.offset)
+}
+
 #[inline(always)]
 fn choose_scales<S: Simd, const SUBS: usize>(
     simd: S,
@@ -573,7 +598,7 @@ impl<S: Simd, const SUBS: usize> Scales<S, SUBS> {
 impl AffineGrid {
     /// The nearest `sc` or `m`.
     #[inline(always)]
-    fn whole<S: Simd>(&self, scale: Lanes<S>) -> Lanes<S> {
+    pub fn whole<S: Simd>(&self, scale: Lanes<S>) -> Lanes<S> {
         scale
             .max(scale.like(0.0))
             .min(scale.like(self.scales))

@@ -20,12 +20,12 @@ const ROUNDS: usize = 3;
 
 /// Chooses scale, offset and codes `0..=largest`.
 #[inline(always)]
-pub fn search<S: Simd>(simd: S, problem: &Problem<S>, largest: f32) -> Solution<S> {
-    let totals = Totals::of(simd, problem);
+pub fn search<S: Simd>(problem: &Problem<S>, largest: f32) -> Solution<S> {
+    let totals = Totals::of(problem);
     let line = refine(
         problem,
         &totals,
-        first_fit(simd, problem, &totals, largest),
+        first_fit(problem, &totals, largest),
         largest,
     );
     let mut codes = problem.x;
@@ -99,9 +99,10 @@ struct Totals<S: Simd> {
 
 impl<S: Simd> Totals<S> {
     #[inline(always)]
-    fn of(simd: S, problem: &Problem<S>) -> Self {
+    fn of(problem: &Problem<S>) -> Self {
+        let zero = problem.x[0].like(0.0);
         let (mut low, mut high) = (problem.x[0], problem.x[0]);
-        let (mut w, mut wx) = (Lanes::zero(simd), Lanes::zero(simd));
+        let (mut w, mut wx) = (zero, zero);
         for (&x, &weight) in problem.x.iter().zip(&problem.weight) {
             low = low.min(x);
             high = high.max(x);
@@ -174,10 +175,10 @@ impl<S: Simd> Fit<S> {
 /// ggml's `make_qkx3_quants` holds the lower end in its single pass; with the upper end held in every
 /// other one the errors of Q4_1 and Q5_1 fall by 3 % and 5 %.
 #[inline(always)]
-fn first_fit<S: Simd>(simd: S, problem: &Problem<S>, totals: &Totals<S>, largest: f32) -> Line<S> {
+fn first_fit<S: Simd>(problem: &Problem<S>, totals: &Totals<S>, largest: f32) -> Line<S> {
     let range = totals.high - totals.low;
     let mut best = Line::new(range * range.like(1.0 / largest), totals.low);
-    let mut most = Lanes::zero(simd);
+    let mut most = range.like(0.0);
     for attempt in 0..PASSES * TRIES {
         let steps = largest + FIRST + STEP * (attempt % TRIES) as f32;
         let tried = if (attempt / TRIES).is_multiple_of(2) {

@@ -15,7 +15,7 @@ use crate::formats::block::{BlockIQ4XS, IQ4_NL_VALUES};
 #[allow(non_camel_case_types, reason = "the name is ggml's")]
 pub(super) struct IQ4_XS;
 
-const GRID: SymmetricGrid = SymmetricGrid {
+pub(super) const GRID: SymmetricGrid = SymmetricGrid {
     scales: 32.0,
     first: Sweep::new(-6.0, 2.0, 7),
     last: Sweep::new(-4.0, 4.0, 3),
@@ -48,7 +48,7 @@ impl SuperBlockType for IQ4_XS {
 }
 
 /// The uneven values of IQ4_NL and IQ4_XS.
-pub(super) struct Iq4Values;
+pub struct Iq4Values;
 
 impl Codebook for Iq4Values {
     const FIRST: f32 = IQ4_NL_VALUES[0];

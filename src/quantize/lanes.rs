@@ -111,6 +111,23 @@ impl<S: Simd> Lanes<S> {
         self.with(self.simd.max_f32s(self.lanes, other.lanes))
     }
 
+    /// `self * factor + addend`, rounded once.
+    #[inline(always)]
+    pub fn mul_add(self, factor: Self, addend: Self) -> Self {
+        self.with(
+            self.simd
+                .mul_add_f32s(self.lanes, factor.lanes, addend.lanes),
+        )
+    }
+
+    /// Reads `COUNT` lanes.
+    #[inline(always)]
+    pub fn read(simd: S, values: &[f32]) -> Self {
+        let mut lanes = Self::zero(simd);
+        lanes.as_mut_slice().copy_from_slice(&values[..Self::COUNT]);
+        lanes
+    }
+
     /// Nearest integer, ties to even, of a value below 2^22 in magnitude.
     #[inline(always)]
     pub fn round(self) -> Self {

@@ -4,6 +4,7 @@
 
 mod affine;
 mod affine_block;
+pub mod feedback;
 mod float;
 mod iq4_nl;
 mod iq4_xs;

@@ -10,7 +10,7 @@ use crate::formats::block::{BlockMXFP4, mxfp4_scale};
 use super::small_block::{Grid, PlainType, largest_magnitude};
 
 /// Halfway between the magnitudes of neighbouring codes, in units of [`mxfp4_scale`].
-const MIDPOINTS: [f32; 7] = [0.5, 1.5, 2.5, 3.5, 5.0, 7.0, 10.0];
+pub(super) const MIDPOINTS: [f32; 7] = [0.5, 1.5, 2.5, 3.5, 5.0, 7.0, 10.0];
 
 /// Same bytes as ggml's `quantize_row_mxfp4_ref`, except where the largest magnitude is below 2^-125 or
 /// not finite, which it leaves undefined: there the exponent is clamped.

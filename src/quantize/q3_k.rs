@@ -14,7 +14,7 @@ use crate::formats::block::BlockQ3K;
 #[allow(non_camel_case_types, reason = "the name is ggml's")]
 pub(super) struct Q3_K;
 
-const GRID: SymmetricGrid = SymmetricGrid {
+pub(super) const GRID: SymmetricGrid = SymmetricGrid {
     scales: 32.0,
     first: Sweep::new(-0.9, 0.2, 10),
     last: Sweep::new(-0.6, 0.2, 7),

@@ -14,7 +14,7 @@ use crate::formats::block::BlockQ4K;
 #[allow(non_camel_case_types, reason = "the name is ggml's")]
 pub(super) struct Q4_K;
 
-const GRID: AffineGrid = AffineGrid {
+pub(super) const GRID: AffineGrid = AffineGrid {
     codes: 15.0,
     scales: 63.0,
     plain: Sweep::new(-0.6, 0.3, 5),

@@ -45,8 +45,8 @@ impl SearchedType for Q5_1 {
     const ENERGY: Energy = Energy::Row;
 
     #[inline(always)]
-    fn search<S: Simd>(simd: S, problem: &Problem<S>) -> Solution<S> {
-        affine_block::search(simd, problem, 31.0)
+    fn search<S: Simd>(_: S, problem: &Problem<S>) -> Solution<S> {
+        affine_block::search(problem, 31.0)
     }
 
     #[inline(always)]

@@ -14,7 +14,7 @@ use crate::formats::block::BlockQ6K;
 #[allow(non_camel_case_types, reason = "the name is ggml's")]
 pub(super) struct Q6_K;
 
-const GRID: SymmetricGrid = SymmetricGrid {
+pub(super) const GRID: SymmetricGrid = SymmetricGrid {
     scales: 128.0,
     first: Sweep::new(-0.6, 0.6, 3),
     last: Sweep::NONE,

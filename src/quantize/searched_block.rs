@@ -161,6 +161,28 @@ impl<S: Simd> Problem<S> {
         }
     }
 
+    /// Blocks that are in lanes already, one a lane; an error counts `weights`.
+    #[inline(always)]
+    pub fn of_lanes(x: &[Lanes<S>], weights: &[Lanes<S>]) -> Self {
+        let zero = x[0].like(0.0);
+        let mut problem = Self {
+            x: [zero; BLOCK],
+            weight: [zero; BLOCK],
+            unit: zero,
+            nonfinite: zero,
+        };
+        problem.x.copy_from_slice(x);
+        problem.normalize();
+        problem.weight.copy_from_slice(weights);
+        problem
+    }
+
+    /// A scale of `x` in units of the original weights.
+    #[inline(always)]
+    pub fn in_original_units(&self, scale: Lanes<S>) -> Lanes<S> {
+        scale * self.unit
+    }
+
     /// The nearest f16 to a scale, in the same units.
     #[inline(always)]
     pub fn round_to_f16(&self, scale: Lanes<S>) -> Lanes<S> {
@@ -171,7 +193,12 @@ impl<S: Simd> Problem<S> {
     #[inline(always)]
     fn load(&mut self, simd: S, rows: &[f32]) {
         load(simd, &mut self.x, rows.chunks_exact(BLOCK));
-        let zero = Lanes::zero(simd);
+        self.normalize();
+    }
+
+    #[inline(always)]
+    fn normalize(&mut self) {
+        let zero = self.unit.like(0.0);
         let mut largest = zero;
         self.nonfinite = zero;
         for x in &mut self.x {

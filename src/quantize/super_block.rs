@@ -204,6 +204,18 @@ impl<S: Simd> Problem<S> {
         }
     }
 
+    /// Super-blocks that are in lanes already, one a lane; an error in each column counts `columns`.
+    #[inline(always)]
+    pub fn of_lanes(simd: S, x: &[Lanes<S>], columns: &[f32]) -> Self {
+        let mut problem = Self::empty(simd);
+        problem.x.copy_from_slice(x);
+        problem.normalize();
+        for (weight, column) in problem.weight.iter_mut().zip(columns) {
+            *weight = Lanes::splat(simd, *column);
+        }
+        problem
+    }
+
     /// Weights and error weights of sub-block `j` of `SUBS`.
     #[inline(always)]
     pub fn sub_block<const SUBS: usize>(&self, j: usize) -> (&[Lanes<S>], &[Lanes<S>]) {
@@ -227,7 +239,12 @@ impl<S: Simd> Problem<S> {
     #[inline(always)]
     fn load(&mut self, simd: S, rows: &[f32]) {
         load(simd, &mut self.x, rows.chunks_exact(SUPER_BLOCK));
-        let zero = Lanes::zero(simd);
+        self.normalize();
+    }
+
+    #[inline(always)]
+    fn normalize(&mut self) {
+        let zero = self.unit.like(0.0);
         let mut largest = zero;
         self.nonfinite = zero;
         for x in &mut self.x {

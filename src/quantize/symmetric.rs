@@ -125,6 +125,26 @@ pub fn search<S: Simd, C: Codebook, const SUBS: usize>(
     }
 }
 
+/// The f16 factor of scales of least weighted squared error, in units of the original weights.
+#[inline(always)]
+pub fn factor<S: Simd, C: Codebook, const SUBS: usize>(
+    simd: S,
+    problem: &Problem<S>,
+    grid: &SymmetricGrid,
+) -> Lanes<S> {
+    problem.in_original_units(choose_scales::<S, C, SUBS>(simd, problem, grid).d)
+}
+
+/// The step of one sub-block of least weighted squared error, with nothing rounded but the codes.
+#[inline(always)]
+pub fn fit_sub_block<S: Simd, C: Codebook>(
+    xs: &[Lanes<S>],
+    ws: &[Lanes<S>],
+    grid: &SymmetricGrid,
+) -> Lanes<S> {
+    Fit::best::<C>(xs, ws, grid).step
+}
+
 #[inline(always)]
 fn choose_scales<S: Simd, C: Codebook, const SUBS: usize>(
     simd: S,
@@ -410,7 +430,7 @@ impl<S: Simd, const SUBS: usize> Scales<S, SUBS> {
 impl SymmetricGrid {
     /// The nearest scale.
     #[inline(always)]
-    fn whole<S: Simd>(&self, scale: Lanes<S>) -> Lanes<S> {
+    pub fn whole<S: Simd>(&self, scale: Lanes<S>) -> Lanes<S> {
         scale
             .max(scale.like(-self.scales))
             .min(scale.like(self.scales - 1.0))

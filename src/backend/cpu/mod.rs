@@ -6,6 +6,7 @@
 mod attention;
 mod conv1d;
 mod elementwise;
+pub mod gram;
 mod input;
 pub mod kernels;
 pub use elementwise::exp;

@@ -3,19 +3,19 @@
 use std::marker::PhantomData;
 
 /// Rows of equal length, written from several threads.
-pub struct SharedRows<'a> {
-    values: *mut f32,
+pub struct SharedRows<'a, T = f32> {
+    values: *mut T,
     len: usize,
     row_len: usize,
-    borrowed: PhantomData<&'a mut [f32]>,
+    borrowed: PhantomData<&'a mut [T]>,
 }
 
 // SAFETY: parts are handed out by `part` only, whose callers promise that no two threads hold the same one.
-unsafe impl Sync for SharedRows<'_> {}
+unsafe impl<T: Send> Sync for SharedRows<'_, T> {}
 
-impl<'a> SharedRows<'a> {
+impl<'a, T> SharedRows<'a, T> {
     /// Borrows `values` as rows.
-    pub fn new(values: &'a mut [f32], row_len: usize) -> Self {
+    pub fn new(values: &'a mut [T], row_len: usize) -> Self {
         Self {
             values: values.as_mut_ptr(),
             len: values.len(),
@@ -32,7 +32,7 @@ impl<'a> SharedRows<'a> {
     /// # Panics
     /// The part is not inside the rows.
     #[allow(clippy::mut_from_ref, reason = "disjointness is the caller's promise")]
-    pub unsafe fn part(&self, row: usize, first: usize, count: usize) -> &mut [f32] {
+    pub unsafe fn part(&self, row: usize, first: usize, count: usize) -> &mut [T] {
         let begin = row * self.row_len + first;
         assert!(first + count <= self.row_len && begin + count <= self.len);
         // SAFETY: the part is inside the borrowed slice by the check above, and unaliased by the caller's promise.

@@ -1,0 +1,523 @@
+//! The types of ggml as error feedback sees them: sub-blocks of weights `d scale value - dmin min`.
+//!
+//! Enters: the targets of a block or sub-block, one row per lane. Leaves: scales to try, packed blocks. Decides nothing: the
+//! sweep simulates every candidate and keeps the best.
+
+use bytemuck::Pod;
+use half::f16;
+use pulp::Simd;
+
+use super::super::affine::{self, AffineGrid};
+use super::super::iq4_xs::{self, Iq4Values};
+use super::super::lanes::{F16_MAX, Lanes};
+use super::super::searched_block::Problem as BlockProblem;
+use super::super::super_block::{Problem, SUPER_BLOCK, Sweep};
+use super::super::symmetric::{self, Codebook, SymmetricGrid, Whole, largest};
+use super::super::{affine_block, mxfp4, q2_k, q3_k, q4_k, q5_k, q6_k};
+use crate::formats::block::*;
+
+/// Most weights of a sub-block.
+pub const MAX_SUB: usize = 32;
+/// Most candidates of a sub-block.
+pub const MAX_CANDIDATES: usize = 40;
+
+/// The scales of one sub-block of every lane.
+#[derive(Clone, Copy, Debug)]
+pub struct Scales<S: Simd> {
+    /// Scale of the scale; an f16.
+    pub d: Lanes<S>,
+    /// Scale of the minimum; an f16, 0 in types without.
+    pub dmin: Lanes<S>,
+    /// Whole multiple of `d`.
+    pub scale: Lanes<S>,
+    /// Whole multiple of `dmin`.
+    pub min: Lanes<S>,
+}
+
+impl<S: Simd> Scales<S> {
+    /// Distance of the values of neighbouring whole numbers.
+    #[inline(always)]
+    pub fn step(&self) -> Lanes<S> {
+        self.d * self.scale
+    }
+
+    /// What is subtracted from every value.
+    #[inline(always)]
+    pub fn offset(&self) -> Lanes<S> {
+        self.dmin * self.min
+    }
+
+    /// Both factors fixed, no multiples chosen yet.
+    #[inline(always)]
+    fn head(d: Lanes<S>, dmin: Lanes<S>) -> Self {
+        let zero = d.like(0.0);
+        Self {
+            d,
+            dmin,
+            scale: zero,
+            min: zero,
+        }
+    }
+
+    /// A block with a scale and minimum of its own.
+    #[inline(always)]
+    fn of_block(d: Lanes<S>, dmin: Lanes<S>) -> Self {
+        let one = d.like(1.0);
+        Self {
+            d,
+            dmin,
+            scale: one,
+            min: one,
+        }
+    }
+}
+
+/// Scales to try for a sub-block.
+pub struct Candidates<S: Simd> {
+    all: [Scales<S>; MAX_CANDIDATES],
+    count: usize,
+}
+
+impl<S: Simd> Candidates<S> {
+    /// None yet.
+    #[inline(always)]
+    pub fn none(simd: S) -> Self {
+        let zero = Lanes::zero(simd);
+        Self {
+            all: [Scales::head(zero, zero); MAX_CANDIDATES],
+            count: 0,
+        }
+    }
+
+    #[inline(always)]
+    fn push(&mut self, scales: Scales<S>) {
+        self.all[self.count] = scales;
+        self.count += 1;
+    }
+
+    /// The candidates, the last one repeated to a multiple of `group`.
+    #[inline(always)]
+    pub fn in_groups(&mut self, group: usize) -> &[Scales<S>] {
+        let last = self.all[self.count - 1];
+        while !self.count.is_multiple_of(group) {
+            self.push(last);
+        }
+        &self.all[..self.count]
+    }
+}
+
+/// How the scales of a type may move once its codes are known.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Lattice {
+    /// The scale is an f16 of its own.
+    Half,
+    /// The scale is an f16 of its own, and so is the minimum.
+    HalfWithMin,
+    /// Whole multiples of the super-block's factors, within these bounds; the second pair for minima.
+    Whole(f32, f32, Option<f32>),
+    /// Powers of two: no refit.
+    Fixed,
+}
+
+/// A type that can be rounded to with feedback.
+///
+/// Everything is inlined by force, to be compiled for the CPU at hand.
+pub trait FeedbackGrid: Sync + Send {
+    /// The packed block.
+    type Block: Pod;
+    /// The values of codes.
+    type Codebook: Codebook;
+    /// Weights of a block.
+    const BLOCK: usize;
+    /// Weights that share scales.
+    const SUB: usize;
+    /// How scales may be refitted.
+    const LATTICE: Lattice;
+
+    /// What is fixed when a block begins, given its targets and what an error in each column counts.
+    #[inline(always)]
+    fn begin<S: Simd>(simd: S, targets: &[Lanes<S>], weights: &[f32]) -> Scales<S> {
+        let _ = (targets, weights);
+        Scales::head(Lanes::zero(simd), Lanes::zero(simd))
+    }
+
+    /// Scales to try for a sub-block, at least one.
+    fn candidates<S: Simd>(
+        head: &Scales<S>,
+        targets: &[Lanes<S>],
+        weights: &[Lanes<S>],
+        out: &mut Candidates<S>,
+    );
+
+    /// Packs one block: `scales` of every sub-block as `[d, dmin, scale, min]`, codes in order.
+    fn pack(scales: &[[f32; 4]], codes: &[u8]) -> Self::Block;
+}
+
+/// Puts the largest weight at values around both ends, as f16 scales.
+#[inline(always)]
+fn push_ends<S: Simd, C: Codebook>(
+    targets: &[Lanes<S>],
+    first: &Sweep,
+    last: &Sweep,
+    out: &mut Candidates<S>,
+) {
+    let largest = largest(targets);
+    for (end, sweep) in [(C::FIRST, first), (C::LAST, last)] {
+        for k in 0..sweep.tries {
+            let d = (largest * largest.like(1.0 / (end + sweep.at(k)))).round_to_f16();
+            out.push(Scales::of_block(d, d.like(0.0)));
+        }
+    }
+}
+
+macro_rules! symmetric_block {
+    ($(#[$doc:meta])* $name:ident, $block:ident, $codebook:ty, $first:expr, $last:expr, |$d:ident, $codes:ident| $pack:expr) => {
+        $(#[$doc])*
+        #[allow(non_camel_case_types, reason = "the name is ggml's")]
+        pub struct $name;
+
+        impl FeedbackGrid for $name {
+            type Block = $block;
+            type Codebook = $codebook;
+            const BLOCK: usize = 32;
+            const SUB: usize = 32;
+            const LATTICE: Lattice = Lattice::Half;
+
+            #[inline(always)]
+            fn candidates<S: Simd>(_: &Scales<S>, targets: &[Lanes<S>], _: &[Lanes<S>], out: &mut Candidates<S>) {
+                const FIRST: Sweep = $first;
+                const LAST: Sweep = $last;
+                push_ends::<S, $codebook>(targets, &FIRST, &LAST, out);
+            }
+
+            #[inline(always)]
+            fn pack(scales: &[[f32; 4]], codes: &[u8]) -> $block {
+                let $d = f16::from_f32(scales[0][0]);
+                let $codes: &[u8; 32] = codes.try_into().expect("a block has 32 codes");
+                $pack
+            }
+        }
+    };
+}
+
+symmetric_block!(
+    /// 4-bit codes, one scale.
+    Q4_0, BlockQ4_0, Whole<8>, Sweep::new(-1.4, 0.1, 25), Sweep::new(1.0, -0.2, 9),
+    |d, codes| BlockQ4_0::pack(d, codes)
+);
+symmetric_block!(
+    /// 5-bit codes, one scale.
+    Q5_0, BlockQ5_0, Whole<16>, Sweep::new(-1.4, 0.15, 20), Sweep::new(1.4, -0.2, 12),
+    |d, codes| BlockQ5_0::pack(d, codes)
+);
+symmetric_block!(
+    /// 4-bit codes of uneven values, one scale.
+    IQ4_NL, BlockIQ4NL, Iq4Values, Sweep::new(-35.0, 4.0, 20), Sweep::new(-25.0, 4.0, 16),
+    |d, codes| BlockIQ4NL::pack(d, codes)
+);
+symmetric_block!(
+    /// 8-bit codes, one scale.
+    Q8_0, BlockQ8_0, Bytes, Sweep::new(-3.0, 0.5, 10), Sweep::new(0.0, 1.0, 2),
+    |d, codes| BlockQ8_0::pack(d, bytemuck::cast_ref(codes))
+);
+
+/// The whole numbers from -127 to 127, each its own code.
+pub struct Bytes;
+
+impl Codebook for Bytes {
+    const FIRST: f32 = -127.0;
+    const LAST: f32 = 127.0;
+
+    #[inline(always)]
+    fn nearest<S: Simd>(x: Lanes<S>) -> Lanes<S> {
+        x.max(x.like(Self::FIRST)).min(x.like(Self::LAST)).round()
+    }
+
+    #[inline(always)]
+    fn code<S: Simd>(x: Lanes<S>) -> Lanes<S> {
+        Self::nearest(x)
+    }
+}
+
+/// The whole numbers from 0 on, each its own code.
+pub struct Unsigned<const LAST: i32>;
+
+impl<const LAST: i32> Codebook for Unsigned<LAST> {
+    const FIRST: f32 = 0.0;
+    const LAST: f32 = LAST as f32;
+
+    #[inline(always)]
+    fn nearest<S: Simd>(x: Lanes<S>) -> Lanes<S> {
+        x.max(x.like(0.0)).min(x.like(Self::LAST)).round()
+    }
+
+    #[inline(always)]
+    fn code<S: Simd>(x: Lanes<S>) -> Lanes<S> {
+        Self::nearest(x)
+    }
+}
+
+/// Relative changes of the scale that are tried around the best line.
+const D_AROUND: Sweep = Sweep::new(-0.06, 0.03, 5);
+/// Changes of the minimum that are tried, in steps.
+const MIN_AROUND: Sweep = Sweep::new(-0.3, 0.15, 5);
+
+macro_rules! affine_block {
+    ($(#[$doc:meta])* $name:ident, $block:ident, $last:literal) => {
+        $(#[$doc])*
+        #[allow(non_camel_case_types, reason = "the name is ggml's")]
+        pub struct $name;
+
+        impl FeedbackGrid for $name {
+            type Block = $block;
+            type Codebook = Unsigned<$last>;
+            const BLOCK: usize = 32;
+            const SUB: usize = 32;
+            const LATTICE: Lattice = Lattice::HalfWithMin;
+
+            #[inline(always)]
+            fn candidates<S: Simd>(_: &Scales<S>, targets: &[Lanes<S>], weights: &[Lanes<S>], out: &mut Candidates<S>) {
+                let problem = BlockProblem::of_lanes(targets, weights);
+                let found = affine_block::search(&problem, $last as f32);
+                let (scale, low) = (problem.in_original_units(found.d), problem.in_original_units(found.m));
+                for k in 0..D_AROUND.tries {
+                    let d = (scale * scale.like(1.0 + D_AROUND.at(k))).round_to_f16();
+                    for k in 0..MIN_AROUND.tries {
+                        let min = (d.like(MIN_AROUND.at(k)) * d - low).round_to_f16();
+                        out.push(Scales::of_block(d, min));
+                    }
+                }
+            }
+
+            #[inline(always)]
+            fn pack(scales: &[[f32; 4]], codes: &[u8]) -> $block {
+                let [d, dmin, ..] = scales[0];
+                let codes: &[u8; 32] = codes.try_into().expect("a block has 32 codes");
+                $block::pack(f16::from_f32(d), f16::from_f32(-dmin), codes)
+            }
+        }
+    };
+}
+
+affine_block!(
+    /// 4-bit codes, scale and minimum.
+    Q4_1, BlockQ4_1, 15
+);
+affine_block!(
+    /// 5-bit codes, scale and minimum.
+    Q5_1, BlockQ5_1, 31
+);
+
+/// 4-bit floats with a power of two.
+pub struct MXFP4;
+
+/// The values of E2M1 codes, doubled.
+pub struct E2M1;
+
+impl Codebook for E2M1 {
+    const FIRST: f32 = -12.0;
+    const LAST: f32 = 12.0;
+
+    #[inline(always)]
+    fn nearest<S: Simd>(x: Lanes<S>) -> Lanes<S> {
+        let mut magnitude = x.like(0.0);
+        for (midpoint, value) in mxfp4::MIDPOINTS.into_iter().zip(&MXFP4_VALUES[1..8]) {
+            magnitude = x
+                .abs()
+                .gt(x.like(midpoint))
+                .select(x.like(*value), magnitude);
+        }
+        x.lt(x.like(0.0)).select(-magnitude, magnitude)
+    }
+
+    #[inline(always)]
+    fn code<S: Simd>(x: Lanes<S>) -> Lanes<S> {
+        let mut code = x.like(0.0);
+        for midpoint in mxfp4::MIDPOINTS {
+            code = x
+                .abs()
+                .gt(x.like(midpoint))
+                .select(code + x.like(1.0), code);
+        }
+        let negative = x.lt(x.like(0.0)) & code.gt(x.like(0.0));
+        negative.select(code + x.like(8.0), code)
+    }
+}
+
+impl FeedbackGrid for MXFP4 {
+    type Block = BlockMXFP4;
+    type Codebook = E2M1;
+    const BLOCK: usize = 32;
+    const SUB: usize = 32;
+    const LATTICE: Lattice = Lattice::Fixed;
+
+    #[inline(always)]
+    fn candidates<S: Simd>(
+        _: &Scales<S>,
+        targets: &[Lanes<S>],
+        _: &[Lanes<S>],
+        out: &mut Candidates<S>,
+    ) {
+        let power = largest(targets).abs().power_of_two();
+        for shift in [0.0625, 0.125, 0.25, 0.5] {
+            let d = (power * power.like(shift)).max(power.like(2f32.powi(-126)));
+            out.push(Scales::of_block(d, d.like(0.0)));
+        }
+    }
+
+    #[inline(always)]
+    fn pack(scales: &[[f32; 4]], codes: &[u8]) -> BlockMXFP4 {
+        // The inverse of `mxfp4_scale` for normal powers of two.
+        let exponent = (scales[0][0].to_bits() >> 23) as u8;
+        let codes: &[u8; 32] = codes.try_into().expect("a block has 32 codes");
+        BlockMXFP4::pack(exponent.saturating_add(1), codes)
+    }
+}
+
+/// Whole multiples around the nearest one, in both directions.
+#[inline(always)]
+fn push_affine<S: Simd>(
+    head: &Scales<S>,
+    targets: &[Lanes<S>],
+    weights: &[Lanes<S>],
+    grid: &AffineGrid,
+    out: &mut Candidates<S>,
+) {
+    let (step, offset) = affine::fit_sub_block(targets, weights, grid);
+    let (scale, min) = (
+        step * head.d.recip_or_zero(),
+        offset * head.dmin.recip_or_zero(),
+    );
+    for scale_shift in -2..=2 {
+        for min_shift in -2..=2 {
+            out.push(Scales {
+                scale: grid.whole(scale + scale.like(scale_shift as f32)),
+                min: grid.whole(min + min.like(min_shift as f32)),
+                ..*head
+            });
+        }
+    }
+}
+
+#[inline(always)]
+fn push_symmetric<S: Simd, C: Codebook>(
+    head: &Scales<S>,
+    targets: &[Lanes<S>],
+    weights: &[Lanes<S>],
+    grid: &SymmetricGrid,
+    reach: i32,
+    out: &mut Candidates<S>,
+) {
+    let step = symmetric::fit_sub_block::<S, C>(targets, weights, grid);
+    let scale = step * head.d.recip_or_zero();
+    for sign in [1.0, -1.0] {
+        for shift in -reach..=reach {
+            out.push(Scales {
+                scale: grid.whole(scale * scale.like(sign) + scale.like(shift as f32)),
+                ..*head
+            });
+        }
+    }
+}
+
+macro_rules! affine_super_block {
+    ($(#[$doc:meta])* $name:ident, $block:ident, $room:ident, $subs:literal, $last:literal) => {
+        $(#[$doc])*
+        #[allow(non_camel_case_types, reason = "the name is ggml's")]
+        pub struct $name;
+
+        impl FeedbackGrid for $name {
+            type Block = $block;
+            type Codebook = Unsigned<$last>;
+            const BLOCK: usize = SUPER_BLOCK;
+            const SUB: usize = SUPER_BLOCK / $subs;
+            const LATTICE: Lattice = Lattice::Whole(0.0, $room::GRID.scales, Some($room::GRID.scales));
+
+            #[inline(always)]
+            fn begin<S: Simd>(simd: S, targets: &[Lanes<S>], weights: &[f32]) -> Scales<S> {
+                let problem = Problem::of_lanes(simd, targets, weights);
+                let (d, dmin) = affine::factors::<S, $subs>(simd, &problem, &$room::GRID);
+                Scales::head(d, dmin)
+            }
+
+            #[inline(always)]
+            fn candidates<S: Simd>(head: &Scales<S>, targets: &[Lanes<S>], weights: &[Lanes<S>], out: &mut Candidates<S>) {
+                push_affine(head, targets, weights, &$room::GRID, out);
+            }
+
+            #[inline(always)]
+            fn pack(scales: &[[f32; 4]], codes: &[u8]) -> $block {
+                let [d, dmin, ..] = scales[0];
+                let whole = |part: usize| std::array::from_fn(|sub| scales[sub][part] as u8);
+                let codes = codes.try_into().expect("a super-block has 256 codes");
+                $block::pack(f16::from_f32(d), f16::from_f32(dmin), &whole(2), &whole(3), codes)
+            }
+        }
+    };
+}
+
+affine_super_block!(
+    /// 2-bit codes, 4-bit scales and minima per 16.
+    Q2_K, BlockQ2K, q2_k, 16, 3
+);
+affine_super_block!(
+    /// 4-bit codes, 6-bit scales and minima per 32.
+    Q4_K, BlockQ4K, q4_k, 8, 15
+);
+affine_super_block!(
+    /// 5-bit codes, 6-bit scales and minima per 32.
+    Q5_K, BlockQ5K, q5_k, 8, 31
+);
+
+macro_rules! symmetric_super_block {
+    ($(#[$doc:meta])* $name:ident, $block:ident, $room:ident, $subs:literal, $codebook:ty, $reach:literal) => {
+        $(#[$doc])*
+        #[allow(non_camel_case_types, reason = "the name is ggml's")]
+        pub struct $name;
+
+        impl FeedbackGrid for $name {
+            type Block = $block;
+            type Codebook = $codebook;
+            const BLOCK: usize = SUPER_BLOCK;
+            const SUB: usize = SUPER_BLOCK / $subs;
+            const LATTICE: Lattice = Lattice::Whole(-$room::GRID.scales, $room::GRID.scales - 1.0, None);
+
+            #[inline(always)]
+            fn begin<S: Simd>(simd: S, targets: &[Lanes<S>], weights: &[f32]) -> Scales<S> {
+                let problem = Problem::of_lanes(simd, targets, weights);
+                let d = symmetric::factor::<S, $codebook, $subs>(simd, &problem, &$room::GRID);
+                Scales::head(d, d.like(0.0))
+            }
+
+            #[inline(always)]
+            fn candidates<S: Simd>(head: &Scales<S>, targets: &[Lanes<S>], weights: &[Lanes<S>], out: &mut Candidates<S>) {
+                push_symmetric::<S, $codebook>(head, targets, weights, &$room::GRID, $reach, out);
+            }
+
+            #[inline(always)]
+            fn pack(scales: &[[f32; 4]], codes: &[u8]) -> $block {
+                let whole = std::array::from_fn(|sub| scales[sub][2] as i8);
+                let codes = codes.try_into().expect("a super-block has 256 codes");
+                $block::pack(f16::from_f32(scales[0][0]), &whole, codes)
+            }
+        }
+    };
+}
+
+symmetric_super_block!(
+    /// 3-bit codes, signed 6-bit scales per 16.
+    Q3_K, BlockQ3K, q3_k, 16, Whole<4>, 3
+);
+symmetric_super_block!(
+    /// 6-bit codes, signed 8-bit scales per 16.
+    Q6_K, BlockQ6K, q6_k, 16, Whole<32>, 3
+);
+symmetric_super_block!(
+    /// 4-bit codes of uneven values, signed 6-bit scales per 32.
+    IQ4_XS, BlockIQ4XS, iq4_xs, 8, Iq4Values, 3
+);
+
+/// Whether a scale is as large as f16 can hold, and so may have been cut.
+pub fn is_saturated(scale: f32) -> bool {
+    scale.abs() >= F16_MAX
+}

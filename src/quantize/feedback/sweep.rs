@@ -1,0 +1,316 @@
+//! One pass over the columns of sixteen rows: errors of columns already rounded are repaired by those to come.
+//!
+//! Enters: targets of a chunk of columns, the factor of the second moments. Leaves: values, scales and errors. One row per
+//! lane, sums in order of columns: the bits are the same on every CPU.
+//!
+//! Source: GPTQ, arXiv:2210.17323, Algorithm 1. Ours chooses the scales of a sub-block when it is reached, on targets that
+//! hold the repairs so far, by running the feedback inside the sub-block for every candidate.
+
+use std::marker::PhantomData;
+use std::ops::Range;
+
+use pulp::{Simd, WithSimd};
+
+use super::super::lanes::Lanes;
+use super::super::symmetric::Codebook;
+use super::cholesky::{Factor, STRIP, Strips};
+use super::grid::{Candidates, FeedbackGrid, MAX_SUB, Scales};
+
+/// Rows that go side by side.
+pub const ROWS: usize = 16;
+/// Candidates that are simulated together: enough to hide the latency of a sum that must be in order.
+const GROUP: usize = 4;
+/// Most weights of a block.
+const MAX_BLOCK: usize = 256;
+
+/// One value for each of the sixteen rows.
+pub type Row = [f32; ROWS];
+
+/// Sixteen rows of a matrix while they are rounded, column by column.
+#[derive(Debug)]
+pub struct Half {
+    /// What the rounded weights should be, `[column]`.
+    pub wanted: Vec<Row>,
+    /// Wanted less rounded, `[column]`.
+    pub errors: Vec<Row>,
+    /// Value of the code, `[column]`.
+    pub values: Vec<Row>,
+    /// `[sub-block][d, dmin, scale, min]`.
+    pub scales: Vec<[Row; 4]>,
+}
+
+impl Half {
+    /// Rows that are not there stay zero.
+    pub fn new(rows: &[&[f32]], columns: usize, sub: usize) -> Self {
+        let mut wanted = vec![[0.0; ROWS]; columns];
+        for (lane, row) in rows.iter().enumerate() {
+            for (wanted, value) in wanted.iter_mut().zip(*row) {
+                wanted[lane] = *value;
+            }
+        }
+        Self {
+            errors: vec![[0.0; ROWS]; columns],
+            values: vec![[0.0; ROWS]; columns],
+            scales: vec![[[0.0; ROWS]; 4]; columns / sub],
+            wanted,
+        }
+    }
+
+    /// Rows of errors alone.
+    pub fn of_errors(rows: &[&[f32]], columns: usize) -> Self {
+        let wanted = Self::new(rows, columns, columns);
+        Self {
+            errors: wanted.wanted,
+            wanted: Vec::new(),
+            values: Vec::new(),
+            scales: Vec::new(),
+        }
+    }
+
+    #[inline(always)]
+    pub(super) fn scales_at<S: Simd>(&self, simd: S, sub: usize, lane: usize) -> Scales<S> {
+        let [d, dmin, scale, min] = &self.scales[sub];
+        let read = |row: &Row| Lanes::read(simd, &row[lane..]);
+        Scales {
+            d: read(d),
+            dmin: read(dmin),
+            scale: read(scale),
+            min: read(min),
+        }
+    }
+
+    #[inline(always)]
+    pub(super) fn set_scales<S: Simd>(&mut self, sub: usize, lane: usize, scales: &Scales<S>) {
+        let parts = [scales.d, scales.dmin, scales.scale, scales.min];
+        for (row, part) in self.scales[sub].iter_mut().zip(parts) {
+            write(&mut row[lane..], part);
+        }
+    }
+}
+
+#[inline(always)]
+pub(super) fn write<S: Simd>(row: &mut [f32], lanes: Lanes<S>) {
+    row[..Lanes::<S>::COUNT].copy_from_slice(lanes.as_slice());
+}
+
+/// The first pass over a chunk of columns, all that came before it done.
+pub struct FirstPass<'a, G> {
+    /// The rows.
+    pub half: &'a mut Half,
+    /// Columns of the chunk: whole blocks.
+    pub chunk: Range<usize>,
+    /// What they should be, with the repairs of everything before the chunk, `[column of the chunk]`.
+    pub targets: &'a mut [Row],
+    /// The factor of the second moments.
+    pub factor: &'a Factor,
+    /// The type.
+    pub grid: PhantomData<G>,
+}
+
+impl<G: FeedbackGrid> WithSimd for FirstPass<'_, G> {
+    type Output = ();
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(mut self, simd: S) {
+        for lane in (0..ROWS).step_by(Lanes::<S>::COUNT) {
+            self.lanes(simd, lane);
+        }
+    }
+}
+
+impl<G: FeedbackGrid> FirstPass<'_, G> {
+    #[inline(always)]
+    fn lanes<S: Simd>(&mut self, simd: S, lane: usize) {
+        let mut inner = [0.0; MAX_SUB * MAX_SUB];
+        for block in self.chunk.clone().step_by(G::BLOCK) {
+            let mut targets = [Lanes::zero(simd); MAX_BLOCK];
+            let at = block - self.chunk.start;
+            for (target, row) in targets.iter_mut().zip(&self.targets[at..at + G::BLOCK]) {
+                *target = Lanes::read(simd, &row[lane..]);
+            }
+            let pivots = &self.factor.pivots[block..block + G::BLOCK];
+            let head = G::begin(simd, &targets[..G::BLOCK], pivots);
+            for first in (block..block + G::BLOCK).step_by(G::SUB) {
+                gather(&self.factor.feedback, first, G::SUB, &mut inner);
+                self.sub_block(simd, lane, first, &head, &inner);
+                let end = self.chunk.end;
+                spread(
+                    simd,
+                    lane,
+                    &self.factor.feedback,
+                    &self.half.errors,
+                    first..first + G::SUB,
+                    end,
+                    self.targets,
+                );
+            }
+        }
+    }
+
+    #[inline(always)]
+    fn sub_block<S: Simd>(
+        &mut self,
+        simd: S,
+        lane: usize,
+        first: usize,
+        head: &Scales<S>,
+        inner: &[f32],
+    ) {
+        let zero = Lanes::zero(simd);
+        let mut problem = SubProblem {
+            targets: [zero; MAX_SUB],
+            wanted: [zero; MAX_SUB],
+            weights: [zero; MAX_SUB],
+            len: G::SUB,
+            inner,
+        };
+        for j in 0..G::SUB {
+            problem.targets[j] =
+                Lanes::read(simd, &self.targets[first + j - self.chunk.start][lane..]);
+            problem.wanted[j] = Lanes::read(simd, &self.half.wanted[first + j][lane..]);
+            problem.weights[j] = Lanes::splat(simd, self.factor.pivots[first + j]);
+        }
+        let mut candidates = Candidates::none(simd);
+        G::candidates(
+            head,
+            &problem.targets[..G::SUB],
+            &problem.weights[..G::SUB],
+            &mut candidates,
+        );
+        let best = problem.best::<G::Codebook>(candidates.in_groups(GROUP));
+        let (errors, values) = problem.round::<G::Codebook>(&best);
+        for j in 0..G::SUB {
+            write(&mut self.half.errors[first + j][lane..], errors[j]);
+            write(&mut self.half.values[first + j][lane..], values[j]);
+        }
+        self.half.set_scales(first / G::SUB, lane, &best);
+    }
+}
+
+/// `inner[j * MAX_SUB + i] = matrix[first + i][first + j]`.
+#[inline(always)]
+pub(super) fn gather(matrix: &Strips, first: usize, len: usize, inner: &mut [f32]) {
+    for j in 0..len {
+        for i in 0..len {
+            inner[j * MAX_SUB + i] = matrix.at(first + i, first + j);
+        }
+    }
+}
+
+/// Adds what rows `done` of `changes` do to the columns after them: `targets[j] += sum over i of changes[i] matrix[i][j]`.
+#[inline(always)]
+pub(super) fn spread<S: Simd>(
+    simd: S,
+    lane: usize,
+    matrix: &Strips,
+    changes: &[Row],
+    done: Range<usize>,
+    end: usize,
+    targets: &mut [Row],
+) {
+    // Targets are those of the columns that end with `end`.
+    let start = end - targets.len();
+    for first in (done.end..end).step_by(STRIP) {
+        let mut sums = [Lanes::zero(simd); STRIP];
+        let strip = matrix.part(first / STRIP, done.clone());
+        for (row, change) in strip
+            .as_chunks::<STRIP>()
+            .0
+            .iter()
+            .zip(&changes[done.clone()])
+        {
+            let change = Lanes::read(simd, &change[lane..]);
+            for (sum, value) in sums.iter_mut().zip(row) {
+                *sum = change.mul_add(Lanes::splat(simd, *value), *sum);
+            }
+        }
+        for (j, sum) in (first..end).zip(sums) {
+            let target = &mut targets[j - start][lane..];
+            let moved = Lanes::read(simd, target) + sum;
+            write(target, moved);
+        }
+    }
+}
+
+/// A sub-block ready to be rounded.
+struct SubProblem<'a, S: Simd> {
+    targets: [Lanes<S>; MAX_SUB],
+    wanted: [Lanes<S>; MAX_SUB],
+    weights: [Lanes<S>; MAX_SUB],
+    len: usize,
+    /// Feedback inside the sub-block, see [`gather`].
+    inner: &'a [f32],
+}
+
+impl<S: Simd> SubProblem<'_, S> {
+    /// The candidate of least loss, for each lane.
+    #[inline(always)]
+    fn best<C: Codebook>(&self, candidates: &[Scales<S>]) -> Scales<S> {
+        let mut best = candidates[0];
+        let mut least = best.d.like(f32::INFINITY);
+        for group in candidates.as_chunks::<GROUP>().0 {
+            let losses = self.simulate::<C>(group);
+            for (scales, loss) in group.iter().zip(losses) {
+                let better = loss.lt(least);
+                least = better.select(loss, least);
+                best = Scales {
+                    d: better.select(scales.d, best.d),
+                    dmin: better.select(scales.dmin, best.dmin),
+                    scale: better.select(scales.scale, best.scale),
+                    min: better.select(scales.min, best.min),
+                };
+            }
+        }
+        best
+    }
+
+    /// What the sub-block loses with each candidate.
+    #[inline(always)]
+    fn simulate<C: Codebook>(&self, group: &[Scales<S>; GROUP]) -> [Lanes<S>; GROUP] {
+        let zero = self.targets[0].like(0.0);
+        let (mut steps, mut inverses, mut offsets) = ([zero; GROUP], [zero; GROUP], [zero; GROUP]);
+        for (c, scales) in group.iter().enumerate() {
+            (steps[c], offsets[c]) = (scales.step(), scales.offset());
+            inverses[c] = steps[c].recip_or_zero();
+        }
+        let mut errors = [[zero; GROUP]; MAX_SUB];
+        let mut losses = [zero; GROUP];
+        for j in 0..self.len {
+            let mut targets = [self.targets[j]; GROUP];
+            let row = &self.inner[j * MAX_SUB..][..MAX_SUB];
+            for (errors, feedback) in errors[..j].iter().zip(row) {
+                let feedback = zero.like(*feedback);
+                for c in 0..GROUP {
+                    targets[c] = errors[c].mul_add(feedback, targets[c]);
+                }
+            }
+            for c in 0..GROUP {
+                let value = C::nearest((targets[c] + offsets[c]) * inverses[c]);
+                let rounded = steps[c] * value - offsets[c];
+                let missed = targets[c] - rounded;
+                losses[c] = (missed * missed).mul_add(self.weights[j], losses[c]);
+                errors[j][c] = self.wanted[j] - rounded;
+            }
+        }
+        losses
+    }
+
+    /// Errors and values with the scales that were chosen.
+    #[inline(always)]
+    fn round<C: Codebook>(&self, scales: &Scales<S>) -> ([Lanes<S>; MAX_SUB], [Lanes<S>; MAX_SUB]) {
+        let zero = self.targets[0].like(0.0);
+        let (step, offset) = (scales.step(), scales.offset());
+        let inverse = step.recip_or_zero();
+        let (mut errors, mut values) = ([zero; MAX_SUB], [zero; MAX_SUB]);
+        for j in 0..self.len {
+            let mut target = self.targets[j];
+            let row = &self.inner[j * MAX_SUB..][..MAX_SUB];
+            for (error, feedback) in errors[..j].iter().zip(row) {
+                target = error.mul_add(zero.like(*feedback), target);
+            }
+            values[j] = C::nearest((target + offset) * inverse);
+            errors[j] = self.wanted[j] - (step * values[j] - offset);
+        }
+        (errors, values)
+    }
+}
