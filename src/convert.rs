@@ -4,6 +4,7 @@
 //! bytes, [`Summary`]. Tiles are independent of each other and of who computes them, so any number of threads gives
 //! the same bytes; memory holds one tile per thread.
 
+pub mod calibrated;
 pub(crate) mod tile;
 
 use std::sync::Mutex;
@@ -16,7 +17,8 @@ use crate::error::{Error, Fault, Result};
 use crate::plan::Plan;
 use crate::write::gguf::artifact::Artifact;
 use crate::write::gguf::parts::Slot;
-use tile::{Scratch, Tile, tiles};
+use calibrated::workspace::Workspace;
+use tile::{Made, Scratch, Tile, tiles};
 
 /// Told how far the work is, in stored bytes. Called from several threads.
 pub trait Progress: Sync {
@@ -74,7 +76,8 @@ pub fn peak_bytes(plan: &Plan, threads: usize) -> u64 {
     (tiles * threads + 4 * importance) as u64
 }
 
-/// Writes every tensor and reads everything back; the caller publishes the artifact.
+/// Writes every tensor and reads everything back; the caller publishes the artifact. Tensors that `finished` holds are
+/// taken from there, all others are made from the checkpoint.
 ///
 /// # Errors
 /// Weights that are refused (all of them are counted first), writes that fail, bytes that do not read back,
@@ -82,6 +85,7 @@ pub fn peak_bytes(plan: &Plan, threads: usize) -> u64 {
 pub fn convert(
     checkpoint: &Checkpoint,
     plan: &Plan,
+    finished: Option<&Workspace>,
     artifact: &Artifact,
     slots: &[Slot],
     conduct: Conduct,
@@ -91,9 +95,11 @@ pub fn convert(
     let tiles = tiles(plan);
     let digests: Vec<AtomicU64> = tiles.iter().map(|_| AtomicU64::new(0)).collect();
     let counters = Counters::new(plan.tensors.len());
+    counters.add_outcomes(plan, finished);
     let job = Job {
         checkpoint,
         plan,
+        finished,
         artifact,
         slots,
         tiles: &tiles,
@@ -121,6 +127,7 @@ pub fn convert(
 struct Job<'a> {
     checkpoint: &'a Checkpoint,
     plan: &'a Plan,
+    finished: Option<&'a Workspace>,
     artifact: &'a Artifact<'a>,
     slots: &'a [Slot],
     tiles: &'a [Tile],
@@ -175,7 +182,14 @@ impl Job<'_> {
     fn write(&self, scratch: &mut Scratch, index: usize, counters: &Counters) -> Result<()> {
         let tile = self.tiles[index];
         let tensor = &self.plan.tensors[tile.tensor];
-        let made = tile.make(self.checkpoint, tensor, scratch)?;
+        let made = match self.finished.filter(|finished| finished.is_finished(&tensor.name)) {
+            Some(finished) => {
+                let bytes = scratch.bytes(tile.rows * tensor.row_bytes());
+                finished.read_at(&tensor.name, tile.offset(tensor), bytes)?;
+                Made { bytes, nonfinite: 0, overflows: 0 }
+            }
+            None => tile.make(self.checkpoint, tensor, scratch)?,
+        };
         counters.nonfinite[tile.tensor].fetch_add(made.nonfinite, Ordering::Relaxed);
         counters.overflows[tile.tensor].fetch_add(made.overflows, Ordering::Relaxed);
         self.digests[index].store(xxh3_64(made.bytes), Ordering::Relaxed);
@@ -216,6 +230,17 @@ impl Counters {
         Self {
             nonfinite: zeros(),
             overflows: zeros(),
+        }
+    }
+
+    /// What was counted when finished tensors were made.
+    fn add_outcomes(&self, plan: &Plan, finished: Option<&Workspace>) {
+        for outcome in finished.iter().flat_map(|finished| finished.outcomes()) {
+            let Some(index) = plan.tensors.iter().position(|tensor| tensor.name == outcome.tensor) else {
+                continue;
+            };
+            self.nonfinite[index].fetch_add(outcome.nonfinite, Ordering::Relaxed);
+            self.overflows[index].fetch_add(outcome.overflows, Ordering::Relaxed);
         }
     }
 

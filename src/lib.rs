@@ -2,6 +2,7 @@
 
 pub mod artifact;
 pub mod backend;
+pub mod calibrate;
 pub mod convert;
 pub mod error;
 pub mod eval;

@@ -29,6 +29,7 @@ impl CheckpointStorage {
         let settings = Settings {
             types: TypeSettings::of(own_float_type(&checkpoint)),
             widen: false,
+            calibrated: false,
             with_mtp: false,
         };
         let plan = Plan::new(&checkpoint, config, &settings, None)?;

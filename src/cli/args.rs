@@ -4,6 +4,8 @@ use std::path::PathBuf;
 use std::str::FromStr;
 
 use clap::{Args, Parser, Subcommand};
+use nemoconv::calibrate::samples::SampleSettings;
+use nemoconv::convert::calibrated::{Method, Rounding};
 use nemoconv::eval::shard::Shard;
 use nemoconv::eval::tasks::Task;
 use nemoconv::formats::GgmlType;
@@ -289,6 +291,8 @@ pub struct ToGguf {
     /// Importance matrix of llama-imatrix (GGUF or .dat): steers the rounding
     #[arg(long, value_name = "FILE")]
     pub imatrix: Option<PathBuf>,
+    #[command(flatten)]
+    pub calibration: CalibrationArgs,
     /// Type of the tensors whose GGUF name matches; repeatable, the first match wins
     #[arg(long, value_name = "REGEX=TYPE", value_parser = tensor_type_rule)]
     pub tensor_type: Vec<TensorTypeRule>,
@@ -348,6 +352,69 @@ pub struct ToGguf {
     pub json: bool,
 }
 
+/// What the model reads before it is rounded, and how it is rounded then.
+#[derive(Debug, Args)]
+#[command(next_help_heading = "Calibration")]
+pub struct CalibrationArgs {
+    /// Text that the model reads: rounding then minimizes the error of its outputs
+    #[arg(long, value_name = "FILE", conflicts_with = "imatrix")]
+    pub calibration: Option<PathBuf>,
+    /// Tokens per sequence of the calibration
+    #[arg(long, default_value_t = 512, value_name = "N", value_parser = clap::value_parser!(u32).range(8..=1 << 20))]
+    pub calibration_context: u32,
+    /// Sequences at most; of more a seeded choice is read
+    #[arg(long, default_value_t = 512, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    pub calibration_sequences: u32,
+    /// Seed of every choice
+    #[arg(long, default_value_t = 0, value_name = "N")]
+    pub seed: u64,
+    /// How weights are rounded: with error feedback, by the search that weighs inputs, or to the nearest
+    #[arg(long, default_value = "gptq", value_enum)]
+    pub method: MethodArg,
+    /// Passes of coordinate descent over scales and codes after the first
+    #[arg(long, default_value_t = 3, value_name = "N")]
+    pub passes: u8,
+    /// Share of the correction towards the original outputs on the inputs of the rounded network, 0 to 1
+    #[arg(long, default_value_t = 0.0, value_name = "BETA")]
+    pub target_correction: f64,
+    /// Added to the diagonal of second moments, as a share of its mean
+    #[arg(long, default_value_t = 0.01, value_name = "SHARE")]
+    pub damp_percent: f64,
+}
+
+/// `--method`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+pub enum MethodArg {
+    Rtn,
+    Imatrix,
+    Gptq,
+}
+
+impl CalibrationArgs {
+    /// How weights are rounded.
+    pub fn rounding(&self) -> Rounding {
+        Rounding {
+            method: match self.method {
+                MethodArg::Rtn => Method::Rtn,
+                MethodArg::Imatrix => Method::Imatrix,
+                MethodArg::Gptq => Method::Gptq,
+            },
+            passes: usize::from(self.passes),
+            target_correction: self.target_correction,
+            damp_percent: self.damp_percent,
+        }
+    }
+
+    /// How much is read.
+    pub fn samples(&self) -> SampleSettings {
+        SampleSettings {
+            context_tokens: self.calibration_context as usize,
+            max_sequences: self.calibration_sequences as usize,
+            seed: self.seed,
+        }
+    }
+}
+
 /// `--outtype`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum OutType {
@@ -390,6 +457,7 @@ impl ToGguf {
                 allow_fallback: self.allow_fallback,
             },
             widen: self.widen,
+            calibrated: self.calibration.calibration.is_some(),
             with_mtp: !self.no_mtp,
         }
     }

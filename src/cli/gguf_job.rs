@@ -22,6 +22,7 @@ use nemoconv::write::gguf::parts::Parts;
 use nemoconv::write::gguf::{self, NamedImatrix};
 use serde_json::Value;
 
+use super::calibration_job;
 use super::args::{OutType, ToGguf, tensor_type_rule};
 use super::output::{Talk, human_bytes, print_stdout, shape, table};
 use super::progress::Report;
@@ -48,6 +49,10 @@ pub fn to_gguf(args: &ToGguf, talk: &Talk, stop: &AtomicBool) -> Result<()> {
         peak_bytes,
     } = &prepared;
     announce(&prepared, talk);
+    let finished = match &args.calibration.calibration {
+        Some(text) => Some(calibration_job::calibrate(args, text, checkpoint, plan, &parts.parts[0].path, talk, stop)?),
+        None => None,
+    };
     let artifact = Artifact::create(parts)?;
     let conduct = Conduct {
         threads: args.thread_count(),
@@ -58,6 +63,7 @@ pub fn to_gguf(args: &ToGguf, talk: &Talk, stop: &AtomicBool) -> Result<()> {
     let summary = convert::convert(
         checkpoint,
         plan,
+        finished.as_ref(),
         &artifact,
         &parts.slots,
         conduct,
@@ -71,9 +77,12 @@ pub fn to_gguf(args: &ToGguf, talk: &Talk, stop: &AtomicBool) -> Result<()> {
         ));
     }
     let planned = receipt::plan_json(checkpoint, plan, parts, *peak_bytes);
-    let receipt = receipt::with_summary(planned, &summary);
+    let receipt = receipt::with_summary(planned, &summary, finished.as_ref());
     let written = artifact.publish()?;
     write_receipt(&written[0], &receipt)?;
+    if let Some(finished) = finished {
+        finished.remove()?;
+    }
     if args.json {
         print_stdout(format_args!("{receipt:#}"));
     } else {

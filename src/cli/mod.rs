@@ -1,6 +1,7 @@
 //! The command line: the only room that prints, reads flags and chooses exit codes.
 
 mod args;
+mod calibration_job;
 mod eval_job;
 mod eval_model;
 mod eval_progress;

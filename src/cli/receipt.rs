@@ -1,6 +1,7 @@
 //! `receipt.json`: what went in, what came out, what happened to every source tensor.
 
 use nemoconv::convert::Summary;
+use nemoconv::convert::calibrated::workspace::Workspace;
 use nemoconv::formats::checkpoint::Checkpoint;
 use nemoconv::plan::Plan;
 use nemoconv::write::gguf::parts::Parts;
@@ -85,7 +86,10 @@ fn sources_json(checkpoint: &Checkpoint, plan: &Plan) -> Value {
 }
 
 /// Adds what came of it.
-pub fn with_summary(mut plan: Value, summary: &Summary) -> Value {
+pub fn with_summary(mut plan: Value, summary: &Summary, finished: Option<&Workspace>) -> Value {
     plan["oddities"] = json!(summary.oddities);
+    if let Some(finished) = finished {
+        plan["rounding"] = json!(finished.outcomes().collect::<Vec<_>>());
+    }
     plan
 }

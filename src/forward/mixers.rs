@@ -332,7 +332,10 @@ impl<B: Backend> Moe<B> {
     fn run(&self, mut pass: Pass<'_, '_, B>, input: &B::Buffer) -> Result<B::Buffer> {
         let backend = pass.backend;
         let logits = pass.apply(&self.router, input)?;
-        let experts = backend.route(&logits, &self.router_bias, self.route);
+        let experts = match pass.observer.routing(pass.block) {
+            Some(experts) => experts,
+            None => backend.route(&logits, &self.router_bias, self.route),
+        };
         pass.observer.experts(pass.block, &experts);
         let narrowed = match &self.latent {
             Some((down, _)) => Some(pass.apply(down, input)?),

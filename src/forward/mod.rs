@@ -3,6 +3,7 @@
 //! Enters: a stored model and token ids. Leaves: logits, states, scores. Written once against the backend trait; knows
 //! no benchmark, no file format and no report.
 
+pub mod block;
 mod linear;
 pub mod log_softmax;
 mod mixers;
@@ -11,3 +12,5 @@ pub mod numerics;
 pub mod observer;
 pub mod scoring;
 pub mod state;
+
+pub use linear::required;

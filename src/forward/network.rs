@@ -1,7 +1,8 @@
 //! The whole network: embedding, pre-norm residual blocks, final norm, head.
 
+use super::block::Block;
 use super::linear::{Linear, required};
-use super::mixers::{Mixer, Pass, Turn, scan_shape};
+use super::mixers::{Turn, scan_shape};
 use super::numerics::Numerics;
 use super::observer::Observer;
 use super::state::State;
@@ -9,7 +10,6 @@ use crate::artifact::StoredModel;
 use crate::backend::{Backend, ScanShape};
 use crate::error::{Error, Fault, Result};
 use crate::model::config::NemotronHConfig;
-use crate::model::hybrid_pattern::BlockKind;
 
 /// A model that can be run.
 pub struct Network<B: Backend> {
@@ -17,7 +17,7 @@ pub struct Network<B: Backend> {
     config: NemotronHConfig,
     scan: ScanShape,
     embedding: Linear<B>,
-    blocks: Vec<(B::Buffer, BlockKind, Mixer<B>)>,
+    blocks: Vec<Block<B>>,
     norm: B::Buffer,
     /// `None` where the embedding serves.
     head: Option<Linear<B>>,
@@ -38,13 +38,9 @@ impl<B: Backend> Network<B> {
     /// A tensor is missing, of a type that cannot be decoded, or cannot be read.
     pub fn open(model: &StoredModel, backend: B, numerics: &Numerics) -> Result<Self> {
         let config = model.config().clone();
-        let kinds = config.pattern.kinds().iter().enumerate();
-        let blocks = kinds.map(|(block, kind)| {
-            let norm = required(model, &format!("blk.{block}.attn_norm.weight"))?;
-            let mixer = Mixer::open(&backend, model, block, *kind, numerics)?;
-            Ok((backend.vector(norm)?, *kind, mixer))
-        });
-        let blocks = blocks.collect::<Result<_>>()?;
+        let blocks = (0..config.pattern.kinds().len())
+            .map(|block| Block::open(model, &backend, block, numerics))
+            .collect::<Result<_>>()?;
         let head = model.tensor("output.weight");
         Ok(Self {
             embedding: Linear::open(&backend, model, "token_embd", numerics)?,
@@ -93,22 +89,10 @@ impl<B: Backend> Network<B> {
         let rows = tokens.len();
         let mut turns = turns_of(sequences);
         let mut residual = self.embedding.rows(&self.backend, &tokens)?;
-        for (block, (norm, kind, mixer)) in self.blocks.iter().enumerate() {
-            observer.residual(block, &self.backend, &residual, rows);
-            let normed = self
-                .backend
-                .rms_norm(&residual, norm, self.config.norm_epsilon());
-            let pass = Pass {
-                backend: &self.backend,
-                block,
-                rows,
-                turns: &mut turns,
-                observer,
-            };
-            let mixed = mixer.run(pass, &normed)?;
-            self.backend.add(&mut residual, &mixed);
-            if !self.backend.is_finite(&residual) {
-                return Err(not_finite(&format!("block {block} ({kind:?})")));
+        for (index, block) in self.blocks.iter().enumerate() {
+            if !block.run(&self.backend, &mut residual, rows, &mut turns, observer)? {
+                let place = format!("block {index} ({:?})", block.kind());
+                return Err(not_finite(&place));
             }
         }
         observer.residual(self.blocks.len(), &self.backend, &residual, rows);

@@ -15,6 +15,12 @@ pub trait Observer<B: Backend> {
         let _ = (block, experts);
     }
 
+    /// Experts to use instead of those that the router would choose now, one entry per expert.
+    fn routing(&mut self, block: usize) -> Option<Vec<ExpertRows>> {
+        let _ = block;
+        None
+    }
+
     /// The input of a matrix, `[rows, in_features]`; `matrix` counts experts.
     fn input(&mut self, tensor: &str, matrix: usize, backend: &B, input: &B::Buffer, rows: usize) {
         let _ = (tensor, matrix, backend, input, rows);

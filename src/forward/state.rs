@@ -19,6 +19,22 @@ pub enum BlockState<B: Backend> {
     Stateless,
 }
 
+impl<B: Backend> BlockState<B> {
+    fn empty(kind: BlockKind, backend: &B, config: &NemotronHConfig, scan: &ScanShape) -> Self {
+        match kind {
+            BlockKind::Mamba => Self::Mamba {
+                conv: backend.zeros((config.conv_kernel - 1) * scan.conv_dim()),
+                ssm: backend.zeros(scan.state_len()),
+            },
+            BlockKind::Attention => Self::Attention(KeyValues {
+                keys: backend.zeros(0),
+                values: backend.zeros(0),
+            }),
+            BlockKind::Mlp | BlockKind::Moe => Self::Stateless,
+        }
+    }
+}
+
 /// The state of one sequence after some tokens.
 pub struct State<B: Backend> {
     /// Tokens seen.
@@ -30,22 +46,18 @@ pub struct State<B: Backend> {
 impl<B: Backend> State<B> {
     /// Before the first token.
     pub fn empty(backend: &B, config: &NemotronHConfig, scan: &ScanShape) -> Self {
-        let conv_len = (config.conv_kernel - 1) * scan.conv_dim();
-        let block = |kind: &BlockKind| match kind {
-            BlockKind::Mamba => BlockState::Mamba {
-                conv: backend.zeros(conv_len),
-                ssm: backend.zeros(scan.state_len()),
-            },
-            BlockKind::Attention => BlockState::Attention(KeyValues {
-                keys: backend.zeros(0),
-                values: backend.zeros(0),
-            }),
-            BlockKind::Mlp | BlockKind::Moe => BlockState::Stateless,
-        };
+        let kinds = config.pattern.kinds().iter();
         Self {
             position: 0,
-            blocks: config.pattern.kinds().iter().map(block).collect(),
+            blocks: kinds.map(|kind| BlockState::empty(*kind, backend, config, scan)).collect(),
         }
+    }
+
+    /// The same where block `block` alone will be run.
+    pub fn of_block(backend: &B, config: &NemotronHConfig, scan: &ScanShape, block: usize) -> Self {
+        let mut blocks: Vec<_> = (0..block).map(|_| BlockState::Stateless).collect();
+        blocks.push(BlockState::empty(config.pattern.kinds()[block], backend, config, scan));
+        Self { position: 0, blocks }
     }
 
     /// An independent copy: whatever is run from it leaves this one as it is.

@@ -30,6 +30,8 @@ pub struct Settings {
     pub types: TypeSettings,
     /// Widen exactly to multiples of 256.
     pub widen: bool,
+    /// The model will be calibrated: named mixes are those that llama-quantize takes with an importance matrix.
+    pub calibrated: bool,
     /// Keep the multi-token-prediction head, if the model has one.
     pub with_mtp: bool,
 }
@@ -135,7 +137,7 @@ impl Plan {
             checkpoint,
             &config,
             settings,
-            imatrix.is_some(),
+            imatrix.is_some() || settings.calibrated,
             with_mtp,
         )?;
         let importance_entries = match imatrix {

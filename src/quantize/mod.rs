@@ -70,6 +70,11 @@ pub fn can_quantize(ty: GgmlType) -> bool {
     )
 }
 
+/// Whether codes are chosen: false for floats, whose values have one nearest each.
+pub fn is_searched(ty: GgmlType) -> bool {
+    !matches!(ty, GgmlType::F32 | GgmlType::F16 | GgmlType::BF16)
+}
+
 /// Quantizes whole rows; every row gives the same bytes alone and together with others.
 ///
 /// `rows`: `[n, row_len]`, row-major; `importance`: `[row_len]`, how much an error in each column counts

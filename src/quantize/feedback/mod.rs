@@ -8,6 +8,7 @@
 //! scales and codes ([`descent`]).
 
 pub mod cholesky;
+mod correction;
 mod descent;
 mod grid;
 mod moments;
@@ -29,6 +30,7 @@ use crate::formats::GgmlType;
 use cholesky::{STRIP, Strips};
 use descent::Pass;
 use grid::FeedbackGrid;
+pub use correction::corrected;
 pub use moments::{Damping, InputMoments};
 use sweep::{FirstPass, Half, ROWS, Row};
 

@@ -1,0 +1,70 @@
+//! Looking into a block while it runs: copies of the inputs of some matrices, and where tokens were routed.
+
+use std::collections::BTreeMap;
+
+use crate::backend::cpu::Cpu;
+use crate::backend::ExpertRows;
+use crate::forward::observer::Observer;
+
+/// Inputs of one matrix in one pass.
+#[derive(Debug, Clone, Default)]
+pub struct Captured {
+    /// `[rows, in_features]`.
+    pub rows: Vec<f32>,
+    /// Their length.
+    pub in_features: usize,
+    /// What each row counts; empty where all count 1.
+    pub weights: Vec<f32>,
+}
+
+/// Copies what it is asked for.
+#[derive(Debug, Default)]
+pub struct Capture<'a> {
+    wanted: &'a [&'a str],
+    routing: Option<&'a [ExpertRows]>,
+    /// By tensor and matrix.
+    pub inputs: BTreeMap<(String, usize), Captured>,
+    /// Which rows went to which expert.
+    pub routes: Vec<ExpertRows>,
+}
+
+impl<'a> Capture<'a> {
+    /// Copies inputs of the tensors `wanted`; with `routing`, tokens go where it says.
+    pub fn new(wanted: &'a [&'a str], routing: Option<&'a [ExpertRows]>) -> Self {
+        Self { wanted, routing, ..Self::default() }
+    }
+
+    /// An expert's output is multiplied with its weight, and so is its error: the square counts. Where no token chose an
+    /// expert it is shown all of them, with weight 0: they count alike.
+    fn weights_of(&self, tensor: &str, matrix: usize) -> Vec<f32> {
+        if !tensor.contains("_exps") {
+            return Vec::new();
+        }
+        let weights = &self.routes[matrix].weights;
+        match weights.iter().all(|weight| *weight == 0.0) {
+            true => Vec::new(),
+            false => weights.iter().map(|weight| weight * weight).collect(),
+        }
+    }
+}
+
+impl Observer<Cpu> for Capture<'_> {
+    fn experts(&mut self, _: usize, experts: &[ExpertRows]) {
+        self.routes = experts.to_vec();
+    }
+
+    fn routing(&mut self, _: usize) -> Option<Vec<ExpertRows>> {
+        self.routing.map(<[ExpertRows]>::to_vec)
+    }
+
+    fn input(&mut self, tensor: &str, matrix: usize, _: &Cpu, input: &Vec<f32>, rows: usize) {
+        if self.wanted.contains(&tensor) {
+            let captured = Captured {
+                in_features: input.len() / rows.max(1),
+                rows: input.clone(),
+                weights: self.weights_of(tensor, matrix),
+            };
+            self.inputs.insert((tensor.to_string(), matrix), captured);
+        }
+    }
+}

@@ -1,0 +1,53 @@
+//! One block of a network, run on the residual streams of a cell.
+
+use std::path::Path;
+use std::sync::Arc;
+
+use super::capture::Capture;
+use crate::artifact::{MemoryTensor, StoredModel};
+use crate::backend::cpu::{Cpu, Residence};
+use crate::error::{Error, Fault, Result};
+use crate::forward::block::Block;
+use crate::forward::numerics::Numerics;
+use crate::model::config::NemotronHConfig;
+
+/// A block with all its weights in memory.
+pub struct Layer {
+    model: Arc<StoredModel>,
+    backend: Cpu,
+    block: Block<Cpu>,
+    index: usize,
+}
+
+impl Layer {
+    /// Opens block `index` of the network that `config` describes, with the weights given.
+    ///
+    /// # Errors
+    /// A tensor of the block is missing or has a wrong shape.
+    pub fn open(config: &NemotronHConfig, index: usize, tensors: Vec<MemoryTensor>) -> Result<Self> {
+        let name = format!("block {index}");
+        let model = Arc::new(StoredModel::in_memory(Path::new(&name), config.clone(), tensors)?);
+        let backend = Cpu::new(Arc::clone(&model), Residence::Mapped);
+        let block = Block::open(&model, &backend, index, &Numerics::EXACT)?;
+        Ok(Self { model, backend, block, index })
+    }
+
+    /// The machine.
+    pub fn backend(&self) -> &Cpu {
+        &self.backend
+    }
+
+    /// Runs fresh sequences of `lengths` tokens, one after the other in `residual`, through the block.
+    ///
+    /// # Errors
+    /// A value that is not finite, naming the block.
+    pub fn run(&self, residual: &mut Vec<f32>, lengths: &[usize], capture: &mut Capture) -> Result<()> {
+        let numerics = Numerics::EXACT;
+        let is_finite = self.block.run_fresh(&self.model, &self.backend, residual, lengths, &numerics, capture)?;
+        if is_finite {
+            return Ok(());
+        }
+        let what = format!("block {} ({:?}) produced a value that is not finite", self.index, self.block.kind());
+        Err(Error::Run(Fault::new(what).hint("`nemoconv validate` names weights that are NaN or out of range")))
+    }
+}

@@ -1,0 +1,135 @@
+//! Sums of outer products of inputs: what rounding with error feedback minimizes against.
+
+use super::cells::Merge;
+use crate::backend::cpu::gram::{CHUNK_ROWS, Columns, products};
+use crate::backend::cpu::kernels::Isa;
+
+/// `sum of w u^T u` over inputs u of a matrix, and what else is known of them.
+#[derive(Debug, Clone, PartialEq)]
+pub struct SecondMoments {
+    /// `in_features`.
+    pub n: usize,
+    /// `[n, n]`, row-major; the part with column >= row is meant.
+    pub sums: Vec<f64>,
+    /// Sum of w.
+    pub weight: f64,
+    /// Inputs seen with a weight above 0.
+    pub tokens: u64,
+}
+
+impl SecondMoments {
+    /// Nothing seen.
+    pub fn empty(n: usize) -> Self {
+        Self { n, sums: vec![0.0; n * n], weight: 0.0, tokens: 0 }
+    }
+
+    /// Sees `rows [_, n]`, each with its weight; without weights each counts 1.
+    pub fn add(&mut self, isa: Isa, rows: &[f32], weights: Option<&[f32]>) {
+        let scaled;
+        let (rows, count) = match weights {
+            None => (rows, rows.len() / self.n),
+            Some(weights) => {
+                scaled = scale_rows(rows, self.n, weights);
+                (&scaled[..], weights.len())
+            }
+        };
+        let columns = Columns { values: rows, stride: self.n, range: 0..self.n };
+        for first in (0..count).step_by(CHUNK_ROWS) {
+            let chunk = first..(first + CHUNK_ROWS).min(count);
+            let add = |out: &mut f64, sum: f32| *out += f64::from(sum);
+            products(isa, chunk, &columns, &columns, true, &mut self.sums, self.n, add);
+        }
+        let seen = |weight: f32| (f64::from(weight), u64::from(weight > 0.0));
+        let (weight, tokens) = match weights {
+            None => (count as f64, count as u64),
+            Some(weights) => weights.iter().fold((0.0, 0), |(sum, tokens), weight| {
+                (sum + seen(*weight).0, tokens + seen(*weight).1)
+            }),
+        };
+        self.weight += weight;
+        self.tokens += tokens;
+    }
+
+    /// `E[u^T u]`: `[n, n]`; zero where nothing was seen.
+    pub fn mean(&self) -> Vec<f64> {
+        let per_weight = if self.weight > 0.0 { 1.0 / self.weight } else { 0.0 };
+        self.sums.iter().map(|sum| sum * per_weight).collect()
+    }
+
+    /// `E[u_j^2]`, `[n]`.
+    pub fn mean_squares(&self) -> Vec<f32> {
+        let per_weight = if self.weight > 0.0 { 1.0 / self.weight } else { 0.0 };
+        (0..self.n).map(|j| (self.sums[j * self.n + j] * per_weight) as f32).collect()
+    }
+}
+
+impl Merge for SecondMoments {
+    fn merge(&mut self, later: Self) {
+        self.sums.iter_mut().zip(&later.sums).for_each(|(sum, later)| *sum += later);
+        self.weight += later.weight;
+        self.tokens += later.tokens;
+    }
+}
+
+fn scale_rows(rows: &[f32], n: usize, weights: &[f32]) -> Vec<f32> {
+    let rows = rows.chunks_exact(n).zip(weights);
+    rows.flat_map(|(row, weight)| {
+        let factor = weight.sqrt();
+        row.iter().map(move |x| x * factor)
+    })
+    .collect()
+}
+
+/// `sum of v^T u` over pairs of inputs: v of the original network, u of the rounded one.
+#[derive(Debug, Clone, PartialEq)]
+pub struct CrossMoments {
+    /// `in_features`.
+    pub n: usize,
+    /// `[n of v, n of u]`, row-major.
+    pub sums: Vec<f64>,
+    /// Pairs seen.
+    pub tokens: u64,
+}
+
+impl CrossMoments {
+    /// Sees pairs of rows `[_, n]`.
+    pub fn of(isa: Isa, n: usize, original: &[f32], rounded: &[f32]) -> Self {
+        let mut sums = vec![0.0; n * n];
+        let count = rounded.len() / n;
+        let columns = |values| Columns { values, stride: n, range: 0..n };
+        for first in (0..count).step_by(CHUNK_ROWS) {
+            let chunk = first..(first + CHUNK_ROWS).min(count);
+            let add = |out: &mut f64, sum: f32| *out += f64::from(sum);
+            products(isa, chunk, &columns(rounded), &columns(original), false, &mut sums, n, add);
+        }
+        Self { n, sums, tokens: count as u64 }
+    }
+}
+
+impl Merge for CrossMoments {
+    fn merge(&mut self, later: Self) {
+        self.sums.iter_mut().zip(&later.sums).for_each(|(sum, later)| *sum += later);
+        self.tokens += later.tokens;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn weights_count_and_unseen_rows_do_not() {
+        let rows = [1.0, 2.0, 3.0, 5.0, 7.0, 11.0];
+        let mut moments = SecondMoments::empty(2);
+        moments.add(Isa::detect(), &rows, Some(&[1.0, 0.0, 4.0]));
+        assert_eq!((moments.weight, moments.tokens), (5.0, 2));
+        assert_eq!(moments.sums[..2], [1.0 + 4.0 * 49.0, 2.0 + 4.0 * 77.0]);
+        assert_eq!(moments.mean_squares(), [197.0 / 5.0, (4.0 + 4.0 * 121.0) / 5.0]);
+    }
+
+    #[test]
+    fn pairs_are_ordered() {
+        let cross = CrossMoments::of(Isa::detect(), 2, &[1.0, 2.0], &[10.0, 100.0]);
+        assert_eq!(cross.sums, [10.0, 100.0, 20.0, 200.0]);
+    }
+}

@@ -1,0 +1,98 @@
+//! The residual streams of all cells between two blocks, in memory or, where they do not fit, in a file.
+
+use std::fs::File;
+use std::os::unix::fs::FileExt;
+
+use crate::error::{Error, Fault, Result};
+
+/// One array `[tokens, hidden]` per cell.
+#[derive(Debug)]
+pub struct Streams {
+    storage: Storage,
+    /// Values of each cell.
+    lengths: Vec<usize>,
+}
+
+#[derive(Debug)]
+enum Storage {
+    Memory(Vec<Vec<f32>>),
+    /// Cells one after the other.
+    File(File),
+}
+
+impl Streams {
+    /// Zeros. `in_file` keeps them in a nameless temporary file.
+    ///
+    /// # Errors
+    /// The file cannot be made.
+    pub fn new(lengths: Vec<usize>, in_file: bool) -> Result<Self> {
+        let storage = match in_file {
+            false => Storage::Memory(lengths.iter().map(|len| vec![0.0; *len]).collect()),
+            true => Storage::File(tempfile::tempfile().map_err(failed)?),
+        };
+        Ok(Self { storage, lengths })
+    }
+
+    /// The streams of a cell.
+    ///
+    /// # Errors
+    /// The file cannot be read.
+    pub fn read(&self, cell: usize) -> Result<Vec<f32>> {
+        match &self.storage {
+            Storage::Memory(cells) => Ok(cells[cell].clone()),
+            Storage::File(file) => {
+                let mut values = vec![0.0; self.lengths[cell]];
+                let bytes = bytemuck::cast_slice_mut(&mut values);
+                file.read_exact_at(bytes, self.offset(cell)).map_err(failed)?;
+                Ok(values)
+            }
+        }
+    }
+
+    /// Replaces the streams of a cell.
+    ///
+    /// # Errors
+    /// The file cannot be written.
+    pub fn write(&mut self, cell: usize, values: Vec<f32>) -> Result<()> {
+        assert_eq!(values.len(), self.lengths[cell]);
+        let offset = self.offset(cell);
+        match &mut self.storage {
+            Storage::Memory(cells) => cells[cell] = values,
+            Storage::File(file) => {
+                let bytes = bytemuck::cast_slice(&values);
+                file.write_all_at(bytes, offset).map_err(failed)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn offset(&self, cell: usize) -> u64 {
+        4 * self.lengths[..cell].iter().sum::<usize>() as u64
+    }
+}
+
+fn failed(source: std::io::Error) -> Error {
+    let what = "cannot keep residual streams in a temporary file";
+    Error::Write {
+        fault: Fault::new(what).hint("set TMPDIR to a folder with room, or allow more memory with `--max-ram`"),
+        source,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn cells_come_back_from_memory_and_file() {
+        for in_file in [false, true] {
+            let mut streams = Streams::new(vec![2, 0, 3], in_file).unwrap();
+            streams.write(2, vec![3.0, 4.0, 5.0]).unwrap();
+            streams.write(0, vec![1.0, 2.0]).unwrap();
+            streams.write(1, vec![]).unwrap();
+            assert_eq!(streams.read(0).unwrap(), [1.0, 2.0]);
+            assert_eq!(streams.read(1).unwrap(), [0.0; 0]);
+            assert_eq!(streams.read(2).unwrap(), [3.0, 4.0, 5.0]);
+        }
+    }
+}

@@ -1,0 +1,349 @@
+//! The spine of a calibrated conversion: block after block, statistics from the network as it is already rounded.
+//!
+//! Enters: the original weights, a plan, samples. Leaves: every tensor's stored bytes in a workspace, from which the
+//! artifact is assembled. Memory holds one block: its weights, its second moments; residual streams go to a file where
+//! they do not fit.
+
+mod ledger;
+mod moments;
+mod rounding;
+mod stages;
+pub mod workspace;
+
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use nemoconv_formats::GgmlType;
+use nemoconv_formats::block::dequantize;
+
+use super::Progress;
+use crate::artifact::{MemoryTensor, StoredModel};
+use crate::backend::ExpertRows;
+use crate::backend::cpu::kernels::Isa;
+use crate::backend::cpu::{Cpu, Residence};
+use crate::calibrate::capture::Capture;
+use crate::calibrate::layer::Layer;
+use crate::calibrate::samples::Samples;
+use crate::calibrate::stream::Streams;
+use crate::error::{Error, Result};
+use crate::plan::{Plan, PlannedTensor};
+use crate::quantize::feedback::Damping;
+pub use ledger::{ExpertTokens, TensorOutcome, Treatment};
+use moments::StageMoments;
+use workspace::Workspace;
+
+/// How weights are rounded when there are samples.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Method {
+    /// To the nearest point of the grid that the data-free search finds.
+    Rtn,
+    /// The same search, errors weighted by the mean squares of the inputs.
+    Imatrix,
+    /// With error feedback.
+    Gptq,
+}
+
+/// What the user decided about rounding.
+#[derive(Debug, Clone, Copy, PartialEq, serde::Serialize)]
+pub struct Rounding {
+    /// How weights are rounded.
+    pub method: Method,
+    /// Passes of coordinate descent after the first.
+    pub passes: usize,
+    /// Share of the correction towards the original network's outputs on inputs of the rounded one (beta), 0 to 1.
+    pub target_correction: f64,
+    /// What is added to second moments, as a share of their mean diagonal.
+    pub damp_percent: f64,
+}
+
+impl Default for Rounding {
+    fn default() -> Self {
+        Self {
+            method: Method::Gptq,
+            passes: 3,
+            target_correction: 0.0,
+            damp_percent: 0.01,
+        }
+    }
+}
+
+impl Rounding {
+    fn damping(&self) -> Damping {
+        Damping { first: self.damp_percent, ..Damping::default() }
+    }
+}
+
+/// Everything a calibrated conversion works on.
+pub struct Calibrated<'a> {
+    /// The original weights, by GGUF name.
+    pub weights: &'a StoredModel,
+    /// What each tensor becomes.
+    pub plan: &'a Plan,
+    /// What the network reads.
+    pub samples: &'a Samples,
+    /// How weights are rounded.
+    pub rounding: Rounding,
+    /// Bytes of memory that second moments and streams may take together.
+    pub memory_bytes: u64,
+    /// Told how far the work is.
+    pub progress: &'a dyn Progress,
+    /// Raised to stop.
+    pub stop: &'a AtomicBool,
+}
+
+impl Calibrated<'_> {
+    /// Rounds every tensor of the network into the workspace; what is there already is taken as it is.
+    ///
+    /// # Errors
+    /// A weight cannot be read, a block computes something that is not a number, the workspace cannot be written, a raised
+    /// `stop`.
+    pub fn run(&self, workspace: &mut Workspace) -> Result<()> {
+        let total = self.tensors().map(PlannedTensor::bytes).sum();
+        self.progress.begin("calibrating", total);
+        let mut streams = self.embed(workspace)?;
+        for block in 0..self.plan.config.pattern.kinds().len() {
+            self.block(block, &mut streams, workspace)?;
+        }
+        self.finish(&streams, workspace)?;
+        self.progress.end();
+        Ok(())
+    }
+
+    /// Tensors of the network that is run: all but those of a multi-token-prediction head.
+    fn tensors(&self) -> impl Iterator<Item = &PlannedTensor> {
+        let tensors = self.plan.tensors.iter();
+        tensors.filter(|tensor| self.weights.tensor(&tensor.name).is_some())
+    }
+
+    fn tensor(&self, name: &str) -> Option<&PlannedTensor> {
+        self.tensors().find(|tensor| tensor.name == name)
+    }
+
+    fn check_stop(&self) -> Result<()> {
+        match self.stop.load(Ordering::Relaxed) {
+            true => Err(Error::Interrupted),
+            false => Ok(()),
+        }
+    }
+
+    /// All values of one matrix of a tensor, f32.
+    fn matrix(&self, name: &str, matrix: usize) -> Result<Vec<f32>> {
+        let tensor = crate::forward::required(self.weights, name)?;
+        let mut values = vec![0.0; tensor.rows * tensor.columns];
+        self.weights.dequantize_rows(tensor, matrix, 0, &mut Vec::new(), &mut values)?;
+        Ok(values)
+    }
+
+    /// A tensor with bytes of type `ty`.
+    fn memory_tensor(&self, name: &str, ty: GgmlType, bytes: Arc<[u8]>) -> Result<MemoryTensor> {
+        let tensor = crate::forward::required(self.weights, name)?;
+        Ok(MemoryTensor {
+            name: name.to_string(),
+            ty,
+            matrices: tensor.matrices,
+            rows: tensor.rows,
+            columns: tensor.columns,
+            bytes,
+        })
+    }
+
+    /// A tensor of the original network.
+    fn original(&self, name: &str) -> Result<MemoryTensor> {
+        let tensor = crate::forward::required(self.weights, name)?;
+        let mut bytes = Vec::with_capacity(4 * tensor.weights() as usize);
+        for matrix in 0..tensor.matrices {
+            let values = self.matrix(name, matrix)?;
+            bytes.extend(values.iter().flat_map(|value| value.to_le_bytes()));
+        }
+        self.memory_tensor(name, GgmlType::F32, bytes.into())
+    }
+
+    /// A tensor as the workspace holds it.
+    fn rounded(&self, name: &str, workspace: &Workspace) -> Result<MemoryTensor> {
+        let ty = self.tensor(name).map_or(GgmlType::F32, |tensor| tensor.ty);
+        self.memory_tensor(name, ty, workspace.read(name)?.into())
+    }
+
+    /// Rounds the embedding, whose inputs are one-hot, and looks up every token in both versions.
+    fn embed(&self, workspace: &mut Workspace) -> Result<BothStreams> {
+        let name = "token_embd.weight";
+        self.round_plainly(name, workspace)?;
+        let hidden = self.weights.config().hidden_size;
+        let original = self.matrix(name, 0)?;
+        let stored = self.rounded(name, workspace)?;
+        let mut rounded = vec![0.0; original.len()];
+        dequantize(stored.ty, &stored.bytes, &mut rounded)?;
+        let cells: Vec<Vec<usize>> = self
+            .samples
+            .cells()
+            .map(|sequences| sequences.iter().map(Vec::len).collect())
+            .collect();
+        let lengths: Vec<usize> = cells.iter().map(|cell| hidden * cell.iter().sum::<usize>()).collect();
+        let stream_bytes = 8 * lengths.iter().sum::<usize>() as u64;
+        let in_file = stream_bytes > self.memory_bytes / 2;
+        let mut streams = BothStreams {
+            original: Streams::new(lengths.clone(), in_file)?,
+            rounded: Streams::new(lengths, in_file)?,
+            cells,
+        };
+        for (cell, sequences) in self.samples.cells().enumerate() {
+            let tokens = || sequences.iter().flatten().map(|token| *token as usize * hidden);
+            let look_up = |table: &[f32]| tokens().flat_map(|at| table[at..at + hidden].iter().copied()).collect();
+            streams.original.write(cell, look_up(&original))?;
+            streams.rounded.write(cell, look_up(&rounded))?;
+        }
+        Ok(streams)
+    }
+
+    /// Rounds one block and runs both streams through it.
+    fn block(&self, block: usize, streams: &mut BothStreams, workspace: &mut Workspace) -> Result<()> {
+        let prefix = format!("blk.{block}.");
+        let names: Vec<&str> = self
+            .tensors()
+            .map(|tensor| tensor.name.as_str())
+            .filter(|name| name.starts_with(&prefix))
+            .collect();
+        let stages = stages::of(self.plan.config.pattern.kinds()[block], &prefix, &names);
+        let is_staged = |name: &&str| stages.iter().flatten().any(|staged| staged == name);
+        for name in names.iter().filter(|name| !is_staged(name)) {
+            self.round_plainly(name, workspace)?;
+        }
+        let config = self.weights.config();
+        let originals = names.iter().map(|name| self.original(name)).collect::<Result<Vec<_>>>()?;
+        let original = Layer::open(config, block, originals.clone())?;
+        let routes = self.run_original(&original, streams)?;
+        for stage in &stages {
+            self.check_stop()?;
+            let open = stage.iter().filter(|name| !workspace.is_finished(name));
+            let open: Vec<&str> = open.copied().collect();
+            if open.is_empty() {
+                continue;
+            }
+            let current = self.current_layer(block, &names, &originals, workspace)?;
+            let stage = StageMoments { job: self, original: &original, current: &current, streams, routes: &routes };
+            stage.round(&open, workspace)?;
+        }
+        let current = self.current_layer(block, &names, &originals, workspace)?;
+        self.advance(&original, &current, streams, &routes)
+    }
+
+    /// The block with what is rounded so far, and the rest as it was.
+    fn current_layer(
+        &self,
+        block: usize,
+        names: &[&str],
+        originals: &[MemoryTensor],
+        workspace: &Workspace,
+    ) -> Result<Layer> {
+        let tensors = names.iter().zip(originals).map(|(name, original)| match workspace.is_finished(name) {
+            true => self.rounded(name, workspace),
+            false => Ok(original.clone()),
+        });
+        Layer::open(self.weights.config(), block, tensors.collect::<Result<_>>()?)
+    }
+
+    /// Where the original network routes each cell's tokens. Rounding must not change which experts read which samples.
+    fn run_original(&self, layer: &Layer, streams: &BothStreams) -> Result<Vec<Vec<ExpertRows>>> {
+        if self.plan.config.moe.is_none() {
+            return Ok(Vec::new());
+        }
+        let mut routes = Vec::new();
+        for (cell, lengths) in streams.cells.iter().enumerate() {
+            self.check_stop()?;
+            let mut capture = Capture::new(&[], None);
+            layer.run(&mut streams.original.read(cell)?, lengths, &mut capture)?;
+            routes.push(capture.routes);
+        }
+        show_starved_experts(&mut routes, &streams.cells);
+        Ok(routes)
+    }
+
+    /// Both streams through the finished block.
+    fn advance(
+        &self,
+        original: &Layer,
+        rounded: &Layer,
+        streams: &mut BothStreams,
+        routes: &[Vec<ExpertRows>],
+    ) -> Result<()> {
+        for cell in 0..streams.cells.len() {
+            self.check_stop()?;
+            let lengths = &streams.cells[cell];
+            let routing = routing_of(routes, cell);
+            let mut residual = streams.original.read(cell)?;
+            original.run(&mut residual, lengths, &mut Capture::new(&[], routing))?;
+            streams.original.write(cell, residual)?;
+            let mut residual = streams.rounded.read(cell)?;
+            rounded.run(&mut residual, lengths, &mut Capture::new(&[], routing))?;
+            streams.rounded.write(cell, residual)?;
+        }
+        Ok(())
+    }
+
+    /// The final norm and the head.
+    fn finish(&self, streams: &BothStreams, workspace: &mut Workspace) -> Result<()> {
+        let norm = "output_norm.weight";
+        self.round_plainly(norm, workspace)?;
+        let head = "output.weight";
+        if self.tensor(head).is_none() || workspace.is_finished(head) {
+            return Ok(());
+        }
+        let norm = self.matrix(norm, 0)?;
+        moments::round_head(self, head, &norm, streams, workspace)
+    }
+
+    /// Rounds a tensor whose inputs are not looked at.
+    fn round_plainly(&self, name: &str, workspace: &mut Workspace) -> Result<()> {
+        let Some(tensor) = self.tensor(name) else {
+            return Ok(());
+        };
+        if !workspace.is_finished(name) {
+            self.check_stop()?;
+            let (bytes, outcome) = rounding::plain(self, tensor)?;
+            workspace.finish(&bytes, outcome)?;
+        }
+        self.progress.advance(tensor.bytes());
+        Ok(())
+    }
+
+    /// For operations without weights.
+    fn backend(&self) -> Cpu {
+        let nothing = StoredModel::in_memory(Path::new("no weights"), self.weights.config().clone(), Vec::new());
+        Cpu::new(Arc::new(nothing.expect("nothing cannot be malformed")), Residence::Mapped)
+    }
+
+    fn isa(&self) -> Isa {
+        Isa::detect()
+    }
+}
+
+/// Residual streams of the original network and of the rounded one.
+struct BothStreams {
+    original: Streams,
+    rounded: Streams,
+    /// Lengths of the sequences of each cell.
+    cells: Vec<Vec<usize>>,
+}
+
+fn routing_of(routes: &[Vec<ExpertRows>], cell: usize) -> Option<&[ExpertRows]> {
+    routes.get(cell).map(Vec::as_slice).filter(|routes| !routes.is_empty())
+}
+
+/// An expert that no sample chose sees every token, with weight 0: its output stays out, its inputs are known.
+fn show_starved_experts(routes: &mut [Vec<ExpertRows>], cells: &[Vec<usize>]) {
+    let experts = routes.first().map_or(0, Vec::len);
+    for expert in 0..experts {
+        if routes.iter().any(|cell| !cell[expert].rows.is_empty()) {
+            continue;
+        }
+        for (cell, lengths) in routes.iter_mut().zip(cells) {
+            let tokens = lengths.iter().sum::<usize>();
+            cell[expert] = ExpertRows {
+                rows: (0..tokens as u32).collect(),
+                weights: vec![0.0; tokens],
+            };
+        }
+    }
+}

@@ -1,0 +1,259 @@
+//! One tensor to its stored bytes, by the method that fits what is known of its inputs.
+
+use nemoconv_formats::GgmlType;
+use nemoconv_formats::block::dequantize;
+
+use super::moments::{Seen, SeenInputs};
+use super::{Calibrated, ExpertTokens, Method, TensorOutcome, Treatment};
+use crate::calibrate::second_moments::SecondMoments;
+use crate::error::Result;
+use crate::plan::PlannedTensor;
+use crate::quantize::feedback::{self, InputMoments, can_feed_back};
+use crate::quantize::quantize_rows;
+
+/// Rounds a tensor whose inputs are not known.
+pub fn plain(job: &Calibrated, tensor: &PlannedTensor) -> Result<(Vec<u8>, TensorOutcome)> {
+    let shape = crate::forward::required(job.weights, &tensor.name)?.clone();
+    let mut outcome = empty_outcome(tensor);
+    let mut bytes = Vec::new();
+    for matrix in 0..shape.matrices {
+        let values = job.matrix(&tensor.name, matrix)?;
+        outcome.nonfinite += nonfinite(&values);
+        let (stored, overflows) = nearest(tensor.ty, shape.columns, &values, None);
+        outcome.overflows += overflows;
+        bytes.extend(stored);
+    }
+    Ok((bytes, outcome))
+}
+
+/// Rounds a tensor with what is known of its inputs, under the name of the tensor that was captured.
+pub fn with_inputs(
+    job: &Calibrated,
+    tensor: &PlannedTensor,
+    input: &str,
+    seen: &SeenInputs,
+) -> Result<(Vec<u8>, TensorOutcome)> {
+    let shape = crate::forward::required(job.weights, &tensor.name)?.clone();
+    let pool = (shape.matrices > 1).then(|| pool(input, seen)).flatten();
+    let mut sums = Sums::default();
+    let mut outcome = empty_outcome(tensor);
+    let mut bytes = Vec::new();
+    for matrix in 0..shape.matrices {
+        let values = job.matrix(&tensor.name, matrix)?;
+        outcome.nonfinite += nonfinite(&values);
+        let seen = seen.get(&(input.to_string(), matrix));
+        let rows = Rows { job, ty: tensor.ty, columns: shape.columns, values: &values };
+        let rounded = rows.round(seen, pool.as_ref(), is_writer(&tensor.name));
+        outcome.overflows += rounded.overflows;
+        outcome.dead_inputs = outcome.dead_inputs.max(rounded.dead_inputs);
+        sums.add(&rounded);
+        if shape.matrices > 1 {
+            let moments = seen.map(|seen| &seen.moments);
+            outcome.experts.push(ExpertTokens {
+                tokens: moments.map_or(0, |moments| moments.tokens),
+                weight: moments.map_or(0.0, |moments| moments.weight),
+                treatment: rounded.treatment,
+            });
+        }
+        outcome.tokens = Some(outcome.tokens.unwrap_or(0) + seen.map_or(0, |seen| seen.moments.tokens));
+        bytes.extend(rounded.bytes);
+    }
+    sums.write(&mut outcome);
+    Ok((bytes, outcome))
+}
+
+fn empty_outcome(tensor: &PlannedTensor) -> TensorOutcome {
+    TensorOutcome {
+        tensor: tensor.name.clone(),
+        ty: tensor.ty.name().to_string(),
+        bits_per_weight: tensor.ty.bits_per_weight(),
+        treatment: match tensor.ty {
+            GgmlType::F32 | GgmlType::F16 | GgmlType::BF16 => Treatment::Kept,
+            _ => Treatment::Rtn,
+        },
+        rtn_loss: None,
+        loss: None,
+        damping: None,
+        tokens: None,
+        dead_inputs: 0,
+        nonfinite: 0,
+        overflows: 0,
+        experts: Vec::new(),
+    }
+}
+
+fn nonfinite(values: &[f32]) -> u64 {
+    values.iter().map(|value| u64::from(!value.is_finite())).sum()
+}
+
+fn is_writer(name: &str) -> bool {
+    name.contains("ffn_down_exps")
+}
+
+/// All experts' inputs together.
+fn pool(input: &str, seen: &SeenInputs) -> Option<SecondMoments> {
+    let mut pool: Option<SecondMoments> = None;
+    for (_, seen) in seen.iter().filter(|((name, _), _)| name == input) {
+        match &mut pool {
+            None => pool = Some(seen.moments.clone()),
+            Some(pool) => crate::calibrate::cells::Merge::merge(pool, seen.moments.clone()),
+        }
+    }
+    pool
+}
+
+fn nearest(ty: GgmlType, columns: usize, values: &[f32], importance: Option<&[f32]>) -> (Vec<u8>, u64) {
+    let mut bytes = vec![0; ty.bytes_for(values.len() as u64).unwrap_or(0) as usize];
+    let overflows = quantize_rows(ty, columns, values, importance, &mut bytes).0;
+    (bytes, overflows)
+}
+
+/// Losses of all matrices of a tensor.
+#[derive(Default)]
+struct Sums {
+    energy: f64,
+    rtn_loss: f64,
+    loss: f64,
+    damping: Option<f64>,
+    treatments: Vec<Treatment>,
+}
+
+impl Sums {
+    fn add(&mut self, rounded: &RoundedMatrix) {
+        self.energy += rounded.energy;
+        self.rtn_loss += rounded.rtn_loss;
+        self.loss += rounded.loss;
+        self.damping = match (self.damping, rounded.damping) {
+            (Some(a), Some(b)) => Some(f64::max(a, b)),
+            (a, b) => a.or(b),
+        };
+        self.treatments.push(rounded.treatment);
+    }
+
+    fn write(self, outcome: &mut TensorOutcome) {
+        let count = |treatment: &&Treatment| self.treatments.iter().filter(|other| other == treatment).count();
+        if let Some(treatment) = self.treatments.iter().max_by_key(count) {
+            outcome.treatment = *treatment;
+        }
+        outcome.damping = self.damping;
+        if self.energy > 0.0 {
+            outcome.rtn_loss = Some(self.rtn_loss / self.energy);
+            outcome.loss = Some(self.loss / self.energy);
+        }
+    }
+}
+
+/// What became of one matrix.
+struct RoundedMatrix {
+    bytes: Vec<u8>,
+    treatment: Treatment,
+    /// `tr(W M W^T)`.
+    energy: f64,
+    rtn_loss: f64,
+    loss: f64,
+    damping: Option<f64>,
+    dead_inputs: usize,
+    overflows: u64,
+}
+
+/// One matrix about to be rounded.
+struct Rows<'a> {
+    job: &'a Calibrated<'a>,
+    ty: GgmlType,
+    columns: usize,
+    values: &'a [f32],
+}
+
+impl Rows<'_> {
+    fn round(&self, seen: Option<&Seen>, pool: Option<&SecondMoments>, is_writer: bool) -> RoundedMatrix {
+        let (rtn, rtn_overflows) = nearest(self.ty, self.columns, self.values, None);
+        let unknown = |bytes, treatment, overflows| RoundedMatrix {
+            bytes,
+            treatment,
+            energy: 0.0,
+            rtn_loss: 0.0,
+            loss: 0.0,
+            damping: None,
+            dead_inputs: 0,
+            overflows,
+        };
+        if !crate::quantize::is_searched(self.ty) {
+            return unknown(rtn, Treatment::Kept, rtn_overflows);
+        }
+        let Some(seen) = seen else {
+            return unknown(rtn, Treatment::Rtn, rtn_overflows);
+        };
+        let matrix = shrunk(&seen.moments, pool, is_writer);
+        let damping = self.job.rounding.damping();
+        let Some(moments) = InputMoments::new(self.job.isa(), self.columns, &matrix, damping) else {
+            return unknown(rtn, Treatment::Fallback, rtn_overflows);
+        };
+        let (bytes, treatment, overflows) = match self.job.rounding.method {
+            Method::Rtn => (rtn.clone(), Treatment::Rtn, rtn_overflows),
+            Method::Gptq if can_feed_back(self.ty) => {
+                let (bytes, overflows) = self.feed_back(seen, &moments);
+                (bytes, Treatment::Gptq, overflows)
+            }
+            _ => {
+                let importance = seen.moments.mean_squares();
+                let (bytes, overflows) = nearest(self.ty, self.columns, self.values, Some(&importance));
+                (bytes, Treatment::Imatrix, overflows)
+            }
+        };
+        RoundedMatrix {
+            energy: feedback::loss(self.job.isa(), self.values, &moments) * moments.unit,
+            rtn_loss: self.loss(&rtn, &moments),
+            loss: self.loss(&bytes, &moments),
+            bytes,
+            treatment,
+            damping: Some(moments.damping),
+            dead_inputs: moments.dead_inputs,
+            overflows,
+        }
+    }
+
+    fn feed_back(&self, seen: &Seen, moments: &InputMoments) -> (Vec<u8>, u64) {
+        let beta = self.job.rounding.target_correction;
+        let corrected = seen.cross.as_ref().filter(|_| beta > 0.0).map(|cross| {
+            feedback::corrected(self.job.isa(), self.values, cross, &seen.moments, moments, beta)
+        });
+        let rows = corrected.as_deref().unwrap_or(self.values);
+        let mut bytes = vec![0; self.ty.bytes_for(rows.len() as u64).unwrap_or(0) as usize];
+        let passes = self.job.rounding.passes;
+        let rounded = feedback::quantize_rows(self.job.isa(), self.ty, rows, moments, passes, &mut bytes);
+        (bytes, rounded.overflow)
+    }
+
+    /// Of stored bytes against the original weights.
+    fn loss(&self, bytes: &[u8], moments: &InputMoments) -> f64 {
+        let mut stored = vec![0.0; self.values.len()];
+        dequantize(self.ty, bytes, &mut stored).expect("the type was written just now");
+        stored.iter_mut().zip(self.values).for_each(|(stored, value)| *stored = value - *stored);
+        feedback::loss(self.job.isa(), &stored, moments) * moments.unit
+    }
+}
+
+/// An expert's second moments, drawn towards what is known of all where it saw little: readers towards the pool, writers,
+/// whose inputs lie in a basis of their own, towards their own mean diagonal. The pool counts as half as many tokens as
+/// there are inputs.
+fn shrunk(own: &SecondMoments, pool: Option<&SecondMoments>, is_writer: bool) -> Vec<f64> {
+    let Some(pool) = pool else {
+        return own.mean();
+    };
+    let n = own.n;
+    // In tokens, since weights of experts are no counts.
+    let (seen, prior) = (own.tokens as f64, n as f64 / 2.0);
+    let (own_share, prior_share) = (seen / (seen + prior), prior / (seen + prior));
+    let mut mean = own.mean();
+    mean.iter_mut().for_each(|value| *value *= own_share);
+    if is_writer {
+        let diagonal = (0..n).map(|j| mean[j * n + j]).sum::<f64>() / n as f64;
+        // The mean diagonal was scaled with the rest.
+        let own_diagonal = diagonal / own_share.max(f64::MIN_POSITIVE);
+        (0..n).for_each(|j| mean[j * n + j] += prior_share * own_diagonal);
+    } else {
+        let pool = pool.mean();
+        mean.iter_mut().zip(pool).for_each(|(value, pool)| *value += prior_share * pool);
+    }
+    mean
+}
