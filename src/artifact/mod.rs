@@ -1,12 +1,13 @@
 //! A stored model, whatever its container: a Hugging Face checkpoint or a GGUF file seen as one list of tensors.
 //!
-//! Enters: a path or hub id. Leaves: [`StoredModel`], sizes and tensors under GGUF names, rows as stored bytes or as
+//! Enters: a path or hub id, or tensors in memory. Leaves: [`StoredModel`], sizes and tensors under GGUF names, rows as stored bytes or as
 //! f32. A checkpoint is read as the GGUF file it would become in its own float type, so that everything downstream
 //! knows one naming and one layout. Computes nothing.
 
 mod checkpoint;
 pub(crate) mod gguf;
 pub(crate) mod gguf_config;
+mod memory;
 
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
@@ -20,8 +21,10 @@ use crate::model::config::NemotronHConfig;
 use crate::model::nemotron_h::{Presence, Widths, expected_tensors};
 use checkpoint::CheckpointStorage;
 use gguf::GgufStorage;
+use memory::MemoryStorage;
 
 pub use gguf::open_parts;
+pub use memory::MemoryTensor;
 
 /// A tensor as it is stored: one matrix `[rows, columns]`, or a stack of them, one per expert.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -66,12 +69,15 @@ pub enum Container {
     Checkpoint,
     /// GGUF, in one file or in parts.
     Gguf,
+    /// Memory: computed by this program. Its numerics are those of a checkpoint.
+    Memory,
 }
 
 #[derive(Debug)]
 enum Storage {
     Checkpoint(Box<CheckpointStorage>),
     Gguf(GgufStorage),
+    Memory(MemoryStorage),
 }
 
 /// A model that can be read: headers checked against the architecture, weights untouched.
@@ -122,23 +128,49 @@ impl StoredModel {
         )
     }
 
+    /// A model of tensors in memory, which may be a part of one: not every tensor of the architecture has to be there.
+    /// `path` is what errors name: where the values come from.
+    ///
+    /// # Errors
+    /// The bytes of a tensor are not those of its shape.
+    pub fn in_memory(
+        path: &Path,
+        config: NemotronHConfig,
+        tensors: Vec<MemoryTensor>,
+    ) -> Result<Self> {
+        let storage =
+            MemoryStorage::new(tensors).map_err(|fault| Error::Model(fault.in_file(path)))?;
+        let tensors = storage.tensors();
+        let storage = Storage::Memory(storage);
+        Ok(Self::unchecked(path, config, tensors, storage))
+    }
+
     fn new(
         path: &Path,
         config: NemotronHConfig,
         tensors: Vec<StoredTensor>,
         storage: Storage,
     ) -> Result<Self> {
+        let model = Self::unchecked(path, config, tensors, storage);
+        model.check_tensors()?;
+        Ok(model)
+    }
+
+    fn unchecked(
+        path: &Path,
+        config: NemotronHConfig,
+        tensors: Vec<StoredTensor>,
+        storage: Storage,
+    ) -> Self {
         let names = tensors.iter().enumerate();
         let by_name = names.map(|(index, t)| (t.name.clone(), index)).collect();
-        let model = Self {
+        Self {
             path: path.to_owned(),
             config,
             tensors,
             by_name,
             storage,
-        };
-        model.check_tensors()?;
-        Ok(model)
+        }
     }
 
     /// Where the model was opened.
@@ -151,6 +183,7 @@ impl StoredModel {
         match self.storage {
             Storage::Checkpoint(_) => Container::Checkpoint,
             Storage::Gguf(_) => Container::Gguf,
+            Storage::Memory(_) => Container::Memory,
         }
     }
 
@@ -172,16 +205,16 @@ impl StoredModel {
     /// Keys of a GGUF file.
     pub fn metadata(&self) -> Option<&Metadata> {
         match &self.storage {
-            Storage::Checkpoint(_) => None,
             Storage::Gguf(storage) => Some(storage.metadata()),
+            Storage::Checkpoint(_) | Storage::Memory(_) => None,
         }
     }
 
     /// The files of a GGUF model, the first part first.
     pub fn parts(&self) -> &[Gguf] {
         match &self.storage {
-            Storage::Checkpoint(_) => &[],
             Storage::Gguf(storage) => storage.parts(),
+            Storage::Checkpoint(_) | Storage::Memory(_) => &[],
         }
     }
 
@@ -189,7 +222,7 @@ impl StoredModel {
     pub fn checkpoint(&self) -> Option<&Checkpoint> {
         match &self.storage {
             Storage::Checkpoint(storage) => Some(storage.checkpoint()),
-            Storage::Gguf(_) => None,
+            Storage::Gguf(_) | Storage::Memory(_) => None,
         }
     }
 
@@ -211,6 +244,7 @@ impl StoredModel {
         match &self.storage {
             Storage::Checkpoint(storage) => storage.mapped_rows(tensor, matrix, first_row, rows),
             Storage::Gguf(storage) => storage.mapped_rows(tensor, matrix, first_row, rows),
+            Storage::Memory(storage) => storage.rows(tensor, matrix, first_row, rows),
         }
     }
 
@@ -228,6 +262,13 @@ impl StoredModel {
         match &self.storage {
             Storage::Checkpoint(storage) => storage.read_rows(tensor, matrix, first_row, bytes),
             Storage::Gguf(storage) => storage.read_rows(tensor, matrix, first_row, bytes),
+            Storage::Memory(storage) => {
+                let rows = bytes.len() / tensor.row_bytes().max(1);
+                let stored = storage.rows(tensor, matrix, first_row, rows);
+                let stored = stored.ok_or_else(|| self.fault("has no such rows", &tensor.name))?;
+                bytes.copy_from_slice(stored);
+                Ok(())
+            }
         }
     }
 
@@ -249,10 +290,10 @@ impl StoredModel {
             .map_err(|error| error.in_tensor(&tensor.name).in_file(&self.path).into())
     }
 
-    /// Where a row begins in the file that holds it; `None` for a checkpoint, whose rows are made.
+    /// Where a row begins in the file that holds it; `None` for a checkpoint, whose rows are made, and in memory.
     pub fn file_offset(&self, tensor: &StoredTensor, matrix: usize, row: usize) -> Option<u64> {
         match self.storage {
-            Storage::Checkpoint(_) => None,
+            Storage::Checkpoint(_) | Storage::Memory(_) => None,
             Storage::Gguf(_) => Some(gguf::row_offset(tensor, matrix, row)),
         }
     }
@@ -325,6 +366,28 @@ mod tests {
             .dequantize_rows(a, 0, 0, &mut Vec::new(), &mut values)
             .unwrap();
         assert!(values.iter().all(|a| *a < 0.0), "{values:?}");
+    }
+
+    #[test]
+    fn a_part_of_a_model_in_memory_reads_as_it_was_given() {
+        let nano = StoredModel::open(nemoconv_fixtures::nano().to_str().unwrap()).unwrap();
+        let stack = MemoryTensor::of_f32("stack", [2, 1, 2], &[1.0, 2.0, 3.0, 4.0]);
+        let in_memory = |tensor: MemoryTensor| {
+            StoredModel::in_memory(nano.path(), nano.config().clone(), vec![tensor])
+        };
+        let model = in_memory(stack.clone()).unwrap();
+        assert_eq!(model.container(), Container::Memory);
+        let tensor = model.tensor("stack").unwrap();
+        let mut values = [0.0; 2];
+        model
+            .dequantize_rows(tensor, 1, 0, &mut Vec::new(), &mut values)
+            .unwrap();
+        assert_eq!(values, [3.0, 4.0]);
+        assert_eq!(model.mapped_rows(tensor, 0, 0, 1).unwrap().len(), 8);
+        assert_eq!(model.mapped_rows(tensor, 1, 1, 1), None);
+        let short = MemoryTensor { rows: 2, ..stack };
+        let error = in_memory(short).unwrap_err().to_string();
+        assert!(error.contains("`stack`: 16 bytes are not F32"), "{error}");
     }
 
     #[test]

@@ -132,7 +132,7 @@ impl Job<'_> {
         // A reference that has its own tokenizer files decides: a wrong tokenizer in the artifact is a finding elsewhere.
         let tokens_of = match theirs.container() {
             Container::Checkpoint => &theirs,
-            Container::Gguf => stored,
+            Container::Gguf | Container::Memory => stored,
         };
         let text = self.chunked(tokens_of, text)?;
         let residence = self.residence(&[stored, &theirs])?;

@@ -59,7 +59,7 @@ impl Numerics {
     /// What the runtime of a container does: llama.cpp's arithmetic for GGUF, the definition for a checkpoint.
     pub fn of_target(model: &StoredModel) -> Self {
         match model.container() {
-            Container::Checkpoint => Self::EXACT,
+            Container::Checkpoint | Container::Memory => Self::EXACT,
             Container::Gguf => Self {
                 activations: ActivationScheme::Runtime,
                 attention: AttentionArithmetic::F16,

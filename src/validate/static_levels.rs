@@ -88,6 +88,7 @@ pub fn subject(model: &StoredModel, path: &str) -> Subject {
         format: match model.container() {
             Container::Gguf => "GGUF".into(),
             Container::Checkpoint => "checkpoint".into(),
+            Container::Memory => "memory".into(),
         },
         name: text("general.name"),
         architecture: text("general.architecture").or(Some(own.into())),
