@@ -28,6 +28,7 @@ mod matrix;
 mod model;
 mod orthogonal;
 mod random;
+mod restore;
 mod sidecar;
 mod smoothing;
 mod space;
@@ -42,8 +43,10 @@ use std::collections::BTreeMap;
 use serde::{Deserialize, Serialize};
 
 pub use matrix::SquareMatrix;
+pub(crate) use model::Rewritten;
 pub use model::RewrittenModel;
-pub use sidecar::{SHA256_KEY, SIDECAR_SUFFIX, SUMMARY_KEY, sidecar_of};
+pub use restore::Restore;
+pub use sidecar::{SHA256_KEY, SIDECAR_SUFFIX, SUMMARY_KEY, sha256_of, sidecar_of};
 pub use space::Space;
 pub use summary::RewriteSummary;
 

@@ -70,19 +70,7 @@ impl RewrittenModel {
     /// # Errors
     /// As [`Self::matrix`].
     pub fn in_memory(&self, tensor: &str) -> Result<MemoryTensor> {
-        let StoredTensor {
-            name,
-            matrices,
-            rows,
-            columns,
-            ..
-        } = self.view().tensor(tensor)?;
-        let mut values = Vec::new();
-        for matrix in 0..*matrices {
-            values.append(&mut self.matrix(name, matrix)?);
-        }
-        let shape = [*matrices, *rows, *columns];
-        Ok(MemoryTensor::of_f32(name.clone(), shape, &values))
+        self.view().in_memory(tensor)
     }
 
     /// All tensors in memory: a model that can be run.
@@ -96,7 +84,7 @@ impl RewrittenModel {
     }
 
     /// The same, borrowed.
-    pub(super) fn view(&self) -> Rewritten<'_> {
+    fn view(&self) -> Rewritten<'_> {
         Rewritten {
             stored: &self.stored,
             rewrites: &self.rewrites,
@@ -106,8 +94,10 @@ impl RewrittenModel {
 
 /// A model and rewrites of it, borrowed.
 #[derive(Debug, Clone, Copy)]
-pub(super) struct Rewritten<'a> {
+pub(crate) struct Rewritten<'a> {
+    /// The model before the rewrites.
     pub stored: &'a StoredModel,
+    /// Rewrites of it.
     pub rewrites: &'a Rewrites,
 }
 
@@ -142,6 +132,18 @@ impl<'a> Rewritten<'a> {
             }
             Change::Vector(map) => self.vector(tensor, wanted, &map, of),
         }
+    }
+
+    /// The whole tensor in memory, as F32.
+    pub fn in_memory(&self, tensor: &str) -> Result<MemoryTensor> {
+        let tensor = self.tensor(tensor)?;
+        let all: Vec<usize> = (0..tensor.rows).collect();
+        let mut values = Vec::new();
+        for matrix in 0..tensor.matrices {
+            values.append(&mut self.rows(&tensor.name, matrix, &all, |value| value as f32)?);
+        }
+        let shape = [tensor.matrices, tensor.rows, tensor.columns];
+        Ok(MemoryTensor::of_f32(tensor.name.clone(), shape, &values))
     }
 
     /// A tensor of the stored model.
