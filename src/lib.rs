@@ -11,6 +11,7 @@ pub mod model;
 pub mod plan;
 pub mod quantize;
 pub mod report;
+pub mod rewrite;
 pub mod validate;
 pub mod write;
 

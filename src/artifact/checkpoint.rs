@@ -13,6 +13,7 @@ use crate::error::Result;
 use crate::model::config::NemotronHConfig;
 use crate::plan::file_type::FileType;
 use crate::plan::types::TypeSettings;
+use crate::plan::widen::Widening;
 use crate::plan::{Plan, Settings};
 
 /// An open checkpoint and the plan by which its rows are read.
@@ -23,12 +24,19 @@ pub struct CheckpointStorage {
 }
 
 impl CheckpointStorage {
-    pub fn open(path: &Path) -> Result<Self> {
+    /// `widen`: as the file it would become with every width rounded up to whole super-blocks.
+    pub fn open(path: &Path, widen: bool) -> Result<Self> {
         let checkpoint = Checkpoint::open(path)?;
         let (_, config) = NemotronHConfig::open(&checkpoint)?;
+        let changes = widen && Widening::to_super_blocks(&config, false)?.is_widened();
+        // The factors of a widened stream leave no room in shorter floats.
+        let file_type = match changes {
+            true => FileType::F32,
+            false => own_float_type(&checkpoint),
+        };
         let settings = Settings {
-            types: TypeSettings::of(own_float_type(&checkpoint)),
-            widen: false,
+            types: TypeSettings::of(file_type),
+            widen,
             calibrated: false,
             with_mtp: false,
         };
@@ -40,8 +48,9 @@ impl CheckpointStorage {
         &self.checkpoint
     }
 
-    pub fn plan(&self) -> &Plan {
-        &self.plan
+    /// Sizes of the network as its tensors have them.
+    pub fn config(&self) -> NemotronHConfig {
+        self.plan.widening.widened(&self.plan.config)
     }
 
     pub fn tensors(&self) -> Vec<StoredTensor> {

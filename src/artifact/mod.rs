@@ -104,8 +104,27 @@ impl StoredModel {
         {
             Self::open_gguf(&path)
         } else {
-            Self::open_checkpoint(&path)
+            Self::open_checkpoint(&path, false)
         }
+    }
+
+    /// Opens a checkpoint as the file it would become with every width rounded up to whole super-blocks of 256: the same
+    /// function with larger sizes, in F32 where any width changes.
+    ///
+    /// # Errors
+    /// As [`Self::open`]; a GGUF file cannot be widened.
+    pub fn open_widened(model: &str) -> Result<Self> {
+        let path = locate(model)?;
+        if path
+            .extension()
+            .is_some_and(|extension| extension == "gguf")
+        {
+            let fault = Fault::new("a GGUF file cannot be widened").in_file(path);
+            return Err(Error::Plan(
+                fault.hint("name the checkpoint that it was made from"),
+            ));
+        }
+        Self::open_checkpoint(&path, true)
     }
 
     fn open_gguf(path: &Path) -> Result<Self> {
@@ -116,10 +135,10 @@ impl StoredModel {
         Self::new(path, config, tensors, Storage::Gguf(storage))
     }
 
-    fn open_checkpoint(path: &Path) -> Result<Self> {
-        let storage = CheckpointStorage::open(path)?;
+    fn open_checkpoint(path: &Path, widen: bool) -> Result<Self> {
+        let storage = CheckpointStorage::open(path, widen)?;
         let tensors = storage.tensors();
-        let config = storage.plan().config.clone();
+        let config = storage.config();
         Self::new(
             path,
             config,

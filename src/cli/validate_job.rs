@@ -13,12 +13,13 @@ use nemoconv::forward::numerics::{ActivationScheme, Numerics};
 use nemoconv::model::tokenizer::TextEncoder;
 use nemoconv::report::{Gates, KlBounds, Level, LevelReport, NoiseFloor, ValidationReport};
 use nemoconv::report::{html, json, junit, sarif, text};
+use nemoconv::rewrite::Rewrites;
 use nemoconv::validate::logits::compact_file::ReferenceHeader;
 use nemoconv::validate::logits::compact_reference::Keep;
 use nemoconv::validate::logits::perplexity::ChunkedText;
 use nemoconv::validate::reference_file::{ReferenceFile, write_compact, write_kld_base};
 use nemoconv::validate::side_by_side::{side_by_side, static_scales};
-use nemoconv::validate::{logits, static_levels};
+use nemoconv::validate::{Recorded, logits, recorded, static_levels};
 use nemoconv::write::gguf::artifact::create_sibling;
 
 use super::args::{Act, Validate};
@@ -137,22 +138,40 @@ impl Job<'_> {
         let text = self.chunked(tokens_of, text)?;
         let residence = self.residence(&[stored, &theirs])?;
         let exact = open(&theirs, residence, &Numerics::EXACT)?;
-        let numerics = self.numerics(stored, Some((&exact, &text)))?;
+        let recorded = recorded(stored);
+        // Inputs of a rewritten network have other sizes: then its own, with its weights, are measured.
+        let own = match recorded {
+            Recorded::None => None,
+            _ => Some(open(stored, residence, &Numerics::EXACT)?),
+        };
+        let numerics = self.numerics(stored, Some((own.as_ref().unwrap_or(&exact), &text)))?;
         let artifact = open(stored, residence, &numerics)?;
-        let measured = side_by_side(&exact, &artifact, &text, &self.watch("logits"))?;
+        let is_comparable = !matches!(recorded, Recorded::Unknown(_));
+        let rewrites = match recorded {
+            Recorded::Rewrites(rewrites) => *rewrites,
+            Recorded::None | Recorded::Unknown(_) => Rewrites::none(),
+        };
+        let watch = self.watch("logits");
+        let measured = side_by_side(&exact, &artifact, &rewrites, &text, &watch)?;
         let floor = Numerics {
             activations: ActivationScheme::Bf16,
             ..Numerics::EXACT
         };
         let rounded = open(&theirs, residence, &floor)?;
         let few = first_chunks(&text, FLOOR_CHUNKS)?;
-        let noise = side_by_side(&exact, &rounded, &few, &self.watch("noise floor"))?;
+        let (none, watch) = (Rewrites::none(), self.watch("noise floor"));
+        let noise = side_by_side(&exact, &rounded, &none, &few, &watch)?;
         report.noise_floor = Some(NoiseFloor {
             what: "activations of the reference rounded to BF16".into(),
             logits: noise.logits,
             layers: noise.layers,
         });
-        report.layers = measured.layers;
+        // Hidden values under rewrites that are not known cannot be told from wrong ones.
+        report.layers = if is_comparable {
+            measured.layers
+        } else {
+            Vec::new()
+        };
         report.logits = Some(measured.logits);
         self.conclude(report, &text, &numerics);
         Ok(())

@@ -220,6 +220,9 @@ impl Tile {
         let inside = self.rows.min(tensor.source.rows.saturating_sub(self.row));
         let (filled, rest) = values.split_at_mut(inside * tensor.stored.columns);
         rest.fill(0.0);
+        if inside == 0 {
+            return Ok(());
+        }
         let row_bytes = tensor.source.columns * entry.dtype.bytes();
         let bytes = scratch.bytes(inside * row_bytes);
         match interleave {

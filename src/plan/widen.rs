@@ -61,6 +61,21 @@ impl Widening {
         self.from != self.to
     }
 
+    /// Sizes of the network after widening.
+    pub fn widened(&self, config: &NemotronHConfig) -> NemotronHConfig {
+        let mut config = config.clone();
+        config.hidden_size = self.to.hidden;
+        if self.to.intermediate > 0 {
+            config.intermediate_size = Some(self.to.intermediate);
+        }
+        if let Some(moe) = &mut config.moe {
+            moe.moe_intermediate_size = self.to.expert_intermediate;
+            moe.moe_shared_expert_intermediate_size = self.to.shared_intermediate;
+            moe.moe_latent_size = moe.moe_latent_size.map(|_| self.to.latent);
+        }
+        config
+    }
+
     /// The factor a tensor takes for the way it meets the residual stream.
     pub fn factor(&self, stream: Stream) -> f32 {
         let growth = self.to.hidden as f64 / self.from.hidden as f64;

@@ -192,6 +192,9 @@ rules! {
     BytesDiffer: Weights, Error, "weights/bytes-differ",
         "tensors that should be equal differ",
         "A tensor that is stored without loss does not have the bytes of its source.";
+    RewritesMissing: Weights, Warning, "weights/rewrites-missing",
+        "the rewrites that the artifact records cannot be had",
+        "Its weights are those of a rewritten network and can only be compared through the sidecar `NAME.rewrites.safetensors` that was written with it. Put it beside the artifact.";
     NotComparable: Weights, Note, "weights/not-comparable",
         "a tensor has no counterpart in the reference",
         "It was merged, rewritten, or is absent on one side, so its error cannot be measured.";

@@ -6,9 +6,11 @@ pub mod container;
 mod found;
 pub mod logits;
 pub mod reference_file;
+mod rewritten;
 pub mod side_by_side;
 pub mod static_levels;
 pub mod tokenizer;
 pub mod weights;
 
 pub use found::Found;
+pub use rewritten::{Recorded, recorded};

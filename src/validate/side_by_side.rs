@@ -18,6 +18,7 @@ use crate::forward::observer::{Observer, Silent};
 use crate::forward::state::{BlockState, State};
 use crate::model::hybrid_pattern::BlockKind;
 use crate::report::{LayerDrift, LogitsDrift};
+use crate::rewrite::{Restore, Rewrites};
 
 /// What a comparison of two networks gives.
 #[derive(Debug, Clone)]
@@ -38,17 +39,21 @@ const SAMPLED_ROWS: usize = 16;
 /// Logits that are held at a time, per network.
 const LOGITS_AT_ONCE: usize = 1 << 22;
 
-/// Compares `artifact` with `reference` on every chunk of `text`.
+/// Compares `artifact` with `reference` on every chunk of `text`. Hidden values are compared in the reference's terms:
+/// `rewrites` are those that the artifact underwent.
 ///
 /// # Errors
 /// The networks are of different models, a value is not finite, a file cannot be read, `watch` says stop.
 pub fn side_by_side<B: Backend>(
     reference: &Network<B>,
     artifact: &Network<B>,
+    rewrites: &Rewrites,
     text: &ChunkedText,
     watch: Watch,
 ) -> Result<Measured> {
     check_same_model(reference, artifact)?;
+    rewrites.check(artifact.config())?;
+    let restore = rewrites.restore();
     let config = artifact.config();
     let kinds = config.pattern.kinds().iter().map(|kind| name_of(*kind));
     let mut layers = LayerAccumulator::new(kinds, text.context_tokens());
@@ -60,6 +65,7 @@ pub fn side_by_side<B: Backend>(
         let mut pair = Pair {
             reference: Side::new(reference, group.len()),
             artifact: Side::new(artifact, group.len()),
+            restore: &restore,
             layers: &mut layers,
             drift: &mut drift,
         };
@@ -193,6 +199,7 @@ impl<B: Backend> Observer<B> for Capture {
 struct Pair<'a, B: Backend> {
     reference: Side<'a, B>,
     artifact: Side<'a, B>,
+    restore: &'a Restore<'a>,
     layers: &'a mut LayerAccumulator,
     drift: &'a mut DriftAccumulator,
 }
@@ -221,6 +228,8 @@ impl<B: Backend> Pair<'_, B> {
         // A widened stream is `[x, 0] * sqrt(H' / H)`.
         let factor = (width as f32 / widened as f32).sqrt();
         for (layer, (theirs, ours)) in reference.outputs.iter().zip(&artifact.outputs).enumerate() {
+            let mut ours = ours.clone();
+            self.restore.stream(&mut ours);
             let rows = ours.chunks_exact(widened).flat_map(|row| &row[..width]);
             let ours: Vec<f32> = rows.map(|x| x * factor).collect();
             self.layers.push_output(layer, width, theirs, &ours);
@@ -242,7 +251,8 @@ impl<B: Backend> Pair<'_, B> {
         {
             let theirs = self.reference.ssm_state(chunk, block);
             let ours = self.artifact.ssm_state(chunk, block);
-            if let (Some(theirs), Some(ours)) = (theirs, ours) {
+            if let (Some(theirs), Some(mut ours)) = (theirs, ours) {
+                self.restore.state(block, config.mamba_head_dim, &mut ours);
                 let heads = config.mamba_num_heads;
                 self.layers.push_state(block, time, heads, &theirs, &ours);
             }

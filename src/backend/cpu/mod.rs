@@ -12,7 +12,7 @@ pub mod kernels;
 pub use elementwise::exp;
 mod matmul;
 mod matvec;
-mod multiversion;
+pub(crate) mod multiversion;
 mod panel;
 mod rms_norm;
 mod route;

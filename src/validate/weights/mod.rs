@@ -1,7 +1,7 @@
 //! The weights level: every stored weight as a number, and against those it was made from.
 //!
 //! Enters: an artifact, and a reference in either container. Leaves: findings and the error of each tensor. Memory
-//! holds a tile per thread, whatever the size of the model.
+//! holds a tile per thread, whatever the size of the model; of a reference that has to be rewritten one tensor as f32.
 
 mod block_facts;
 mod expectation;
@@ -16,9 +16,11 @@ use rayon::prelude::*;
 
 use super::Found;
 use super::container::layer_of;
+use super::rewritten::{Recorded, of_same_widths, recorded};
 use crate::artifact::{StoredModel, StoredTensor};
 use crate::error::Result;
 use crate::report::{Finding, Rule, TensorError};
+use crate::rewrite::{Rewrites, Rewritten};
 use block_facts::BlockFacts;
 use expectation::Expectation;
 use statistics::{At, Measure, Statistics};
@@ -39,13 +41,46 @@ pub struct Weights {
     pub tensors: Vec<TensorError>,
 }
 
-/// Compares every tensor with the reference, or looks at the stored values alone. Runs in rayon's current pool.
+/// Compares every tensor with the reference, under the rewrites that the artifact records, or looks at the stored values
+/// alone. Runs in rayon's current pool.
 ///
 /// # Errors
 /// A file cannot be read.
 pub fn inspect(artifact: &StoredModel, reference: Option<&StoredModel>) -> Result<Weights> {
+    let recorded = reference.map_or(Recorded::None, |_| recorded(artifact));
+    let (rewrites, reference) = match recorded {
+        Recorded::None => (None, reference),
+        Recorded::Rewrites(rewrites) => (Some(*rewrites), reference),
+        Recorded::Unknown(why) => {
+            let mut weights = compare(artifact, None, None)?;
+            weights.found.push(Finding::new(Rule::RewritesMissing, why));
+            return Ok(weights);
+        }
+    };
+    let widened = match (&rewrites, reference) {
+        (Some(_), Some(reference)) => of_same_widths(artifact, reference)?,
+        _ => None,
+    };
+    let reference = widened.as_ref().or(reference);
+    if let (Some(rewrites), Some(reference)) = (&rewrites, reference)
+        && let Err(error) = rewrites.check(reference.config())
+    {
+        let mut weights = Weights::default();
+        let finding = Finding::new(Rule::DifferentModels, error.to_string());
+        weights.found.push(finding);
+        return Ok(weights);
+    }
+    compare(artifact, reference, rewrites.as_ref())
+}
+
+/// The same with the rewrites known that the reference has to undergo.
+fn compare(
+    artifact: &StoredModel,
+    reference: Option<&StoredModel>,
+    rewrites: Option<&Rewrites>,
+) -> Result<Weights> {
     let mut weights = Weights::default();
-    let pairing = reference.map(|reference| Pairing::new(artifact, reference));
+    let pairing = reference.map(|reference| Pairing::new(artifact, reference, rewrites));
     if let Some(finding) = pairing.as_ref().and_then(Pairing::of_other_sizes) {
         weights.found.push(finding);
         return Ok(weights);
@@ -60,7 +95,12 @@ pub fn inspect(artifact: &StoredModel, reference: Option<&StoredModel>) -> Resul
             weights.found.push(finding);
             continue;
         };
-        let pair = pairing.as_ref().and_then(|pairing| pairing.pair(tensor));
+        let rewritten = match &pairing {
+            Some(pairing) => pairing.rewritten(tensor)?,
+            None => None,
+        };
+        let pair = pairing.as_ref();
+        let pair = pair.and_then(|pairing| pairing.pair(tensor, rewritten.as_ref()));
         let measure = Measure {
             expectation: match &pair {
                 Some(pair) => expectation.against(&pair.expectation),
@@ -111,20 +151,28 @@ fn tensor_error(tensor: &StoredTensor, measure: &Measure, statistics: &Statistic
     }
 }
 
-/// An artifact and a reference, and what widening did to either.
+/// An artifact and a reference, and what widening and rewrites did to either.
 struct Pairing<'a> {
     reference: &'a StoredModel,
+    /// What the reference has to undergo.
+    rewrites: Option<&'a Rewrites>,
     views: (Views, Views),
     undo: bool,
     sizes_differ: Option<String>,
 }
 
 impl<'a> Pairing<'a> {
-    fn new(artifact: &StoredModel, reference: &'a StoredModel) -> Self {
+    fn new(
+        artifact: &StoredModel,
+        reference: &'a StoredModel,
+        rewrites: Option<&'a Rewrites>,
+    ) -> Self {
         let views = (Views::of(artifact), Views::of(reference));
-        let undo = !views.0.same_widths(&views.1);
+        // Rewrites are those of the widened model: there both have all their rows and columns.
+        let undo = rewrites.is_none() && !views.0.same_widths(&views.1);
         let mut pairing = Self {
             reference,
+            rewrites,
             views,
             undo,
             sizes_differ: None,
@@ -163,13 +211,35 @@ impl<'a> Pairing<'a> {
         Some(Finding::new(Rule::DifferentModels, what.as_str()))
     }
 
-    fn pair(&self, tensor: &StoredTensor) -> Option<Pair<'_>> {
-        let other = self.reference.tensor(&tensor.name)?;
+    /// The reference's tensor after its rewrites: a model of this tensor alone.
+    fn rewritten(&self, tensor: &StoredTensor) -> Result<Option<StoredModel>> {
+        let (Some(rewrites), Some(_)) = (self.rewrites, self.reference.tensor(&tensor.name)) else {
+            return Ok(None);
+        };
+        let view = Rewritten {
+            stored: self.reference,
+            rewrites,
+        };
+        let config = self.reference.config().clone();
+        let tensors = vec![view.in_memory(&tensor.name)?];
+        StoredModel::in_memory(self.reference.path(), config, tensors).map(Some)
+    }
+
+    fn pair<'b>(
+        &'b self,
+        tensor: &StoredTensor,
+        rewritten: Option<&'b StoredModel>,
+    ) -> Option<Pair<'b>> {
+        let stored = self.reference.tensor(&tensor.name)?;
+        let reference = rewritten.unwrap_or(self.reference);
+        let other = reference.tensor(&tensor.name)?;
         let (ours, theirs) = self.views_of(tensor, other);
+        let is_float = matches!(stored.ty, GgmlType::F32 | GgmlType::F16 | GgmlType::BF16);
         Some(Pair {
-            expectation: expectation::of(other.ty, is_steered(self.reference))?,
-            reference: self.reference,
+            expectation: expectation::of(stored.ty, is_steered(self.reference))?,
+            reference,
             tensor: other,
+            is_exact: rewritten.is_none() || is_float,
             ours,
             theirs,
         })
@@ -181,6 +251,8 @@ impl<'a> Pairing<'a> {
 struct Pair<'a> {
     reference: &'a StoredModel,
     tensor: &'a StoredTensor,
+    /// Whether the values are those that the artifact was made from, and not rounded before they were rewritten.
+    is_exact: bool,
     ours: View,
     theirs: View,
     expectation: Expectation,
@@ -195,7 +267,7 @@ impl Pair<'_> {
             (F32, F32 | F16 | BF16) | (F16, F16) | (BF16, BF16)
         );
         let factors = self.ours.factor == 1.0 && self.theirs.factor == 1.0;
-        holds && (factors || tensor.ty == F32)
+        holds && self.is_exact && (factors || tensor.ty == F32)
     }
 }
 
