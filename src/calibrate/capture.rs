@@ -2,8 +2,8 @@
 
 use std::collections::BTreeMap;
 
-use crate::backend::cpu::Cpu;
 use crate::backend::ExpertRows;
+use crate::backend::cpu::Cpu;
 use crate::forward::observer::Observer;
 
 /// Inputs of one matrix in one pass.
@@ -31,7 +31,11 @@ pub struct Capture<'a> {
 impl<'a> Capture<'a> {
     /// Copies inputs of the tensors `wanted`; with `routing`, tokens go where it says.
     pub fn new(wanted: &'a [&'a str], routing: Option<&'a [ExpertRows]>) -> Self {
-        Self { wanted, routing, ..Self::default() }
+        Self {
+            wanted,
+            routing,
+            ..Self::default()
+        }
     }
 
     /// An expert's output is multiplied with its weight, and so is its error: the square counts. Where no token chose an

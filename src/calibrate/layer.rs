@@ -24,12 +24,25 @@ impl Layer {
     ///
     /// # Errors
     /// A tensor of the block is missing or has a wrong shape.
-    pub fn open(config: &NemotronHConfig, index: usize, tensors: Vec<MemoryTensor>) -> Result<Self> {
+    pub fn open(
+        config: &NemotronHConfig,
+        index: usize,
+        tensors: Vec<MemoryTensor>,
+    ) -> Result<Self> {
         let name = format!("block {index}");
-        let model = Arc::new(StoredModel::in_memory(Path::new(&name), config.clone(), tensors)?);
+        let model = Arc::new(StoredModel::in_memory(
+            Path::new(&name),
+            config.clone(),
+            tensors,
+        )?);
         let backend = Cpu::new(Arc::clone(&model), Residence::Mapped);
         let block = Block::open(&model, &backend, index, &Numerics::EXACT)?;
-        Ok(Self { model, backend, block, index })
+        Ok(Self {
+            model,
+            backend,
+            block,
+            index,
+        })
     }
 
     /// The machine.
@@ -41,13 +54,31 @@ impl Layer {
     ///
     /// # Errors
     /// A value that is not finite, naming the block.
-    pub fn run(&self, residual: &mut Vec<f32>, lengths: &[usize], capture: &mut Capture) -> Result<()> {
+    pub fn run(
+        &self,
+        residual: &mut Vec<f32>,
+        lengths: &[usize],
+        capture: &mut Capture,
+    ) -> Result<()> {
         let numerics = Numerics::EXACT;
-        let is_finite = self.block.run_fresh(&self.model, &self.backend, residual, lengths, &numerics, capture)?;
+        let is_finite = self.block.run_fresh(
+            &self.model,
+            &self.backend,
+            residual,
+            lengths,
+            &numerics,
+            capture,
+        )?;
         if is_finite {
             return Ok(());
         }
-        let what = format!("block {} ({:?}) produced a value that is not finite", self.index, self.block.kind());
-        Err(Error::Run(Fault::new(what).hint("`nemoconv validate` names weights that are NaN or out of range")))
+        let what = format!(
+            "block {} ({:?}) produced a value that is not finite",
+            self.index,
+            self.block.kind()
+        );
+        Err(Error::Run(Fault::new(what).hint(
+            "`nemoconv validate` names weights that are NaN or out of range",
+        )))
     }
 }

@@ -9,4 +9,5 @@ pub mod cells;
 pub mod layer;
 pub mod samples;
 pub mod second_moments;
+pub mod statistics;
 pub mod stream;

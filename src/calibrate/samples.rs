@@ -45,7 +45,10 @@ impl Samples {
     /// The text is shorter than one window, or the encoder refuses it.
     pub fn of_text(encoder: &TextEncoder, text: &str, settings: SampleSettings) -> Result<Self> {
         let tokens = encoder.encode(text, None)?;
-        let bos = encoder.bos().map(|bos| bos.id).filter(|bos| tokens.first() == Some(bos));
+        let bos = encoder
+            .bos()
+            .map(|bos| bos.id)
+            .filter(|bos| tokens.first() == Some(bos));
         let mut sequences: Vec<Vec<u32>> = tokens
             .chunks_exact(settings.context_tokens)
             .map(<[u32]>::to_vec)
@@ -64,7 +67,9 @@ impl Samples {
                 sequence[0] = bos;
             }
         }
-        Ok(Self { sequences: choose(sequences, settings) })
+        Ok(Self {
+            sequences: choose(sequences, settings),
+        })
     }
 
     /// Tokens of all sequences.
@@ -82,9 +87,15 @@ impl Samples {
         let mut hasher = Sha256::new();
         for sequence in &self.sequences {
             hasher.update((sequence.len() as u64).to_le_bytes());
-            sequence.iter().for_each(|id| hasher.update(id.to_le_bytes()));
+            sequence
+                .iter()
+                .for_each(|id| hasher.update(id.to_le_bytes()));
         }
-        hasher.finalize().iter().map(|byte| format!("{byte:02x}")).collect()
+        hasher
+            .finalize()
+            .iter()
+            .map(|byte| format!("{byte:02x}"))
+            .collect()
     }
 }
 
@@ -93,11 +104,17 @@ fn choose(sequences: Vec<Vec<u32>>, settings: SampleSettings) -> Vec<Vec<u32>> {
     if sequences.len() <= settings.max_sequences {
         return sequences;
     }
-    let rank = |at: usize| xxhash_rust::xxh3::xxh3_64_with_seed(&(at as u64).to_le_bytes(), settings.seed);
+    let rank =
+        |at: usize| xxhash_rust::xxh3::xxh3_64_with_seed(&(at as u64).to_le_bytes(), settings.seed);
     let mut order: Vec<usize> = (0..sequences.len()).collect();
     order.sort_by_key(|at| rank(*at));
     let mut kept = vec![false; sequences.len()];
-    order[..settings.max_sequences].iter().for_each(|at| kept[*at] = true);
+    order[..settings.max_sequences]
+        .iter()
+        .for_each(|at| kept[*at] = true);
     let chosen = sequences.into_iter().zip(kept);
-    chosen.filter(|(_, kept)| *kept).map(|(sequence, _)| sequence).collect()
+    chosen
+        .filter(|(_, kept)| *kept)
+        .map(|(sequence, _)| sequence)
+        .collect()
 }

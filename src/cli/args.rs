@@ -15,6 +15,7 @@ use nemoconv::plan::Settings;
 use nemoconv::plan::file_type::FileType;
 use nemoconv::plan::types::{TensorTypeRule, TypeSettings};
 use nemoconv::report::{FailOn, Gates};
+use nemoconv::rewrite::{Balance, Magnitude, RewriteSettings, Rotation};
 use nemoconv::write::gguf::parts::SplitLimits;
 use regex::Regex;
 
@@ -377,9 +378,32 @@ pub struct CalibrationArgs {
     /// Share of the correction towards the original outputs on the inputs of the rounded network, 0 to 1
     #[arg(long, default_value_t = 0.0, value_name = "BETA")]
     pub target_correction: f64,
+    /// Rotate the residual stream: principal axes and Hadamard, Hadamard alone, or not
+    #[arg(long, default_value = "none", value_name = "HOW")]
+    pub rotate: RotationArg,
+    /// Leave all other exact rewrites out too: scales, folded norms, order
+    #[arg(long)]
+    pub no_rewrites: bool,
+    /// Leave scales out
+    #[arg(long)]
+    pub no_smoothing: bool,
+    /// Order hidden units and head channels by their mean square
+    #[arg(long)]
+    pub sort: bool,
+    /// Quarters of a channel's size that go to its activation
+    #[arg(long, default_value_t = 2, value_name = "N", value_parser = clap::value_parser!(u8).range(..=4))]
+    pub balance: u8,
     /// Added to the diagonal of second moments, as a share of its mean
     #[arg(long, default_value_t = 0.01, value_name = "SHARE")]
     pub damp_percent: f64,
+}
+
+/// `--rotate`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+pub enum RotationArg {
+    None,
+    Hadamard,
+    Klt,
 }
 
 /// `--method`.
@@ -403,6 +427,24 @@ impl CalibrationArgs {
             target_correction: self.target_correction,
             damp_percent: self.damp_percent,
         }
+    }
+
+    /// How the network is rewritten; `None` where it stays as it is.
+    pub fn rewrites(&self, with_mtp: bool) -> Option<RewriteSettings> {
+        let settings = RewriteSettings {
+            rotation: match self.rotate {
+                RotationArg::None => Rotation::None,
+                RotationArg::Hadamard => Rotation::Hadamard,
+                RotationArg::Klt => Rotation::Klt,
+            },
+            smoothing: !self.no_smoothing,
+            balance: Balance::quarters(self.balance).unwrap_or_default(),
+            magnitude: Magnitude::RootMeanSquare,
+            sort: self.sort,
+            seed: self.seed,
+            with_mtp,
+        };
+        (!self.no_rewrites).then_some(settings)
     }
 
     /// How much is read.

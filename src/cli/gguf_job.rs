@@ -22,8 +22,8 @@ use nemoconv::write::gguf::parts::Parts;
 use nemoconv::write::gguf::{self, NamedImatrix};
 use serde_json::Value;
 
-use super::calibration_job;
 use super::args::{OutType, ToGguf, tensor_type_rule};
+use super::calibration_job::Calibration;
 use super::output::{Talk, human_bytes, print_stdout, shape, table};
 use super::progress::Report;
 use super::receipt;
@@ -41,7 +41,20 @@ pub fn to_gguf(args: &ToGguf, talk: &Talk, stop: &AtomicBool) -> Result<()> {
     if args.dry_run {
         return plan(args, talk);
     }
-    let prepared = prepare(args)?;
+    let mut prepared = prepare(args, &[])?;
+    let calibration = match &args.calibration.calibration {
+        Some(text) => Some(Calibration::begin(
+            args,
+            text,
+            &prepared.checkpoint,
+            talk,
+            stop,
+        )?),
+        None => None,
+    };
+    if let Some(calibration) = &calibration {
+        prepared = prepare(args, &calibration.keys())?;
+    }
     let Prepared {
         checkpoint,
         plan,
@@ -49,8 +62,10 @@ pub fn to_gguf(args: &ToGguf, talk: &Talk, stop: &AtomicBool) -> Result<()> {
         peak_bytes,
     } = &prepared;
     announce(&prepared, talk);
-    let finished = match &args.calibration.calibration {
-        Some(text) => Some(calibration_job::calibrate(args, text, checkpoint, plan, &parts.parts[0].path, talk, stop)?),
+    let finished = match &calibration {
+        Some(calibration) => {
+            Some(calibration.round(args, plan, &parts.parts[0].path, talk, stop)?)
+        }
         None => None,
     };
     let artifact = Artifact::create(parts)?;
@@ -77,7 +92,11 @@ pub fn to_gguf(args: &ToGguf, talk: &Talk, stop: &AtomicBool) -> Result<()> {
         ));
     }
     let planned = receipt::plan_json(checkpoint, plan, parts, *peak_bytes);
-    let receipt = receipt::with_summary(planned, &summary, finished.as_ref());
+    let mut receipt = receipt::with_summary(planned, &summary, finished.as_ref());
+    if let Some(calibration) = &calibration {
+        receipt["calibration"] = calibration.receipt();
+        calibration.save_sidecar(&parts.parts[0].path)?;
+    }
     let written = artifact.publish()?;
     write_receipt(&written[0], &receipt)?;
     if let Some(finished) = finished {
@@ -93,7 +112,7 @@ pub fn to_gguf(args: &ToGguf, talk: &Talk, stop: &AtomicBool) -> Result<()> {
 
 /// Shows what would be written.
 pub fn plan(args: &ToGguf, talk: &Talk) -> Result<()> {
-    let prepared = prepare(args)?;
+    let prepared = prepare(args, &[])?;
     if args.json {
         let Prepared {
             checkpoint,
@@ -111,7 +130,10 @@ pub fn plan(args: &ToGguf, talk: &Talk) -> Result<()> {
     Ok(())
 }
 
-fn prepare(args: &ToGguf) -> Result<Prepared> {
+fn prepare(
+    args: &ToGguf,
+    keys: &[(&'static str, nemoconv::formats::gguf::Value)],
+) -> Result<Prepared> {
     let checkpoint = Checkpoint::open(&locate(&args.model)?)?;
     let (json, config) = NemotronHConfig::open(&checkpoint)?;
     let vocab_size = config.vocab_size;
@@ -137,6 +159,9 @@ fn prepare(args: &ToGguf) -> Result<Prepared> {
         .zip(imatrix_path.as_deref())
         .map(|(imatrix, path)| NamedImatrix { path, imatrix });
     let mut metadata = gguf::metadata(&plan, &description, &tokenizer, named);
+    for (key, value) in keys {
+        metadata.set(*key, value.clone());
+    }
     for over in &args.override_kv {
         let value = match metadata.get(&over.key) {
             Some(old) => like(old, &over.value).ok_or_else(|| wrong_override(&over.key))?,

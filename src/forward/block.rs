@@ -24,7 +24,12 @@ impl<B: Backend> Block<B> {
     ///
     /// # Errors
     /// A tensor is missing, of a type that cannot be decoded, or cannot be read.
-    pub fn open(model: &StoredModel, backend: &B, index: usize, numerics: &Numerics) -> Result<Self> {
+    pub fn open(
+        model: &StoredModel,
+        backend: &B,
+        index: usize,
+        numerics: &Numerics,
+    ) -> Result<Self> {
         let kind = model.config().pattern.kinds()[index];
         let norm = required(model, &format!("blk.{index}.attn_norm.weight"))?;
         Ok(Self {
@@ -86,7 +91,10 @@ impl<B: Backend> Block<B> {
         let mut first = 0;
         let mut turns = Vec::with_capacity(lengths.len());
         for (state, length) in states.iter_mut().zip(lengths) {
-            turns.push(Turn { rows: first..first + length, state });
+            turns.push(Turn {
+                rows: first..first + length,
+                state,
+            });
             first += length;
         }
         self.run(backend, residual, first, &mut turns, observer)

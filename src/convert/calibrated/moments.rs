@@ -50,8 +50,11 @@ impl StageMoments<'_> {
         let seen = self.collect(&inputs)?;
         for name in tensors {
             self.job.check_stop()?;
-            let Some(tensor) = self.job.tensor(name) else { continue };
-            let (bytes, outcome) = rounding::with_inputs(self.job, tensor, &stages::input_of(name), &seen)?;
+            let Some(tensor) = self.job.tensor(name) else {
+                continue;
+            };
+            let (bytes, outcome) =
+                rounding::with_inputs(self.job, tensor, &stages::input_of(name), &seen)?;
             workspace.finish(&bytes, outcome)?;
             self.job.progress.advance(tensor.bytes());
         }
@@ -64,17 +67,25 @@ impl StageMoments<'_> {
             self.job.check_stop()?;
             let routing = routing_of(self.routes, cell);
             let mut capture = Capture::new(inputs, routing);
-            self.current.run(&mut self.streams.rounded.read(cell)?, lengths, &mut capture)?;
+            self.current
+                .run(&mut self.streams.rounded.read(cell)?, lengths, &mut capture)?;
             let mut originals = Capture::new(inputs, routing);
             if self.job.rounding.target_correction > 0.0 {
-                self.original.run(&mut self.streams.original.read(cell)?, lengths, &mut originals)?;
+                self.original.run(
+                    &mut self.streams.original.read(cell)?,
+                    lengths,
+                    &mut originals,
+                )?;
             }
             for (key, captured) in capture.inputs {
                 let seen = seen(self.job.isa(), &captured, originals.inputs.get(&key));
                 trees.entry(key).or_default().push(seen);
             }
         }
-        Ok(trees.into_iter().filter_map(|(key, tree)| Some((key, tree.finish()?))).collect())
+        Ok(trees
+            .into_iter()
+            .filter_map(|(key, tree)| Some((key, tree.finish()?)))
+            .collect())
     }
 }
 
@@ -97,9 +108,11 @@ pub fn round_head(
     streams: &BothStreams,
     workspace: &mut Workspace,
 ) -> Result<()> {
-    let Some(tensor) = job.tensor(name) else { return Ok(()) };
+    let Some(tensor) = job.tensor(name) else {
+        return Ok(());
+    };
     let backend = job.backend();
-    let eps = job.weights.config().norm_epsilon();
+    let eps = job.weights.stored().config().norm_epsilon();
     let mut tree = Tree::default();
     for cell in 0..streams.cells.len() {
         job.check_stop()?;
@@ -115,7 +128,11 @@ pub fn round_head(
         };
         tree.push(seen(job.isa(), &rounded, original.as_ref()));
     }
-    let seen = tree.finish().map(|seen| ((name.to_string(), 0), seen)).into_iter().collect();
+    let seen = tree
+        .finish()
+        .map(|seen| ((name.to_string(), 0), seen))
+        .into_iter()
+        .collect();
     let (bytes, outcome) = rounding::with_inputs(job, tensor, name, &seen)?;
     workspace.finish(&bytes, outcome)?;
     job.progress.advance(tensor.bytes());

@@ -26,8 +26,13 @@ pub fn corrected(
     let n = moments.in_features();
     let differences = differences(cross, seen, moments.unit);
     let mut pulls = pulls(isa, rows, &differences, n);
-    pulls.par_chunks_mut(n).for_each(|row| solve(row, &moments.factor));
-    pulls.iter_mut().zip(rows).for_each(|(pull, value)| *pull = value + beta as f32 * *pull);
+    pulls
+        .par_chunks_mut(n)
+        .for_each(|row| solve(row, &moments.factor));
+    pulls
+        .iter_mut()
+        .zip(rows)
+        .for_each(|(pull, value)| *pull = value + beta as f32 * *pull);
     pulls
 }
 
@@ -48,14 +53,33 @@ fn pulls(isa: Isa, rows: &[f32], differences: &[f32], n: usize) -> Vec<f32> {
     let count = rows.len() / n;
     let mut transposed = vec![0.0; rows.len()];
     for (i, row) in rows.chunks_exact(n).enumerate() {
-        row.iter().enumerate().for_each(|(k, value)| transposed[k * count + i] = *value);
+        row.iter()
+            .enumerate()
+            .for_each(|(k, value)| transposed[k * count + i] = *value);
     }
     let mut out = vec![0.0; rows.len()];
-    let weights = Columns { values: &transposed, stride: count, range: 0..count };
-    let differences = Columns { values: differences, stride: n, range: 0..n };
+    let weights = Columns {
+        values: &transposed,
+        stride: count,
+        range: 0..count,
+    };
+    let differences = Columns {
+        values: differences,
+        stride: n,
+        range: 0..n,
+    };
     for first in (0..n).step_by(CHUNK_ROWS) {
         let chunk = first..(first + CHUNK_ROWS).min(n);
-        products(isa, chunk, &differences, &weights, false, &mut out, n, |out, sum| *out += sum);
+        products(
+            isa,
+            chunk,
+            &differences,
+            &weights,
+            false,
+            &mut out,
+            n,
+            |out, sum| *out += sum,
+        );
     }
     out
 }
@@ -67,7 +91,9 @@ fn solve(row: &mut [f32], factor: &Factor) {
         let later = (j + 1..n).map(|i| f64::from(row[i]) * f64::from(factor.feedback.at(j, i)));
         row[j] = (f64::from(row[j]) - later.sum::<f64>()) as f32;
     }
-    row.iter_mut().zip(&factor.pivots).for_each(|(value, pivot)| *value /= pivot);
+    row.iter_mut()
+        .zip(&factor.pivots)
+        .for_each(|(value, pivot)| *value /= pivot);
     for j in 0..n {
         let earlier = (0..j).map(|i| f64::from(row[i]) * f64::from(factor.feedback.at(i, j)));
         row[j] = (f64::from(row[j]) - earlier.sum::<f64>()) as f32;
