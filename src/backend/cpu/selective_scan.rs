@@ -7,7 +7,7 @@
 
 use rayon::prelude::*;
 
-use super::elementwise::softplus;
+use super::elementwise::{exp, softplus};
 use super::kernels::Isa;
 use super::multiversion::multiversion;
 use super::shared_rows::SharedRows;
@@ -102,7 +102,7 @@ impl Scan<'_> {
             // SAFETY: a head of a row is written by this work item alone.
             let y = unsafe { self.out.part(row, head * head_dim, head_dim) };
             let step = Step {
-                decay: (dt * a).exp(),
+                decay: exp(dt * a),
                 // `max` and `min` drop a NaN; a NaN must come out.
                 dt: if raw.is_nan() { raw } else { dt },
                 d,
