@@ -35,13 +35,14 @@ pub fn is_finite(values: &[f32]) -> bool {
 /// `x = n ln 2 + r`, a polynomial in r, and n into the exponent. Coefficients: Cephes `expf`.
 #[inline(always)]
 pub fn exp(x: f32) -> f32 {
-    /// Adding and subtracting 1.5 * 2^23 rounds to an integer.
+    /// Adding and subtracting 1.5 * 2^23 rounds to an integer, which in between is the low bits of the sum.
     const ROUND: f32 = 12_582_912.0;
     const LN2_HIGH: f32 = 0.693_359_4;
     const LN2_LOW: f32 = -2.121_944_4e-4;
     let x = if x < -87.3 { -87.3 } else { x };
     let x = if x > 88.3 { 88.3 } else { x };
-    let n = (x * std::f32::consts::LOG2_E + ROUND) - ROUND;
+    let shifted = x * std::f32::consts::LOG2_E + ROUND;
+    let n = shifted - ROUND;
     let r = (x - n * LN2_HIGH) - n * LN2_LOW;
     let mut p = 1.987_569_1e-4;
     for coefficient in [
@@ -54,7 +55,8 @@ pub fn exp(x: f32) -> f32 {
         p = p * r + coefficient;
     }
     let fraction = (p * r) * r + r + 1.0;
-    fraction * f32::from_bits(((n as i32 + 127) as u32) << 23)
+    // Not `n as i32`: a cast that saturates is done value by value.
+    fraction * f32::from_bits((shifted.to_bits() << 23).wrapping_add(127 << 23))
 }
 
 /// The nearest F16, ties to even; beyond its range infinite. The loop becomes vectors, which a call per value does not.
@@ -108,18 +110,25 @@ pub fn softplus(x: f32) -> f32 {
     if x > 20.0 || x.is_nan() { x } else { sum }
 }
 
-/// `e^x` in f64 to about 1e-16 relative, the same on every machine; for few values.
+/// `e^x` in f64 to about 1e-16 relative, the same on every machine; at least the smallest normal number.
 ///
-/// `x = n ln 2 + r`, the Taylor series in r, and n into the exponent.
+/// As [`exp`], with the Taylor series.
+#[inline(always)]
 pub fn exp_f64(x: f64) -> f64 {
+    /// 1.5 * 2^52.
+    const ROUND: f64 = 6_755_399_441_055_744.0;
     const LN2_HIGH: f64 = 6.931_471_803_691_238e-1;
     const LN2_LOW: f64 = 1.908_214_929_270_587_7e-10;
-    let x = x.clamp(-708.0, 709.0);
-    let n = (x * std::f64::consts::LOG2_E).round_ties_even();
+    let x = if x < -708.0 { -708.0 } else { x };
+    let x = if x > 709.0 { 709.0 } else { x };
+    let shifted = x * std::f64::consts::LOG2_E + ROUND;
+    let n = shifted - ROUND;
     let r = (x - n * LN2_HIGH) - n * LN2_LOW;
-    let coefficients = INVERSE_FACTORIALS.iter().rev();
-    let series = coefficients.fold(0.0, |series, coefficient| series * r + coefficient);
-    series * f64::from_bits(((n as i64 + 1023) as u64) << 52)
+    let mut series = 0.0;
+    for coefficient in INVERSE_FACTORIALS.iter().rev() {
+        series = series * r + coefficient;
+    }
+    series * f64::from_bits((shifted.to_bits() << 52).wrapping_add(1023 << 52))
 }
 
 /// `1 / k!`.
