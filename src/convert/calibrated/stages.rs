@@ -47,3 +47,9 @@ pub fn input_of(name: &str) -> String {
     }
     name.to_string()
 }
+
+/// Whether a tensor writes to the residual stream for every token: it can make up for what the stream lacks.
+pub fn closes(name: &str) -> bool {
+    let writers = ["ssm_out.", "attn_output.", "ffn_down.", "ffn_down_shexp."];
+    writers.iter().any(|writer| name.contains(writer))
+}
