@@ -19,7 +19,7 @@ const SPACES: &[(&str, &str)] = &[
     ("attn_norm", "inputs of readers"),
     ("output_norm", "input of the head"),
     ("ssm_norm", "inputs of ssm_out"),
-    ("attn_k", "keys against queries"),
+    ("attn_k", "keys and queries"),
     ("attn_v", "values of attention heads"),
     ("ffn_up", "hidden units of MLPs"),
     ("ffn_up_exps", "hidden units of routed experts"),
