@@ -79,6 +79,28 @@ impl StageMoments<'_> {
             .collect())
     }
 
+    /// Runs the block where that is needed to know what is wanted.
+    fn show(
+        &self,
+        layer: &Layer,
+        stream: &mut Vec<f32>,
+        lengths: &[usize],
+        routing: Option<&[ExpertRows]>,
+        capture: &mut Capture,
+    ) -> Result<()> {
+        let config = self.job.weights.stored().config();
+        let is_latent = config
+            .moe
+            .as_ref()
+            .is_some_and(|moe| moe.moe_latent_size.is_some());
+        let reads_stream = |name: &&str| stages::reads_stream(name, is_latent);
+        if capture.wanted().iter().all(reads_stream) {
+            layer.show_readers(stream, routing, capture);
+            return Ok(());
+        }
+        layer.run(stream, lengths, capture)
+    }
+
     /// What one cell shows.
     fn cell(&self, cell: usize, inputs: &[&str]) -> Result<SeenInputs> {
         let (lengths, routing) = (&self.streams.cells[cell], routing_of(self.routes, cell));
@@ -94,7 +116,13 @@ impl StageMoments<'_> {
             lack = pairs
                 .map(|(original, rounded)| original - rounded)
                 .collect();
-            self.original.run(&mut original, lengths, &mut originals)?;
+            self.show(
+                self.original,
+                &mut original,
+                lengths,
+                routing,
+                &mut originals,
+            )?;
         }
         let isa = self.job.isa();
         let seen = |(key, captured): ((String, usize), Captured)| {
