@@ -8,7 +8,7 @@ mod conv1d;
 mod elementwise;
 mod input;
 pub mod kernels;
-pub use elementwise::exp;
+pub use elementwise::{largest, sum_of_exps};
 mod matmul;
 mod matvec;
 mod multiversion;
@@ -165,6 +165,10 @@ impl Backend for Cpu {
         buffer[part].to_vec()
     }
 
+    fn download_all(&self, buffer: Vec<f32>) -> Vec<f32> {
+        buffer
+    }
+
     fn embed(&self, embedding: &CpuWeight, tokens: &[u32]) -> Result<Vec<f32>> {
         let columns = embedding.tensor.columns;
         let mut rows = vec![0.0; tokens.len() * columns];
@@ -245,7 +249,7 @@ impl Backend for Cpu {
     }
 
     fn relu_squared(&self, values: &mut Vec<f32>) {
-        elementwise::relu_squared(values);
+        elementwise::relu_squared(self.isa, values);
     }
 
     fn add_bias(&self, rows: &mut Vec<f32>, bias: &Vec<f32>) {
@@ -255,11 +259,11 @@ impl Backend for Cpu {
     }
 
     fn is_finite(&self, values: &Vec<f32>) -> bool {
-        elementwise::is_finite(values)
+        elementwise::is_finite(self.isa, values)
     }
 
     fn add(&self, sum: &mut Vec<f32>, values: &Vec<f32>) {
-        elementwise::add(sum, values);
+        elementwise::add(self.isa, sum, values);
     }
 
     fn route(&self, logits: &Vec<f32>, bias: &Vec<f32>, shape: RouteShape) -> Vec<ExpertRows> {
