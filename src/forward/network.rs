@@ -89,27 +89,43 @@ impl<B: Backend> Network<B> {
         sequences: &mut [Sequence<'_, B>],
         observer: &mut dyn Observer<B>,
     ) -> Result<B::Buffer> {
+        self.run_blocks(sequences, None, observer)
+    }
+
+    /// The same, but gives rows `wanted` alone, as does whatever comes after the last block that has a state.
+    ///
+    /// # Errors
+    /// As [`Self::run`].
+    pub fn run_wanted(
+        &self,
+        sequences: &mut [Sequence<'_, B>],
+        wanted: &[u32],
+        observer: &mut dyn Observer<B>,
+    ) -> Result<B::Buffer> {
+        self.run_blocks(sequences, Some(wanted), observer)
+    }
+
+    fn run_blocks(
+        &self,
+        sequences: &mut [Sequence<'_, B>],
+        wanted: Option<&[u32]>,
+        observer: &mut dyn Observer<B>,
+    ) -> Result<B::Buffer> {
         let tokens = self.tokens_of(sequences)?;
-        let rows = tokens.len();
+        let mut rows = tokens.len();
         let mut turns = turns_of(sequences);
         let mut residual = self.embedding.rows(&self.backend, &tokens)?;
-        for (block, (norm, kind, mixer)) in self.blocks.iter().enumerate() {
-            observer.residual(block, &self.backend, &residual, rows);
-            let normed = self
-                .backend
-                .rms_norm(&residual, norm, self.config.norm_epsilon());
-            let pass = Pass {
-                backend: &self.backend,
-                block,
-                rows,
-                turns: &mut turns,
-                observer,
-            };
-            let mixed = mixer.run(pass, &normed)?;
-            self.backend.add(&mut residual, &mixed);
-            if !self.backend.is_finite(&residual) {
-                return Err(not_finite(&format!("block {block} ({kind:?})")));
-            }
+        let states_end = self.states_end();
+        for block in 0..states_end {
+            self.add_block(block, &mut residual, rows, &mut turns, observer)?;
+        }
+        if let Some(wanted) = wanted {
+            let width = self.config.hidden_size;
+            residual = self.backend.gather(&residual, width, wanted);
+            rows = wanted.len();
+        }
+        for block in states_end..self.blocks.len() {
+            self.add_block(block, &mut residual, rows, &mut turns, observer)?;
         }
         observer.residual(self.blocks.len(), &self.backend, &residual, rows);
         for turn in turns {
@@ -117,6 +133,42 @@ impl<B: Backend> Network<B> {
         }
         let eps = self.config.norm_epsilon();
         Ok(self.backend.rms_norm(&residual, &self.norm, eps))
+    }
+
+    /// Blocks up to the last that has a state; those behind it see every row by itself.
+    fn states_end(&self) -> usize {
+        let mut blocks = self.blocks.iter();
+        let last = blocks
+            .rposition(|(_, kind, _)| matches!(kind, BlockKind::Mamba | BlockKind::Attention));
+        last.map_or(0, |block| block + 1)
+    }
+
+    /// One block: norm, mixer, sum.
+    fn add_block(
+        &self,
+        block: usize,
+        residual: &mut B::Buffer,
+        rows: usize,
+        turns: &mut [Turn<'_, B>],
+        observer: &mut dyn Observer<B>,
+    ) -> Result<()> {
+        let (norm, kind, mixer) = &self.blocks[block];
+        observer.residual(block, &self.backend, residual, rows);
+        let eps = self.config.norm_epsilon();
+        let normed = self.backend.rms_norm(residual, norm, eps);
+        let pass = Pass {
+            backend: &self.backend,
+            block,
+            rows,
+            turns,
+            observer,
+        };
+        let mixed = mixer.run(pass, &normed)?;
+        self.backend.add(residual, &mixed);
+        if !self.backend.is_finite(residual) {
+            return Err(not_finite(&format!("block {block} ({kind:?})")));
+        }
+        Ok(())
     }
 
     /// Logits of some rows of what [`Self::run`] gave, `[rows, vocab_size]`.
@@ -135,8 +187,7 @@ impl<B: Backend> Network<B> {
         if !self.backend.is_finite(&logits) {
             return Err(not_finite("the output head"));
         }
-        let len = rows.len() * head.out_features;
-        Ok(self.backend.download(&logits, 0..len))
+        Ok(self.backend.download_all(logits))
     }
 
     fn tokens_of(&self, sequences: &[Sequence<'_, B>]) -> Result<Vec<u32>> {
