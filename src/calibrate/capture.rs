@@ -67,9 +67,10 @@ impl Observer<Cpu> for Capture<'_> {
     }
 
     fn input(&mut self, tensor: &str, matrix: usize, _: &Cpu, input: &Vec<f32>, rows: usize) {
-        if self.wanted.contains(&tensor) {
+        // A cell without sequences shows nothing, not even how wide inputs are.
+        if rows > 0 && self.wanted.contains(&tensor) {
             let captured = Captured {
-                in_features: input.len() / rows.max(1),
+                in_features: input.len() / rows,
                 rows: input.clone(),
                 weights: self.weights_of(tensor, matrix),
             };

@@ -295,3 +295,51 @@ impl<'a> Walk<'a> {
         self.model.stored().config().hidden_size
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use nemoconv_fixtures::checkpoint::cases;
+
+    use super::*;
+
+    fn samples() -> Samples {
+        let token = |i: u32| (i * 7919 + 13) % 1000;
+        let sequence = |first: u32| (first * 31..first * 31 + 20 + first).map(token).collect();
+        Samples {
+            sequences: (0..9).map(sequence).collect(),
+        }
+    }
+
+    fn statistics(path: &str, threads: usize) -> Statistics {
+        let model = Arc::new(StoredModel::open(path).unwrap());
+        let pool = rayon::ThreadPoolBuilder::new().num_threads(threads);
+        pool.build()
+            .unwrap()
+            .install(|| Statistics::collect(&model, &samples(), threads == 2, &|| Ok(())).unwrap())
+    }
+
+    /// Equal values: a NaN is refused, and zeros of both signs are the same sum.
+    #[track_caller]
+    fn check(path: &str) {
+        let one = statistics(path, 1);
+        assert!(!one.inputs.is_empty() && one.residual.iter().all(|s| s.tokens == 216));
+        for threads in [2, 3] {
+            assert!(
+                statistics(path, threads) == one,
+                "{path}: {threads} threads"
+            );
+        }
+    }
+
+    #[test]
+    fn statistics_do_not_depend_on_threads_or_on_where_streams_are_kept() {
+        check(nemoconv_fixtures::nano().to_str().unwrap());
+        let with_experts = cases()
+            .into_iter()
+            .find(|case| case.checkpoint.pattern.contains('E'));
+        let case = with_experts.expect("a case has experts");
+        let folder = tempfile::tempdir().unwrap();
+        let path = case.checkpoint.write_as(folder.path(), case.name).unwrap();
+        check(path.to_str().unwrap());
+    }
+}

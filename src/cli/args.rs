@@ -19,6 +19,8 @@ use nemoconv::rewrite::{Balance, Magnitude, RewriteSettings, Rotation};
 use nemoconv::write::gguf::parts::SplitLimits;
 use regex::Regex;
 
+use super::calibrate_args::Calibrate;
+
 const EXIT_CODES: &str = "\
 Exit codes:
   0    done
@@ -47,6 +49,8 @@ pub enum Command {
     ToGguf(Box<ToGguf>),
     /// Show what `to-gguf` would write, without reading a weight
     Plan(Box<ToGguf>),
+    /// Let a model read samples: statistics for `to-gguf`, llama.cpp's importance matrix, what each expert saw
+    Calibrate(Box<Calibrate>),
     /// Check an artifact: container, weights, tokenizer, logits against a reference; exit code 2 when a gate fails
     Validate(Box<Validate>),
     /// Show keys, tensors, types and offsets of a GGUF file, a checkpoint or an importance matrix
@@ -357,9 +361,12 @@ pub struct ToGguf {
 #[derive(Debug, Args)]
 #[command(next_help_heading = "Calibration")]
 pub struct CalibrationArgs {
-    /// Text that the model reads: rounding then minimizes the error of its outputs
+    /// Text that the model reads, or documents (.jsonl): rounding then minimizes the error of its outputs
     #[arg(long, value_name = "FILE", conflicts_with = "imatrix")]
     pub calibration: Option<PathBuf>,
+    /// Statistics that `calibrate` wrote of this model and these samples: rewrites are chosen without reading again
+    #[arg(long, value_name = "FILE", requires = "calibration")]
+    pub statistics: Option<PathBuf>,
     /// Tokens per sequence of the calibration
     #[arg(long, default_value_t = 512, value_name = "N", value_parser = clap::value_parser!(u32).range(8..=1 << 20))]
     pub calibration_context: u32,

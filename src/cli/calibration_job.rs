@@ -14,11 +14,12 @@ use nemoconv::formats::checkpoint::Checkpoint;
 use nemoconv::formats::gguf::Value;
 use nemoconv::plan::Plan;
 use nemoconv::rewrite::{Rewrites, RewrittenModel, SHA256_KEY, SUMMARY_KEY, sidecar_of};
+use nemoconv::write::whole_file::sha256_of;
 use serde_json::json;
 use sha2::{Digest, Sha256};
 
 use super::args::ToGguf;
-use super::eval_model::open_encoder;
+use super::calibrate_job::read_samples;
 use super::output::Talk;
 use super::progress::Report;
 use super::workers::on_workers;
@@ -35,6 +36,30 @@ pub struct Calibration {
     shards: Vec<String>,
     /// SHA-256 of the sidecar, if the model was rewritten.
     sidecar: Option<String>,
+    /// SHA-256 of the statistics, if they were given.
+    statistics: Option<String>,
+}
+
+/// Statistics of an earlier run.
+struct GivenStatistics {
+    statistics: Statistics,
+    sha256: String,
+}
+
+impl GivenStatistics {
+    /// Opens them and checks that they are of this model and of these samples.
+    fn open(
+        path: &Path,
+        stored: &StoredModel,
+        shards: &[String],
+        samples: &Samples,
+    ) -> Result<Self> {
+        let sha256 = sha256_of(path)?;
+        let (statistics, origin) = Statistics::open(path)?;
+        origin.check(shards, samples)?;
+        statistics.check_model(stored)?;
+        Ok(Self { statistics, sha256 })
+    }
 }
 
 impl Calibration {
@@ -51,15 +76,21 @@ impl Calibration {
             false => StoredModel::open(&args.model)?,
         };
         let stored = Arc::new(stored);
-        let encoder = open_encoder(&stored, None, stored.config().vocab_size)?;
-        let read = std::fs::read_to_string(text)
-            .map_err(|error| nemoconv::formats::Error::from(error).in_file(text))?;
-        let samples = Samples::of_text(&encoder, &read, args.calibration.samples())?;
+        let samples = read_samples(&stored, text, args.calibration.samples())?;
         talk.say(format_args!(
             "calibrating on {} tokens in {} sequences",
             samples.tokens(),
             samples.sequences.len()
         ));
+        let shards: Vec<_> = checkpoint
+            .shards()
+            .iter()
+            .map(|shard| digest(shard.bytes()))
+            .collect();
+        let given = match &args.calibration.statistics {
+            Some(path) => Some(GivenStatistics::open(path, &stored, &shards, &samples)?),
+            None => None,
+        };
         let settings = args
             .calibration
             .rewrites(!args.no_mtp && stored.config().nextn_predict_layers > 0);
@@ -70,15 +101,13 @@ impl Calibration {
                     true => Err(Error::Interrupted),
                     false => Ok(()),
                 };
-                let statistics = Statistics::collect(&stored, &samples, false, &watch)?;
-                Rewrites::choose(&stored, &settings, &statistics.for_rewrites())
+                let statistics = match &given {
+                    Some(given) => given.statistics.for_rewrites(),
+                    None => Statistics::collect(&stored, &samples, false, &watch)?.for_rewrites(),
+                };
+                Rewrites::choose(&stored, &settings, &statistics)
             })?,
         };
-        let shards = checkpoint
-            .shards()
-            .iter()
-            .map(|shard| digest(shard.bytes()))
-            .collect();
         let sidecar = match rewrites.is_none() {
             true => None,
             false => {
@@ -93,6 +122,7 @@ impl Calibration {
             rounding: args.calibration.rounding(),
             shards,
             sidecar,
+            statistics: given.map(|given| given.sha256),
         })
     }
 
@@ -187,6 +217,7 @@ impl Calibration {
             "rounding": self.rounding,
             "rewrites": self.weights.rewrites().describe(),
             "rewrites_sha256": self.sidecar,
+            "statistics_sha256": self.statistics,
         })
     }
 }

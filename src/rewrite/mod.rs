@@ -46,7 +46,7 @@ pub use matrix::SquareMatrix;
 pub(crate) use model::Rewritten;
 pub use model::RewrittenModel;
 pub use restore::Restore;
-pub use sidecar::{SHA256_KEY, SIDECAR_SUFFIX, SUMMARY_KEY, sha256_of, sidecar_of};
+pub use sidecar::{SHA256_KEY, SIDECAR_SUFFIX, SUMMARY_KEY, sidecar_of};
 pub use space::Space;
 pub use summary::RewriteSummary;
 

@@ -1,6 +1,7 @@
 //! The program from outside: files, exit codes, messages.
 
 mod artifacts;
+mod calibrate;
 mod calibration;
 mod eval;
 mod hostile;

@@ -9,7 +9,7 @@ mod elementwise;
 pub mod gram;
 mod input;
 pub mod kernels;
-pub use elementwise::{largest, sum_of_exps};
+pub use elementwise::{exp, exp_f64, largest, sum_of_exps};
 mod matmul;
 mod matvec;
 pub(crate) mod multiversion;
@@ -18,6 +18,8 @@ mod rms_norm;
 mod route;
 mod selective_scan;
 mod shared_rows;
+#[cfg(test)]
+mod tests;
 mod unpack;
 
 use std::ops::Range;
@@ -124,6 +126,13 @@ impl Cpu {
             isa: Isa::Portable,
             ..Self::new(model, residence)
         }
+    }
+
+    /// The same with instructions that this machine has, though it may have better ones.
+    #[cfg(test)]
+    pub fn with_isa(self, isa: Isa) -> Self {
+        assert!(Isa::all().contains(&isa));
+        Self { isa, ..self }
     }
 }
 

@@ -7,7 +7,7 @@
 
 use rayon::prelude::*;
 
-use super::elementwise::softplus;
+use super::elementwise::{exp, softplus};
 use super::kernels::{self, Isa, SCAN_CHANNELS, ScanStep, StateRows};
 use super::multiversion::multiversion;
 use super::shared_rows::SharedRows;
@@ -84,29 +84,26 @@ impl Scan<'_> {
             head_dim,
             groups,
             state_size,
-            time_step,
+            ..
         } = self.shape;
         let Head { rows, head, state } = item;
         let (inner, group) = (self.shape.inner(), head / (heads / groups));
-        let (a, d, bias) = (
-            self.weights.a[head],
-            self.weights.d[head],
-            self.weights.dt_bias[head],
-        );
-        for row in rows {
+        let d = self.weights.d[head];
+        let mut times = Times::default();
+        for (index, row) in rows.clone().enumerate() {
+            if index % TIMES == 0 {
+                times = self.times(row..rows.end.min(row + TIMES), head);
+            }
             let xbc = &self.xbc[row * self.shape.conv_dim()..][..self.shape.conv_dim()];
             let x = &xbc[head * head_dim..][..head_dim];
             let b = &xbc[inner + group * state_size..][..state_size];
             let c = &xbc[inner + (groups + group) * state_size..][..state_size];
-            let raw = self.dt[(row + 1) * self.dt_stride - heads + head];
-            let dt = softplus(raw + bias).max(time_step.0).min(time_step.1);
             // SAFETY: a head of a row is written by this work item alone.
             let y = unsafe { self.out.part(row, head * head_dim, head_dim) };
             let step = Step {
                 isa: self.isa,
-                decay: (dt * a).exp(),
-                // `max` and `min` drop a NaN; a NaN must come out.
-                dt: if raw.is_nan() { raw } else { dt },
+                decay: times.decay[index % TIMES],
+                dt: times.dt[index % TIMES],
                 d,
                 b,
                 c,
@@ -114,6 +111,36 @@ impl Scan<'_> {
             step.advance(state, x, y);
         }
     }
+
+    /// Time steps of up to [`TIMES`] rows of a head, computed together: the loops become vectors.
+    #[inline(always)]
+    fn times(&self, rows: std::ops::Range<usize>, head: usize) -> Times {
+        let heads = self.shape.heads;
+        let (low, high) = self.shape.time_step;
+        let (a, bias) = (self.weights.a[head], self.weights.dt_bias[head]);
+        let mut raw = [0.0; TIMES];
+        for (raw, row) in raw.iter_mut().zip(rows) {
+            *raw = self.dt[(row + 1) * self.dt_stride - heads + head];
+        }
+        let mut times = Times::default();
+        for lane in 0..TIMES {
+            let dt = softplus(raw[lane] + bias).max(low).min(high);
+            times.decay[lane] = exp(dt * a);
+            // `max` and `min` drop a NaN; a NaN must come out.
+            times.dt[lane] = if raw[lane].is_nan() { raw[lane] } else { dt };
+        }
+        times
+    }
+}
+
+/// Rows whose time steps are computed together.
+const TIMES: usize = 16;
+
+/// Time steps and decays of a head.
+#[derive(Default)]
+struct Times {
+    dt: [f32; TIMES],
+    decay: [f32; TIMES],
 }
 
 /// One token of one head.

@@ -5,6 +5,7 @@ use nemoconv_formats::block::dequantize;
 
 use super::moments::{Seen, SeenInputs};
 use super::{Calibrated, ExpertTokens, Method, TensorOutcome, Treatment};
+use crate::calibrate::experts::own_share;
 use crate::calibrate::second_moments::SecondMoments;
 use crate::error::Result;
 use crate::plan::PlannedTensor;
@@ -270,16 +271,15 @@ impl Rows<'_> {
 }
 
 /// An expert's second moments, drawn towards what is known of all where it saw little: readers towards the pool, writers,
-/// whose inputs lie in a basis of their own, towards their own mean diagonal. The pool counts as half as many tokens as
-/// there are inputs.
+/// whose inputs lie in a basis of their own, towards their own mean diagonal. How far: [`own_share`].
 fn shrunk(own: &SecondMoments, pool: Option<&SecondMoments>, is_writer: bool) -> Vec<f64> {
     let Some(pool) = pool else {
         return own.mean();
     };
     let n = own.n;
     // In tokens, since weights of experts are no counts.
-    let (seen, prior) = (own.tokens as f64, n as f64 / 2.0);
-    let (own_share, prior_share) = (seen / (seen + prior), prior / (seen + prior));
+    let own_share = own_share(own.tokens, n);
+    let prior_share = 1.0 - own_share;
     let mut mean = own.mean();
     mean.iter_mut().for_each(|value| *value *= own_share);
     if is_writer {
