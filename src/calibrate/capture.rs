@@ -38,6 +38,11 @@ impl<'a> Capture<'a> {
         }
     }
 
+    /// The tensors whose inputs are copied.
+    pub fn wanted(&self) -> &[&'a str] {
+        self.wanted
+    }
+
     /// An expert's output is multiplied with its weight, and so is its error: the square counts. Where no token chose an
     /// expert it is shown all of them, with weight 0: they count alike.
     fn weights_of(&self, tensor: &str, matrix: usize) -> Vec<f32> {

@@ -111,40 +111,32 @@ fn scale_rows(rows: &[f32], n: usize, weights: &[f32]) -> Vec<f32> {
     .collect()
 }
 
-/// `sum of v^T u` over pairs of inputs: v of the original network, u of the rounded one.
+/// `sum of v^T u` over pairs of rows: u the inputs of a matrix of the rounded network, v something of the same tokens.
 #[derive(Debug, Clone, PartialEq)]
 pub struct CrossMoments {
-    /// `in_features`.
+    /// Width of u.
     pub n: usize,
-    /// `[n of v, n of u]`, row-major.
+    /// `[width of v, n]`, row-major.
     pub sums: Vec<f64>,
     /// Pairs seen.
     pub tokens: u64,
 }
 
 impl CrossMoments {
-    /// Sees pairs of rows `[_, n]`.
-    pub fn of(isa: Isa, n: usize, original: &[f32], rounded: &[f32]) -> Self {
-        let mut sums = vec![0.0; n * n];
-        let count = rounded.len() / n;
-        let columns = |values| Columns {
+    /// Sees pairs of rows `[_, width]` and `[_, n]`.
+    pub fn of(isa: Isa, (v, width): (&[f32], usize), (u, n): (&[f32], usize)) -> Self {
+        let mut sums = vec![0.0; width * n];
+        let count = u.len() / n;
+        let columns = |values, stride| Columns {
             values,
-            stride: n,
-            range: 0..n,
+            stride,
+            range: 0..stride,
         };
         for first in (0..count).step_by(CHUNK_ROWS) {
             let chunk = first..(first + CHUNK_ROWS).min(count);
             let add = |out: &mut f64, sum: f32| *out += f64::from(sum);
-            products(
-                isa,
-                chunk,
-                &columns(rounded),
-                &columns(original),
-                false,
-                &mut sums,
-                n,
-                add,
-            );
+            let (u, v) = (columns(u, n), columns(v, width));
+            products(isa, chunk, &u, &v, false, &mut sums, n, add);
         }
         Self {
             n,
@@ -183,7 +175,7 @@ mod tests {
 
     #[test]
     fn pairs_are_ordered() {
-        let cross = CrossMoments::of(Isa::detect(), 2, &[1.0, 2.0], &[10.0, 100.0]);
+        let cross = CrossMoments::of(Isa::detect(), (&[1.0, 2.0], 2), (&[10.0, 100.0], 2));
         assert_eq!(cross.sums, [10.0, 100.0, 20.0, 200.0]);
     }
 }

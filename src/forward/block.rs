@@ -46,6 +46,11 @@ impl<B: Backend> Block<B> {
         self.kind
     }
 
+    /// What the mixer reads: the stream after the block's norm.
+    pub fn normed(&self, backend: &B, residual: &B::Buffer) -> B::Buffer {
+        backend.rms_norm(residual, &self.norm, self.eps)
+    }
+
     /// Adds what the mixer makes of `residual [rows, hidden]` to it; says whether every value is still a number.
     ///
     /// # Errors
@@ -59,7 +64,7 @@ impl<B: Backend> Block<B> {
         observer: &mut dyn Observer<B>,
     ) -> Result<bool> {
         observer.residual(self.index, backend, residual, rows);
-        let normed = backend.rms_norm(residual, &self.norm, self.eps);
+        let normed = self.normed(backend, residual);
         let pass = Pass {
             backend,
             block: self.index,

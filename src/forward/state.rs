@@ -88,4 +88,11 @@ impl<B: Backend> State<B> {
             blocks: self.blocks.iter().map(block).collect(),
         }
     }
+
+    /// `count` states like this one, of which the last is it.
+    pub fn into_forks(self, backend: &B, count: usize) -> Vec<Self> {
+        let mut forks: Vec<_> = (1..count).map(|_| self.fork(backend)).collect();
+        forks.extend((count > 0).then_some(self));
+        forks
+    }
 }

@@ -137,7 +137,7 @@ pub struct RewriteSettings {
 pub struct ChannelStatistics {
     /// E[u^2]; of a stack all experts, one after the other. 0 where nothing was seen.
     pub mean_square: Vec<f64>,
-    /// Largest |u|, in the same order.
+    /// Largest |u|, in the same order. Only [`Magnitude::Maximum`] asks for it.
     pub max_abs: Vec<f32>,
 }
 

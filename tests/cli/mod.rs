@@ -2,6 +2,7 @@
 
 mod artifacts;
 mod calibrate;
+mod calibration;
 mod eval;
 mod hostile;
 mod inspect;

@@ -2,32 +2,98 @@
 
 use rayon::prelude::*;
 
+use super::kernels::Isa;
+use super::multiversion::multiversion;
+
 /// Values that are worth a task of their own.
 const PART: usize = 1 << 14;
 
 /// `max(x, 0)^2`.
-pub fn relu_squared(values: &mut [f32]) {
-    values.par_chunks_mut(PART).for_each(|part| {
-        part.iter_mut().for_each(|x| {
-            let positive = x.max(0.0);
-            // A NaN stays one: `max` would hide it.
-            *x = if x.is_nan() { *x } else { positive * positive };
-        });
-    });
+pub fn relu_squared(isa: Isa, values: &mut [f32]) {
+    let parts = values.par_chunks_mut(PART);
+    parts.for_each(|part| relu_squared_part(isa, part));
 }
 
 /// `sum += values`.
-pub fn add(sum: &mut [f32], values: &[f32]) {
-    sum.par_chunks_mut(PART)
-        .zip(values.par_chunks(PART))
-        .for_each(|(sum, values)| sum.iter_mut().zip(values).for_each(|(s, v)| *s += v));
+pub fn add(isa: Isa, sum: &mut [f32], values: &[f32]) {
+    let parts = sum.par_chunks_mut(PART).zip(values.par_chunks(PART));
+    parts.for_each(|(sum, values)| add_part(isa, sum, values));
 }
 
 /// Whether no value is NaN or infinite.
-pub fn is_finite(values: &[f32]) -> bool {
-    values
-        .par_chunks(PART)
-        .all(|part| part.iter().all(|x| x.is_finite()))
+pub fn is_finite(isa: Isa, values: &[f32]) -> bool {
+    let parts = values.par_chunks(PART);
+    parts.all(|part| is_part_finite(isa, part))
+}
+
+multiversion! {
+    fn relu_squared_part(values: &mut [f32]) = relu_squared_each;
+}
+
+multiversion! {
+    fn add_part(sum: &mut [f32], values: &[f32]) = add_each;
+}
+
+multiversion! {
+    fn is_part_finite(values: &[f32]) -> bool = is_each_finite;
+}
+
+multiversion! {
+    /// The largest value; NaN is passed over.
+    pub fn largest(values: &[f32]) -> f32 = largest_of;
+}
+
+multiversion! {
+    /// `sum e^(x - max)`, in f64: a vocabulary has more terms than f32 has digits.
+    pub fn sum_of_exps(values: &[f32], max: f32) -> f64 = sum_exps;
+}
+
+#[inline(always)]
+fn relu_squared_each(values: &mut [f32]) {
+    values.iter_mut().for_each(|x| {
+        let positive = x.max(0.0);
+        // A NaN stays one: `max` would hide it.
+        *x = if x.is_nan() { *x } else { positive * positive };
+    });
+}
+
+#[inline(always)]
+fn add_each(sum: &mut [f32], values: &[f32]) {
+    sum.iter_mut().zip(values).for_each(|(s, v)| *s += v);
+}
+
+#[inline(always)]
+fn is_each_finite(values: &[f32]) -> bool {
+    // No early end: the loop becomes vectors.
+    values.iter().fold(true, |all, x| all & x.is_finite())
+}
+
+#[inline(always)]
+fn largest_of(values: &[f32]) -> f32 {
+    let keep = |lanes: &mut [f32; LANES], part: &[f32]| {
+        for (lane, x) in lanes.iter_mut().zip(part) {
+            *lane = if *x > *lane { *x } else { *lane };
+        }
+    };
+    let mut lanes = [f32::NEG_INFINITY; LANES];
+    let (parts, rest) = values.as_chunks::<LANES>();
+    parts.iter().for_each(|part| keep(&mut lanes, part));
+    keep(&mut lanes, rest);
+    lanes.into_iter().fold(f32::NEG_INFINITY, f32::max)
+}
+
+#[inline(always)]
+fn sum_exps(values: &[f32], max: f32) -> f64 {
+    let add = |lanes: &mut [f64; LANES], part: &[f32]| {
+        for (lane, x) in lanes.iter_mut().zip(part) {
+            *lane += f64::from(exp(x - max));
+        }
+    };
+    let mut lanes = [0.0; LANES];
+    let (parts, rest) = values.as_chunks::<LANES>();
+    parts.iter().for_each(|part| add(&mut lanes, part));
+    add(&mut lanes, rest);
+    lanes.into_iter().sum()
 }
 
 /// `e^x` to about 1e-7 relative, at least the smallest normal number.
@@ -145,15 +211,19 @@ const INVERSE_FACTORIALS: [f64; 15] = {
 /// Lanes of the sums below; fixed, so that results do not depend on the machine's vectors.
 pub const LANES: usize = 16;
 
-/// The sum of 16 lanes, pairwise.
+/// The sum of 16 lanes, pairwise. Halves are arrays of their own: one that is added to itself is taken apart into
+/// values, in the loop that fills it too.
 #[inline(always)]
-pub fn sum_lanes(mut lanes: [f32; LANES]) -> f32 {
-    for half in [8, 4, 2, 1] {
-        for lane in 0..half {
-            lanes[lane] += lanes[lane + half];
-        }
+pub fn sum_lanes(lanes: [f32; LANES]) -> f32 {
+    let mut eight = [0.0; 8];
+    for lane in 0..8 {
+        eight[lane] = lanes[lane] + lanes[lane + 8];
     }
-    lanes[0]
+    let mut four = [0.0; 4];
+    for lane in 0..4 {
+        four[lane] = eight[lane] + eight[lane + 4];
+    }
+    (four[0] + four[2]) + (four[1] + four[3])
 }
 
 /// `sum x^2`.
@@ -173,8 +243,10 @@ pub fn dot(x: &[f32], y: &[f32]) -> f32 {
             lanes[lane] += x[lane] * y[lane];
         }
     }
-    for (lane, (x, y)) in x_rest.iter().zip(y_rest).enumerate() {
-        lanes[lane] += x * y;
+    if !x_rest.is_empty() {
+        for (lane, (x, y)) in lanes.iter_mut().zip(x_rest.iter().zip(y_rest)) {
+            *lane += x * y;
+        }
     }
     sum_lanes(lanes)
 }
@@ -193,6 +265,17 @@ mod tests {
         }
         assert_eq!(exp(0.0), 1.0);
         assert!(exp(f32::NEG_INFINITY) < 2e-38 && exp(f32::NAN).is_nan());
+    }
+
+    #[test]
+    fn sums_and_maxima_take_every_value() {
+        let values: Vec<f32> = (0..37).map(|i| (i * 29 % 37) as f32 / 4.0).collect();
+        for isa in Isa::all() {
+            assert_eq!(largest(isa, &values), 9.0);
+            let exact: f64 = values.iter().map(|x| f64::from(x - 9.0).exp()).sum();
+            assert!((sum_of_exps(isa, &values, 9.0) - exact).abs() < 1e-6);
+        }
+        assert!(!is_finite(Isa::detect(), &[0.0, f32::INFINITY]));
     }
 
     #[test]
@@ -241,7 +324,7 @@ mod tests {
     #[test]
     fn nan_passes_through() {
         let mut values = [f32::NAN, -1.0, 3.0];
-        relu_squared(&mut values);
+        relu_squared(Isa::detect(), &mut values);
         assert!(values[0].is_nan() && values[1..] == [0.0, 9.0]);
     }
 

@@ -110,7 +110,7 @@ fn second_moments_are_the_same_bits_on_every_instruction_set() {
     let found = |isa: Isa| {
         let mut moments = SecondMoments::empty(n);
         moments.add(isa, &rows, Some(&weights));
-        let cross = CrossMoments::of(isa, n, &rows, &rows[n..]);
+        let cross = CrossMoments::of(isa, (&rows, n), (&rows[n..], n));
         let sums = moments.sums.into_iter().chain(cross.sums);
         sums.map(f64::to_bits).collect::<Vec<_>>()
     };

@@ -291,14 +291,21 @@ impl Calibrated<'_> {
             self.check_stop()?;
             let lengths = &streams.cells[cell];
             let routing = routing_of(routes, cell);
-            let mut residual = streams.original.read(cell)?;
-            original.run(&mut residual, lengths, &mut Capture::new(&[], routing))?;
-            streams.original.write(cell, residual)?;
+            if self.needs_original() {
+                let mut residual = streams.original.read(cell)?;
+                original.run(&mut residual, lengths, &mut Capture::new(&[], routing))?;
+                streams.original.write(cell, residual)?;
+            }
             let mut residual = streams.rounded.read(cell)?;
             rounded.run(&mut residual, lengths, &mut Capture::new(&[], routing))?;
             streams.rounded.write(cell, residual)?;
         }
         Ok(())
+    }
+
+    /// Whether anything is learnt from the original network's stream.
+    fn needs_original(&self) -> bool {
+        self.rounding.target_correction > 0.0 || self.plan.config.moe.is_some()
     }
 
     /// The final norm and the head.

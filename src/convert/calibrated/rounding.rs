@@ -9,7 +9,7 @@ use crate::calibrate::experts::own_share;
 use crate::calibrate::second_moments::SecondMoments;
 use crate::error::Result;
 use crate::plan::PlannedTensor;
-use crate::quantize::feedback::{self, InputMoments, can_feed_back};
+use crate::quantize::feedback::{self, Correction, InputMoments, can_feed_back};
 use crate::quantize::quantize_rows;
 
 /// Rounds a tensor whose inputs are not known.
@@ -242,14 +242,13 @@ impl Rows<'_> {
     fn feed_back(&self, seen: &Seen, moments: &InputMoments) -> (Vec<u8>, u64) {
         let beta = self.job.rounding.target_correction;
         let corrected = seen.cross.as_ref().filter(|_| beta > 0.0).map(|cross| {
-            feedback::corrected(
-                self.job.isa(),
-                self.values,
+            let correction = Correction {
                 cross,
-                &seen.moments,
-                moments,
-                beta,
-            )
+                seen: &seen.moments,
+                lack: seen.lack.as_ref(),
+                share: beta,
+            };
+            correction.apply(self.job.isa(), self.values, moments)
         });
         let rows = corrected.as_deref().unwrap_or(self.values);
         let mut bytes = vec![0; self.ty.bytes_for(rows.len() as u64).unwrap_or(0) as usize];

@@ -28,7 +28,7 @@ use crate::backend::cpu::gram::CHUNK_ROWS;
 use crate::backend::cpu::kernels::{self, FLOAT_ROWS, Isa, MAX_TOKENS};
 use crate::formats::GgmlType;
 use cholesky::{STRIP, Strips};
-pub use correction::corrected;
+pub use correction::Correction;
 use descent::Pass;
 use grid::FeedbackGrid;
 pub use moments::{Damping, InputMoments};
