@@ -9,7 +9,9 @@ use nemoconv::convert::calibrated::Calibrated;
 use nemoconv::convert::calibrated::workspace::Workspace;
 use nemoconv::error::Result;
 use nemoconv::formats::checkpoint::Checkpoint;
+use nemoconv::model::tokenizer::TextEncoder;
 use nemoconv::plan::Plan;
+use nemoconv::plan::recipe::Recipe;
 use serde_json::json;
 use sha2::{Digest, Sha256};
 
@@ -23,6 +25,7 @@ use super::workers::on_workers;
 pub fn calibrate(
     args: &ToGguf,
     text: &Path,
+    recipe: &Recipe,
     checkpoint: &Checkpoint,
     plan: &Plan,
     outfile: &Path,
@@ -31,14 +34,13 @@ pub fn calibrate(
 ) -> Result<Workspace> {
     let weights = StoredModel::open(&args.model)?;
     let encoder = open_encoder(&weights, None, weights.config().vocab_size)?;
-    let read = std::fs::read_to_string(text).map_err(|error| nemoconv::formats::Error::from(error).in_file(text))?;
-    let samples = Samples::of_text(&encoder, &read, args.calibration.samples())?;
+    let samples = read_samples(&encoder, text, recipe)?;
     talk.say(format_args!(
         "calibrating on {} tokens in {} sequences",
         samples.tokens(),
         samples.sequences.len()
     ));
-    let rounding = args.calibration.rounding();
+    let rounding = recipe.rounding;
     let types: Vec<_> = plan.tensors.iter().map(|tensor| (&tensor.name, tensor.ty.name())).collect();
     let key = json!({
         "nemoconv": env!("CARGO_PKG_VERSION"),
@@ -63,6 +65,12 @@ pub fn calibrate(
     };
     on_workers(args.threads, || job.run(&mut workspace))?;
     Ok(workspace)
+}
+
+/// Reads a calibration text as the recipe says.
+pub fn read_samples(encoder: &TextEncoder, text: &Path, recipe: &Recipe) -> Result<Samples> {
+    let read = std::fs::read_to_string(text).map_err(|error| nemoconv::formats::Error::from(error).in_file(text))?;
+    Samples::of_text(encoder, &read, recipe.samples)
 }
 
 fn digest(bytes: &[u8]) -> String {

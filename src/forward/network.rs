@@ -4,7 +4,7 @@ use super::block::Block;
 use super::linear::{Linear, required};
 use super::mixers::{Turn, scan_shape};
 use super::numerics::Numerics;
-use super::observer::Observer;
+use super::observer::{Observer, Silent};
 use super::state::State;
 use crate::artifact::StoredModel;
 use crate::backend::{Backend, ScanShape};
@@ -86,10 +86,44 @@ impl<B: Backend> Network<B> {
         observer: &mut dyn Observer<B>,
     ) -> Result<B::Buffer> {
         let tokens = self.tokens_of(sequences)?;
-        let rows = tokens.len();
-        let mut turns = turns_of(sequences);
-        let mut residual = self.embedding.rows(&self.backend, &tokens)?;
-        for (index, block) in self.blocks.iter().enumerate() {
+        let residual = self.embedding.rows(&self.backend, &tokens)?;
+        self.run_blocks(0, residual, tokens.len(), turns_of(sequences), observer)
+    }
+
+    /// The residual stream before the first block, `[tokens, hidden]`.
+    ///
+    /// # Errors
+    /// A file that cannot be read.
+    pub fn embed(&self, tokens: &[u32]) -> Result<B::Buffer> {
+        self.embedding.rows(&self.backend, tokens)
+    }
+
+    /// Runs fresh sequences of `lengths` tokens each from block `first` on; their residual streams before it lie one after
+    /// the other in `residual`. Gives the normed stream.
+    ///
+    /// # Errors
+    /// As [`Self::run`].
+    pub fn run_from(&self, first: usize, residual: B::Buffer, lengths: &[usize]) -> Result<B::Buffer> {
+        let mut states: Vec<State<B>> = lengths.iter().map(|_| self.empty_state()).collect();
+        let mut next = 0;
+        let turns = states.iter_mut().zip(lengths).map(|(state, length)| {
+            let rows = next..next + length;
+            next = rows.end;
+            Turn { rows, state }
+        });
+        let turns = turns.collect();
+        self.run_blocks(first, residual, lengths.iter().sum(), turns, &mut Silent)
+    }
+
+    fn run_blocks(
+        &self,
+        first: usize,
+        mut residual: B::Buffer,
+        rows: usize,
+        mut turns: Vec<Turn<'_, B>>,
+        observer: &mut dyn Observer<B>,
+    ) -> Result<B::Buffer> {
+        for (index, block) in self.blocks.iter().enumerate().skip(first) {
             if !block.run(&self.backend, &mut residual, rows, &mut turns, observer)? {
                 let place = format!("block {index} ({:?})", block.kind());
                 return Err(not_finite(&place));
