@@ -117,7 +117,8 @@ fn push_rewrite(yaml: &mut String, rewrite: &RewriteSettings) {
     let fields = serde_json::to_value(rewrite).expect("settings are numbers and words");
     yaml.push_str("rewrite:\n");
     for (key, value) in fields.as_object().into_iter().flatten() {
-        yaml.push_str(&format!("  {key}: {value}\n"));
+        // Words are unquoted, as everywhere else.
+        yaml.push_str(&format!("  {key}: {}\n", value.as_str().map_or(value.to_string(), String::from)));
     }
 }
 

@@ -4,4 +4,5 @@ mod artifacts;
 mod eval;
 mod hostile;
 mod inspect;
+mod recipe;
 mod validate;
