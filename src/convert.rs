@@ -182,11 +182,18 @@ impl Job<'_> {
     fn write(&self, scratch: &mut Scratch, index: usize, counters: &Counters) -> Result<()> {
         let tile = self.tiles[index];
         let tensor = &self.plan.tensors[tile.tensor];
-        let made = match self.finished.filter(|finished| finished.is_finished(&tensor.name)) {
+        let made = match self
+            .finished
+            .filter(|finished| finished.is_finished(&tensor.name))
+        {
             Some(finished) => {
                 let bytes = scratch.bytes(tile.rows * tensor.row_bytes());
                 finished.read_at(&tensor.name, tile.offset(tensor), bytes)?;
-                Made { bytes, nonfinite: 0, overflows: 0 }
+                Made {
+                    bytes,
+                    nonfinite: 0,
+                    overflows: 0,
+                }
             }
             None => tile.make(self.checkpoint, tensor, scratch)?,
         };
@@ -236,7 +243,11 @@ impl Counters {
     /// What was counted when finished tensors were made.
     fn add_outcomes(&self, plan: &Plan, finished: Option<&Workspace>) {
         for outcome in finished.iter().flat_map(|finished| finished.outcomes()) {
-            let Some(index) = plan.tensors.iter().position(|tensor| tensor.name == outcome.tensor) else {
+            let Some(index) = plan
+                .tensors
+                .iter()
+                .position(|tensor| tensor.name == outcome.tensor)
+            else {
                 continue;
             };
             self.nonfinite[index].fetch_add(outcome.nonfinite, Ordering::Relaxed);

@@ -2,6 +2,7 @@
 //!
 //! Enters: a file of llama-imatrix, GGUF or the older `.dat`, unchecked. Leaves: the mean square of every input, per
 //! weight (llama.cpp, common/imatrix-loader.cpp and tools/quantize/quantize.cpp, `load_imatrix`). Knows no weighting.
+//! [`ImatrixFile`] is the way back.
 
 #![cfg_attr(
     not(test),
@@ -13,6 +14,10 @@
         reason = "the bytes read here are untrusted"
     )
 )]
+
+mod write;
+
+pub use write::{ImatrixFile, ImatrixSums};
 
 use crate::{
     Error, GgmlType, MappedFile, Result,

@@ -163,6 +163,9 @@ pub trait Backend: Sync {
     /// Copies a part of a buffer back.
     fn download(&self, buffer: &Self::Buffer, part: Range<usize>) -> Vec<f32>;
 
+    /// All values of a buffer that is no longer needed.
+    fn download_all(&self, buffer: Self::Buffer) -> Vec<f32>;
+
     /// Rows `tokens` of an embedding matrix, `[tokens, columns]`.
     ///
     /// # Errors

@@ -2,8 +2,8 @@
 
 use std::collections::BTreeMap;
 
-use crate::backend::cpu::Cpu;
 use crate::backend::ExpertRows;
+use crate::backend::cpu::Cpu;
 use crate::forward::observer::Observer;
 
 /// Inputs of one matrix in one pass.
@@ -31,7 +31,16 @@ pub struct Capture<'a> {
 impl<'a> Capture<'a> {
     /// Copies inputs of the tensors `wanted`; with `routing`, tokens go where it says.
     pub fn new(wanted: &'a [&'a str], routing: Option<&'a [ExpertRows]>) -> Self {
-        Self { wanted, routing, ..Self::default() }
+        Self {
+            wanted,
+            routing,
+            ..Self::default()
+        }
+    }
+
+    /// The tensors whose inputs are copied.
+    pub fn wanted(&self) -> &[&'a str] {
+        self.wanted
     }
 
     /// An expert's output is multiplied with its weight, and so is its error: the square counts. Where no token chose an
@@ -58,9 +67,10 @@ impl Observer<Cpu> for Capture<'_> {
     }
 
     fn input(&mut self, tensor: &str, matrix: usize, _: &Cpu, input: &Vec<f32>, rows: usize) {
-        if self.wanted.contains(&tensor) {
+        // A cell without sequences shows nothing, not even how wide inputs are.
+        if rows > 0 && self.wanted.contains(&tensor) {
             let captured = Captured {
-                in_features: input.len() / rows.max(1),
+                in_features: input.len() / rows,
                 rows: input.clone(),
                 weights: self.weights_of(tensor, matrix),
             };

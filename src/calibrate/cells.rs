@@ -25,7 +25,9 @@ pub struct Tree<T> {
 
 impl<T> Default for Tree<T> {
     fn default() -> Self {
-        Self { pending: Vec::new() }
+        Self {
+            pending: Vec::new(),
+        }
     }
 }
 
@@ -33,7 +35,9 @@ impl<T: Merge> Tree<T> {
     /// Adds the next leaf.
     pub fn push(&mut self, leaf: T) {
         let mut grown = (1, leaf);
-        while let Some((leaves, mut earlier)) = self.pending.pop_if(|(leaves, _)| *leaves == grown.0) {
+        while let Some((leaves, mut earlier)) =
+            self.pending.pop_if(|(leaves, _)| *leaves == grown.0)
+        {
             earlier.merge(grown.1);
             grown = (leaves * 2, earlier);
         }
@@ -68,7 +72,9 @@ mod tests {
     fn the_tree_is_balanced_and_in_order() {
         let shape = |leaves: &str| {
             let mut tree = Tree::default();
-            leaves.chars().for_each(|leaf| tree.push(Shape(leaf.to_string())));
+            leaves
+                .chars()
+                .for_each(|leaf| tree.push(Shape(leaf.to_string())));
             tree.finish().map(|shape| shape.0)
         };
         assert_eq!(shape("abcdefgh").unwrap(), "(((ab)(cd))((ef)(gh)))");

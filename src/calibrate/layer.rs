@@ -6,9 +6,11 @@ use std::sync::Arc;
 use super::capture::Capture;
 use crate::artifact::{MemoryTensor, StoredModel};
 use crate::backend::cpu::{Cpu, Residence};
+use crate::backend::{Backend, ExpertRows};
 use crate::error::{Error, Fault, Result};
 use crate::forward::block::Block;
 use crate::forward::numerics::Numerics;
+use crate::forward::observer::Observer;
 use crate::model::config::NemotronHConfig;
 
 /// A block with all its weights in memory.
@@ -24,12 +26,25 @@ impl Layer {
     ///
     /// # Errors
     /// A tensor of the block is missing or has a wrong shape.
-    pub fn open(config: &NemotronHConfig, index: usize, tensors: Vec<MemoryTensor>) -> Result<Self> {
+    pub fn open(
+        config: &NemotronHConfig,
+        index: usize,
+        tensors: Vec<MemoryTensor>,
+    ) -> Result<Self> {
         let name = format!("block {index}");
-        let model = Arc::new(StoredModel::in_memory(Path::new(&name), config.clone(), tensors)?);
+        let model = Arc::new(StoredModel::in_memory(
+            Path::new(&name),
+            config.clone(),
+            tensors,
+        )?);
         let backend = Cpu::new(Arc::clone(&model), Residence::Mapped);
         let block = Block::open(&model, &backend, index, &Numerics::EXACT)?;
-        Ok(Self { model, backend, block, index })
+        Ok(Self {
+            model,
+            backend,
+            block,
+            index,
+        })
     }
 
     /// The machine.
@@ -41,13 +56,65 @@ impl Layer {
     ///
     /// # Errors
     /// A value that is not finite, naming the block.
-    pub fn run(&self, residual: &mut Vec<f32>, lengths: &[usize], capture: &mut Capture) -> Result<()> {
+    pub fn run(
+        &self,
+        residual: &mut Vec<f32>,
+        lengths: &[usize],
+        capture: &mut Capture,
+    ) -> Result<()> {
         let numerics = Numerics::EXACT;
-        let is_finite = self.block.run_fresh(&self.model, &self.backend, residual, lengths, &numerics, capture)?;
+        let is_finite = self.block.run_fresh(
+            &self.model,
+            &self.backend,
+            residual,
+            lengths,
+            &numerics,
+            capture,
+        )?;
         if is_finite {
             return Ok(());
         }
-        let what = format!("block {} ({:?}) produced a value that is not finite", self.index, self.block.kind());
-        Err(Error::Run(Fault::new(what).hint("`nemoconv validate` names weights that are NaN or out of range")))
+        let what = format!(
+            "block {} ({:?}) produced a value that is not finite",
+            self.index,
+            self.block.kind()
+        );
+        Err(Error::Run(Fault::new(what).hint(
+            "`nemoconv validate` names weights that are NaN or out of range",
+        )))
+    }
+
+    /// Shows the inputs of matrices that read the normed stream, without running the block: `routing` says which rows
+    /// experts read.
+    pub fn show_readers(
+        &self,
+        residual: &Vec<f32>,
+        routing: Option<&[ExpertRows]>,
+        capture: &mut Capture,
+    ) {
+        let normed = self.block.normed(&self.backend, residual);
+        let hidden = self.model.config().hidden_size;
+        if let Some(routing) = routing {
+            capture.experts(self.index, routing);
+        }
+        for tensor in self.model.tensors() {
+            let experts = routing.filter(|_| tensor.matrices > 1);
+            for matrix in 0..tensor.matrices {
+                match experts.map(|experts| &experts[matrix].rows) {
+                    None => capture.input(
+                        &tensor.name,
+                        matrix,
+                        &self.backend,
+                        &normed,
+                        normed.len() / hidden,
+                    ),
+                    Some(rows) if rows.is_empty() => {}
+                    Some(rows) => {
+                        let gathered = self.backend.gather(&normed, hidden, rows);
+                        capture.input(&tensor.name, matrix, &self.backend, &gathered, rows.len());
+                    }
+                }
+            }
+        }
     }
 }

@@ -6,7 +6,12 @@
 
 pub mod capture;
 pub mod cells;
+pub mod documents;
+pub mod experts;
+pub mod importance;
 pub mod layer;
 pub mod samples;
 pub mod second_moments;
+pub mod statistics;
+pub mod statistics_file;
 pub mod stream;

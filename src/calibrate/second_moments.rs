@@ -20,7 +20,12 @@ pub struct SecondMoments {
 impl SecondMoments {
     /// Nothing seen.
     pub fn empty(n: usize) -> Self {
-        Self { n, sums: vec![0.0; n * n], weight: 0.0, tokens: 0 }
+        Self {
+            n,
+            sums: vec![0.0; n * n],
+            weight: 0.0,
+            tokens: 0,
+        }
     }
 
     /// Sees `rows [_, n]`, each with its weight; without weights each counts 1.
@@ -33,11 +38,24 @@ impl SecondMoments {
                 (&scaled[..], weights.len())
             }
         };
-        let columns = Columns { values: rows, stride: self.n, range: 0..self.n };
+        let columns = Columns {
+            values: rows,
+            stride: self.n,
+            range: 0..self.n,
+        };
         for first in (0..count).step_by(CHUNK_ROWS) {
             let chunk = first..(first + CHUNK_ROWS).min(count);
             let add = |out: &mut f64, sum: f32| *out += f64::from(sum);
-            products(isa, chunk, &columns, &columns, true, &mut self.sums, self.n, add);
+            products(
+                isa,
+                chunk,
+                &columns,
+                &columns,
+                true,
+                &mut self.sums,
+                self.n,
+                add,
+            );
         }
         let seen = |weight: f32| (f64::from(weight), u64::from(weight > 0.0));
         let (weight, tokens) = match weights {
@@ -52,20 +70,33 @@ impl SecondMoments {
 
     /// `E[u^T u]`: `[n, n]`; zero where nothing was seen.
     pub fn mean(&self) -> Vec<f64> {
-        let per_weight = if self.weight > 0.0 { 1.0 / self.weight } else { 0.0 };
+        let per_weight = if self.weight > 0.0 {
+            1.0 / self.weight
+        } else {
+            0.0
+        };
         self.sums.iter().map(|sum| sum * per_weight).collect()
     }
 
     /// `E[u_j^2]`, `[n]`.
     pub fn mean_squares(&self) -> Vec<f32> {
-        let per_weight = if self.weight > 0.0 { 1.0 / self.weight } else { 0.0 };
-        (0..self.n).map(|j| (self.sums[j * self.n + j] * per_weight) as f32).collect()
+        let per_weight = if self.weight > 0.0 {
+            1.0 / self.weight
+        } else {
+            0.0
+        };
+        (0..self.n)
+            .map(|j| (self.sums[j * self.n + j] * per_weight) as f32)
+            .collect()
     }
 }
 
 impl Merge for SecondMoments {
     fn merge(&mut self, later: Self) {
-        self.sums.iter_mut().zip(&later.sums).for_each(|(sum, later)| *sum += later);
+        self.sums
+            .iter_mut()
+            .zip(&later.sums)
+            .for_each(|(sum, later)| *sum += later);
         self.weight += later.weight;
         self.tokens += later.tokens;
     }
@@ -80,35 +111,47 @@ fn scale_rows(rows: &[f32], n: usize, weights: &[f32]) -> Vec<f32> {
     .collect()
 }
 
-/// `sum of v^T u` over pairs of inputs: v of the original network, u of the rounded one.
+/// `sum of v^T u` over pairs of rows: u the inputs of a matrix of the rounded network, v something of the same tokens.
 #[derive(Debug, Clone, PartialEq)]
 pub struct CrossMoments {
-    /// `in_features`.
+    /// Width of u.
     pub n: usize,
-    /// `[n of v, n of u]`, row-major.
+    /// `[width of v, n]`, row-major.
     pub sums: Vec<f64>,
     /// Pairs seen.
     pub tokens: u64,
 }
 
 impl CrossMoments {
-    /// Sees pairs of rows `[_, n]`.
-    pub fn of(isa: Isa, n: usize, original: &[f32], rounded: &[f32]) -> Self {
-        let mut sums = vec![0.0; n * n];
-        let count = rounded.len() / n;
-        let columns = |values| Columns { values, stride: n, range: 0..n };
+    /// Sees pairs of rows `[_, width]` and `[_, n]`.
+    pub fn of(isa: Isa, (v, width): (&[f32], usize), (u, n): (&[f32], usize)) -> Self {
+        let mut sums = vec![0.0; width * n];
+        let count = u.len() / n;
+        let columns = |values, stride| Columns {
+            values,
+            stride,
+            range: 0..stride,
+        };
         for first in (0..count).step_by(CHUNK_ROWS) {
             let chunk = first..(first + CHUNK_ROWS).min(count);
             let add = |out: &mut f64, sum: f32| *out += f64::from(sum);
-            products(isa, chunk, &columns(rounded), &columns(original), false, &mut sums, n, add);
+            let (u, v) = (columns(u, n), columns(v, width));
+            products(isa, chunk, &u, &v, false, &mut sums, n, add);
         }
-        Self { n, sums, tokens: count as u64 }
+        Self {
+            n,
+            sums,
+            tokens: count as u64,
+        }
     }
 }
 
 impl Merge for CrossMoments {
     fn merge(&mut self, later: Self) {
-        self.sums.iter_mut().zip(&later.sums).for_each(|(sum, later)| *sum += later);
+        self.sums
+            .iter_mut()
+            .zip(&later.sums)
+            .for_each(|(sum, later)| *sum += later);
         self.tokens += later.tokens;
     }
 }
@@ -124,12 +167,15 @@ mod tests {
         moments.add(Isa::detect(), &rows, Some(&[1.0, 0.0, 4.0]));
         assert_eq!((moments.weight, moments.tokens), (5.0, 2));
         assert_eq!(moments.sums[..2], [1.0 + 4.0 * 49.0, 2.0 + 4.0 * 77.0]);
-        assert_eq!(moments.mean_squares(), [197.0 / 5.0, (4.0 + 4.0 * 121.0) / 5.0]);
+        assert_eq!(
+            moments.mean_squares(),
+            [197.0 / 5.0, (4.0 + 4.0 * 121.0) / 5.0]
+        );
     }
 
     #[test]
     fn pairs_are_ordered() {
-        let cross = CrossMoments::of(Isa::detect(), 2, &[1.0, 2.0], &[10.0, 100.0]);
+        let cross = CrossMoments::of(Isa::detect(), (&[1.0, 2.0], 2), (&[10.0, 100.0], 2));
         assert_eq!(cross.sums, [10.0, 100.0, 20.0, 200.0]);
     }
 }

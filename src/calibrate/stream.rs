@@ -43,7 +43,8 @@ impl Streams {
             Storage::File(file) => {
                 let mut values = vec![0.0; self.lengths[cell]];
                 let bytes = bytemuck::cast_slice_mut(&mut values);
-                file.read_exact_at(bytes, self.offset(cell)).map_err(failed)?;
+                file.read_exact_at(bytes, self.offset(cell))
+                    .map_err(failed)?;
                 Ok(values)
             }
         }
@@ -74,7 +75,8 @@ impl Streams {
 fn failed(source: std::io::Error) -> Error {
     let what = "cannot keep residual streams in a temporary file";
     Error::Write {
-        fault: Fault::new(what).hint("set TMPDIR to a folder with room, or allow more memory with `--max-ram`"),
+        fault: Fault::new(what)
+            .hint("set TMPDIR to a folder with room, or allow more memory with `--max-ram`"),
         source,
     }
 }

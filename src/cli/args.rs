@@ -10,11 +10,16 @@ use nemoconv::eval::tasks::Task;
 use nemoconv::formats::gguf::Value;
 use nemoconv::forward::numerics::TimeStepRule;
 use nemoconv::plan::phase::Phase;
-use nemoconv::plan::recipe::{CalibrationEntries, OutType, RecipeEntries, parse_size};
+use nemoconv::plan::recipe::{
+    CalibrationEntries, OutType, RecipeEntries, RewriteEntries, parse_size,
+};
 use nemoconv::plan::types::{TensorTypeRule, WantedType};
 use nemoconv::report::{FailOn, Gates};
+use nemoconv::rewrite::Rotation;
 use nemoconv::write::gguf::parts::SplitLimits;
 use regex::Regex;
+
+use super::calibrate_args::Calibrate;
 
 const EXIT_CODES: &str = "\
 Exit codes:
@@ -44,6 +49,8 @@ pub enum Command {
     ToGguf(Box<ToGguf>),
     /// Show what `to-gguf` would write, without reading a weight
     Plan(Box<ToGguf>),
+    /// Let a model read samples: statistics for `to-gguf`, llama.cpp's importance matrix, what each expert saw
+    Calibrate(Box<Calibrate>),
     /// Check an artifact: container, weights, tokenizer, logits against a reference; exit code 2 when a gate fails
     Validate(Box<Validate>),
     /// Show keys, tensors, types and offsets of a GGUF file, a checkpoint or an importance matrix
@@ -370,9 +377,12 @@ pub struct ToGguf {
 #[derive(Debug, Args)]
 #[command(next_help_heading = "Calibration")]
 pub struct CalibrationArgs {
-    /// Text that the model reads: rounding then minimizes the error of its outputs
+    /// Text that the model reads, or documents (.jsonl): rounding then minimizes the error of its outputs
     #[arg(long, value_name = "FILE", conflicts_with = "imatrix")]
     pub calibration: Option<PathBuf>,
+    /// Statistics that `calibrate` wrote of this model and these samples: rewrites are chosen without reading again
+    #[arg(long, value_name = "FILE", requires = "calibration")]
+    pub statistics: Option<PathBuf>,
     /// Tokens per sequence of the calibration. Default: 512
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(8..=1 << 20))]
     pub calibration_context: Option<u32>,
@@ -391,9 +401,32 @@ pub struct CalibrationArgs {
     /// Share of the correction towards the original outputs on the inputs of the rounded network, 0 to 1. Default: 0
     #[arg(long, value_name = "BETA")]
     pub target_correction: Option<f64>,
+    /// Rotate the residual stream: principal axes and Hadamard, Hadamard alone, or not. Default: none
+    #[arg(long, value_name = "HOW")]
+    pub rotate: Option<RotationArg>,
+    /// Leave all other exact rewrites out too: scales, folded norms, order
+    #[arg(long)]
+    pub no_rewrites: bool,
+    /// Leave scales out
+    #[arg(long)]
+    pub no_smoothing: bool,
+    /// Order hidden units and head channels by their mean square
+    #[arg(long)]
+    pub sort: bool,
+    /// Quarters of a channel's size that go to its activation. Default: 2
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u8).range(..=4))]
+    pub balance: Option<u8>,
     /// Added to the diagonal of second moments, as a share of its mean. Default: 0.01
     #[arg(long, value_name = "SHARE")]
     pub damp_percent: Option<f64>,
+}
+
+/// `--rotate`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+pub enum RotationArg {
+    None,
+    Hadamard,
+    Klt,
 }
 
 /// `--method`.
@@ -402,6 +435,16 @@ pub enum MethodArg {
     Rtn,
     Imatrix,
     Gptq,
+}
+
+impl From<RotationArg> for Rotation {
+    fn from(rotation: RotationArg) -> Self {
+        match rotation {
+            RotationArg::None => Self::None,
+            RotationArg::Hadamard => Self::Hadamard,
+            RotationArg::Klt => Self::Klt,
+        }
+    }
 }
 
 impl From<MethodArg> for Method {
@@ -432,7 +475,9 @@ impl ToGguf {
             target_bpw: self.target_bpw,
             target_size: self.target_size,
             rules: self.tensor_type.iter().cloned().chain(rules).collect(),
-            output_tensor_type: self.output_tensor_type.or(self.leave_output_tensor.then_some(WantedType::Keep)),
+            output_tensor_type: self
+                .output_tensor_type
+                .or(self.leave_output_tensor.then_some(WantedType::Keep)),
             token_embedding_type: self.token_embedding_type,
             pure: given(self.pure),
             allow_fallback: given(self.allow_fallback),
@@ -447,7 +492,13 @@ impl ToGguf {
                 sequences: calibration.calibration_sequences,
                 seed: calibration.seed,
             },
-            rewrite: None,
+            rewrite: RewriteEntries {
+                apply: calibration.no_rewrites.then_some(false),
+                rotation: calibration.rotate.map(Rotation::from),
+                smoothing: calibration.no_smoothing.then_some(false),
+                balance: calibration.balance,
+                sort: given(calibration.sort),
+            },
         }
     }
 
@@ -470,7 +521,10 @@ impl ToGguf {
 pub fn tensor_type_rule(text: &str) -> Result<TensorTypeRule, String> {
     let (pattern, ty) = text.rsplit_once('=').ok_or("expected REGEX=TYPE")?;
     let pattern = Regex::new(pattern).map_err(|error| error.to_string())?;
-    Ok(TensorTypeRule { pattern, ty: ty.parse()? })
+    Ok(TensorTypeRule {
+        pattern,
+        ty: ty.parse()?,
+    })
 }
 
 fn key_override(text: &str) -> Result<KeyOverride, String> {

@@ -17,6 +17,7 @@ use nemoconv::eval::samples::sha256;
 use nemoconv::eval::shard::Shard;
 use nemoconv::eval::tasks::Task;
 use nemoconv::forward::scoring::Scorer;
+use rayon::prelude::*;
 use serde_json::{Value, json};
 
 use super::args::{Eval, EvalCommand, EvalMerge, EvalRun};
@@ -255,13 +256,15 @@ fn performance(
 
 fn read_data(args: &EvalRun) -> Result<Vec<(Task, DataSet)>> {
     let folder = args.data.as_deref().unwrap_or(Path::new("."));
-    let mut data: Vec<(Task, DataSet)> = Vec::new();
+    let mut tasks: Vec<Task> = Vec::new();
     for task in &args.tasks {
-        if data.iter().all(|(known, _)| known != task) {
-            data.push((*task, DataSet::read(folder, *task)?));
+        if !tasks.contains(task) {
+            tasks.push(*task);
         }
     }
-    Ok(data)
+    let read = |task: Task| Ok((task, DataSet::read(folder, task)?));
+    let data: Vec<Result<_>> = tasks.into_par_iter().map(read).collect();
+    data.into_iter().collect()
 }
 
 /// Seconds since 1970: SOURCE_DATE_EPOCH, else now.

@@ -104,7 +104,7 @@ pub fn open_encoder(
 }
 
 /// A hub id as it is; of a path the last part.
-fn name_of(artifact: &str) -> String {
+pub fn name_of(artifact: &str) -> String {
     let path = Path::new(artifact);
     if !path.exists() {
         return artifact.to_string();
@@ -114,7 +114,8 @@ fn name_of(artifact: &str) -> String {
     name.to_string_lossy().into_owned()
 }
 
-fn files_of(stored: &StoredModel) -> Vec<PathBuf> {
+/// Every file that holds weights.
+pub fn files_of(stored: &StoredModel) -> Vec<PathBuf> {
     match stored.checkpoint() {
         Some(checkpoint) => {
             let shards = checkpoint.shards().iter();

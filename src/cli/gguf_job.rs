@@ -7,9 +7,9 @@ use std::sync::atomic::AtomicBool;
 use nemoconv::artifact::locate;
 use nemoconv::convert::{self, Conduct};
 use nemoconv::error::{Error, Fault, Result};
+use nemoconv::formats::Imatrix;
 use nemoconv::formats::checkpoint::Checkpoint;
 use nemoconv::formats::gguf::NewTensor;
-use nemoconv::formats::Imatrix;
 use nemoconv::model::config::NemotronHConfig;
 use nemoconv::model::description::{DescriptionSources, ModelDescription, ParameterCounts};
 use nemoconv::model::tokenizer::{TokenType, Tokenizer};
@@ -20,8 +20,8 @@ use nemoconv::write::gguf::parts::Parts;
 use nemoconv::write::gguf::{self, NamedImatrix};
 use serde_json::Value;
 
-use super::calibration_job;
 use super::args::ToGguf;
+use super::calibration_job::Calibration;
 use super::output::{Talk, human_bytes, print_stdout, shape, table};
 use super::progress::Report;
 use super::receipt;
@@ -43,7 +43,21 @@ pub fn to_gguf(args: &ToGguf, talk: &Talk, stop: &AtomicBool) -> Result<()> {
     let Some(chosen) = recipe_job::choose(args, talk, stop)? else {
         return Ok(());
     };
-    let prepared = prepare(args, &chosen)?;
+    let mut prepared = prepare(args, &chosen, &[])?;
+    let calibration = match &args.calibration.calibration {
+        Some(text) => Some(Calibration::begin(
+            args,
+            text,
+            &chosen.recipe,
+            &prepared.checkpoint,
+            talk,
+            stop,
+        )?),
+        None => None,
+    };
+    if let Some(calibration) = &calibration {
+        prepared = prepare(args, &chosen, &calibration.keys())?;
+    }
     let Prepared {
         checkpoint,
         plan,
@@ -51,8 +65,10 @@ pub fn to_gguf(args: &ToGguf, talk: &Talk, stop: &AtomicBool) -> Result<()> {
         peak_bytes,
     } = &prepared;
     announce(&prepared, talk);
-    let finished = match &args.calibration.calibration {
-        Some(text) => Some(calibration_job::calibrate(args, text, &chosen.recipe, checkpoint, plan, &parts.parts[0].path, talk, stop)?),
+    let finished = match &calibration {
+        Some(calibration) => {
+            Some(calibration.round(args, plan, &parts.parts[0].path, talk, stop)?)
+        }
         None => None,
     };
     let artifact = Artifact::create(parts)?;
@@ -78,8 +94,18 @@ pub fn to_gguf(args: &ToGguf, talk: &Talk, stop: &AtomicBool) -> Result<()> {
             odd.tensor, odd.nonfinite, odd.overflows
         ));
     }
-    let planned = receipt::plan_json(checkpoint, plan, parts, *peak_bytes, chosen.allocation.as_ref());
-    let receipt = receipt::with_summary(planned, &summary, finished.as_ref());
+    let planned = receipt::plan_json(
+        checkpoint,
+        plan,
+        parts,
+        *peak_bytes,
+        chosen.allocation.as_ref(),
+    );
+    let mut receipt = receipt::with_summary(planned, &summary, finished.as_ref());
+    if let Some(calibration) = &calibration {
+        receipt["calibration"] = calibration.receipt();
+        calibration.save_sidecar(&parts.parts[0].path)?;
+    }
     let written = artifact.publish()?;
     write_receipt(&written[0], &receipt)?;
     if let Some(finished) = finished {
@@ -98,7 +124,7 @@ pub fn plan(args: &ToGguf, talk: &Talk, stop: &AtomicBool) -> Result<()> {
     let Some(chosen) = recipe_job::choose(args, talk, stop)? else {
         return Ok(());
     };
-    let prepared = prepare(args, &chosen)?;
+    let prepared = prepare(args, &chosen, &[])?;
     if args.json {
         let Prepared {
             checkpoint,
@@ -106,7 +132,13 @@ pub fn plan(args: &ToGguf, talk: &Talk, stop: &AtomicBool) -> Result<()> {
             parts,
             peak_bytes,
         } = &prepared;
-        let json = receipt::plan_json(checkpoint, plan, parts, *peak_bytes, chosen.allocation.as_ref());
+        let json = receipt::plan_json(
+            checkpoint,
+            plan,
+            parts,
+            *peak_bytes,
+            chosen.allocation.as_ref(),
+        );
         print_stdout(format_args!("{json:#}"));
         return Ok(());
     }
@@ -117,12 +149,18 @@ pub fn plan(args: &ToGguf, talk: &Talk, stop: &AtomicBool) -> Result<()> {
 }
 
 /// Plans the artifact of a choice, headers and all.
-pub fn prepare(args: &ToGguf, chosen: &Chosen) -> Result<Prepared> {
+pub fn prepare(
+    args: &ToGguf,
+    chosen: &Chosen,
+    keys: &[(&'static str, nemoconv::formats::gguf::Value)],
+) -> Result<Prepared> {
     let checkpoint = Checkpoint::open(&locate(&args.model)?)?;
     let (json, config) = NemotronHConfig::open(&checkpoint)?;
     let vocab_size = config.vocab_size;
     let imatrix = args.imatrix.as_deref().map(Imatrix::open).transpose()?;
-    let settings = chosen.recipe.settings(chosen.scheme, args.calibration.calibration.is_some());
+    let settings = chosen
+        .recipe
+        .settings(chosen.scheme, args.calibration.calibration.is_some());
     let plan = Plan::new(&checkpoint, config, &settings, imatrix.as_ref())?;
 
     let mut tokenizer = Tokenizer::read(
@@ -139,6 +177,9 @@ pub fn prepare(args: &ToGguf, chosen: &Chosen) -> Result<Prepared> {
         .zip(imatrix_path.as_deref())
         .map(|(imatrix, path)| NamedImatrix { path, imatrix });
     let mut metadata = gguf::metadata(&plan, &description, &tokenizer, named);
+    for (key, value) in keys {
+        metadata.set(*key, value.clone());
+    }
     for over in &args.override_kv {
         let value = match metadata.get(&over.key) {
             Some(old) => like(old, &over.value).ok_or_else(|| wrong_override(&over.key))?,

@@ -2,6 +2,8 @@
 
 mod allocation_job;
 mod args;
+mod calibrate_args;
+mod calibrate_job;
 mod calibration_job;
 mod eval_job;
 mod eval_model;
@@ -51,6 +53,7 @@ pub fn main() -> ExitCode {
         Command::ToGguf(args) => gguf_job::to_gguf(args, &talk, &STOP).map(done),
         Command::Plan(args) => gguf_job::plan(args, &talk, &STOP).map(done),
         Command::Inspect(args) => inspect::inspect(args).map(done),
+        Command::Calibrate(args) => calibrate_job::calibrate(args, &talk, &STOP).map(done),
         Command::Eval(args) => {
             on_workers(args.run.threads, || eval_job::eval(args, &talk, &STOP)).map(done)
         }

@@ -9,7 +9,6 @@ use nemoconv::formats::checkpoint::Checkpoint;
 use nemoconv::plan::file_type::FileType;
 use nemoconv::plan::recipe::{Aim, Recipe, RecipeEntries};
 use nemoconv::plan::types::{Scheme, TensorTypeRule};
-use nemoconv::rewrite::RewriteSettings;
 use serde_json::Value;
 
 use super::allocation_job;
@@ -29,25 +28,41 @@ pub struct Chosen {
 impl Chosen {
     /// The types of `scheme`, but for what the recipe says by name.
     pub fn of_scheme(recipe: Recipe, scheme: Scheme) -> Self {
-        Self { recipe, scheme, name: scheme.name().to_string(), allocation: None }
+        Self {
+            recipe,
+            scheme,
+            name: scheme.name().to_string(),
+            allocation: None,
+        }
     }
 }
 
 /// The recipe in force; `None` where it was only to be printed.
 pub fn choose(args: &ToGguf, talk: &Talk, stop: &AtomicBool) -> Result<Option<Chosen>> {
-    let file = args.recipe.as_deref().map(RecipeEntries::open).transpose()?;
-    let recipe = args.entries(rules_of(args)?).or(file.unwrap_or_default()).resolve()?;
-    if recipe.rewrite != RewriteSettings::default() {
-        let fault = Fault::new("`rewrite` of the recipe asks for rewrites, which `to-gguf` does not apply");
-        return Err(Error::Plan(fault.hint("leave `rewrite` out")));
-    }
+    let file = args
+        .recipe
+        .as_deref()
+        .map(RecipeEntries::open)
+        .transpose()?;
+    let recipe = args
+        .entries(rules_of(args)?)
+        .or(file.unwrap_or_default())
+        .resolve()?;
     let chosen = match recipe.aim {
         Aim::Scheme(scheme) => Chosen::of_scheme(recipe, scheme),
         Aim::OwnType => {
             let own = Scheme::Mix(auto_type(&Checkpoint::open(&locate(&args.model)?)?));
-            Chosen::of_scheme(Recipe { aim: Aim::Scheme(own), ..recipe }, own)
+            Chosen::of_scheme(
+                Recipe {
+                    aim: Aim::Scheme(own),
+                    ..recipe
+                },
+                own,
+            )
         }
-        Aim::BitsPerWeight(_) | Aim::FileBytes(_) => allocation_job::allocate(args, recipe, talk, stop)?,
+        Aim::BitsPerWeight(_) | Aim::FileBytes(_) => {
+            allocation_job::allocate(args, recipe, talk, stop)?
+        }
     };
     if args.print_recipe {
         print_stdout(chosen.recipe.to_yaml().trim_end());
@@ -88,4 +103,3 @@ fn rules_of(args: &ToGguf) -> Result<Vec<TensorTypeRule>> {
         })
         .collect()
 }
-

@@ -5,6 +5,7 @@
 use nemoconv_formats::checkpoint::{Checkpoint, TensorEntry};
 use nemoconv_formats::{Dtype, GgmlType, float};
 
+use crate::backend::cpu::exp_f64;
 use crate::error::Result;
 use crate::model::nemotron_h::ValueRule;
 use crate::plan::fp8::Grid;
@@ -136,7 +137,9 @@ impl Tile {
             .map(|value| u64::from(!value.is_finite()))
             .sum();
         if tensor.rule.value == ValueRule::NegExp {
-            values.iter_mut().for_each(|value| *value = -value.exp());
+            // Not the system's `expf`: each rounds some values in its own way.
+            let negated = |value: f32| -(exp_f64(f64::from(value)) as f32);
+            values.iter_mut().for_each(|value| *value = negated(*value));
         }
         if tensor.factor != 1.0 {
             values.iter_mut().for_each(|value| *value *= tensor.factor);

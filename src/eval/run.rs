@@ -6,7 +6,9 @@ use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use super::document::DataSet;
+use rayon::prelude::*;
+
+use super::document::{DataSet, Document};
 use super::journal::Journal;
 use super::requests::{Answer, Prompting, Tokenized};
 use super::samples::Sample;
@@ -91,26 +93,30 @@ impl PreparedTask {
         vocab_size: usize,
         settings: Settings,
     ) -> Result<Self> {
-        let mut documents = Vec::new();
         let limit = settings.limit.unwrap_or(usize::MAX);
-        for (doc_id, document) in data.documents.iter().enumerate() {
+        let prepare = |(doc_id, document): (usize, &Document)| {
             let fault = |what: String| data.fault(document, &what);
             let item = task.item(document).map_err(fault)?;
             if doc_id >= limit || !settings.shard.has(doc_id) {
-                continue;
+                return Ok(None);
             }
             let tokenized =
                 Tokenized::of(&item.question, encoder, settings.prompting).map_err(fault)?;
             if tokenized.largest_id() as usize >= vocab_size {
                 return Err(vocabulary_mismatch(tokenized.largest_id(), vocab_size));
             }
-            documents.push(PreparedDocument {
+            Ok(Some(PreparedDocument {
                 doc_id,
                 digest: tokenized.digest(),
                 item,
                 tokenized,
-            });
-        }
+            }))
+        };
+        let prepared = data.documents.par_iter().enumerate().map(prepare);
+        // The first fault in the order of the data, not the first that a thread found.
+        let prepared: Vec<Result<Option<PreparedDocument>>> = prepared.collect();
+        let prepared = prepared.into_iter().filter_map(Result::transpose);
+        let documents = prepared.collect::<Result<_>>()?;
         Ok(Self {
             task,
             original: data.documents.len(),

@@ -24,7 +24,12 @@ impl<B: Backend> Block<B> {
     ///
     /// # Errors
     /// A tensor is missing, of a type that cannot be decoded, or cannot be read.
-    pub fn open(model: &StoredModel, backend: &B, index: usize, numerics: &Numerics) -> Result<Self> {
+    pub fn open(
+        model: &StoredModel,
+        backend: &B,
+        index: usize,
+        numerics: &Numerics,
+    ) -> Result<Self> {
         let kind = model.config().pattern.kinds()[index];
         let norm = required(model, &format!("blk.{index}.attn_norm.weight"))?;
         Ok(Self {
@@ -41,6 +46,11 @@ impl<B: Backend> Block<B> {
         self.kind
     }
 
+    /// What the mixer reads: the stream after the block's norm.
+    pub fn normed(&self, backend: &B, residual: &B::Buffer) -> B::Buffer {
+        backend.rms_norm(residual, &self.norm, self.eps)
+    }
+
     /// Adds what the mixer makes of `residual [rows, hidden]` to it; says whether every value is still a number.
     ///
     /// # Errors
@@ -54,7 +64,7 @@ impl<B: Backend> Block<B> {
         observer: &mut dyn Observer<B>,
     ) -> Result<bool> {
         observer.residual(self.index, backend, residual, rows);
-        let normed = backend.rms_norm(residual, &self.norm, self.eps);
+        let normed = self.normed(backend, residual);
         let pass = Pass {
             backend,
             block: self.index,
@@ -86,7 +96,10 @@ impl<B: Backend> Block<B> {
         let mut first = 0;
         let mut turns = Vec::with_capacity(lengths.len());
         for (state, length) in states.iter_mut().zip(lengths) {
-            turns.push(Turn { rows: first..first + length, state });
+            turns.push(Turn {
+                rows: first..first + length,
+                state,
+            });
             first += length;
         }
         self.run(backend, residual, first, &mut turns, observer)

@@ -1,5 +1,7 @@
 //! Log-probabilities of one row of logits.
 
+use crate::backend::cpu::{self, kernels::Isa};
+
 /// What is needed to turn logits of a row into natural-log probabilities.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct LogSoftmax {
@@ -9,30 +11,14 @@ pub struct LogSoftmax {
     pub log_sum_exp: f64,
 }
 
-/// Terms that are added in f32 before they go into the f64 sum.
-const LANES: usize = 16;
-
 impl LogSoftmax {
     /// Looks at a row.
     pub fn of(logits: &[f32]) -> Self {
-        let (mut best, mut max) = (0, f32::NEG_INFINITY);
-        for (index, &logit) in logits.iter().enumerate() {
-            if logit > max {
-                (best, max) = (index, logit);
-            }
-        }
-        let sum: f64 = logits
-            .chunks(LANES)
-            .map(|part| {
-                let terms = part
-                    .iter()
-                    .map(|logit| crate::backend::cpu::exp(logit - max));
-                f64::from(terms.sum::<f32>())
-            })
-            .sum();
+        let isa = Isa::detect();
+        let max = cpu::largest(isa, logits);
         Self {
-            best,
-            log_sum_exp: f64::from(max) + sum.ln(),
+            best: first(logits, max),
+            log_sum_exp: f64::from(max) + cpu::sum_of_exps(isa, logits, max).ln(),
         }
     }
 
@@ -40,6 +26,15 @@ impl LogSoftmax {
     pub fn log_probability(&self, logit: f32) -> f64 {
         f64::from(logit) - self.log_sum_exp
     }
+}
+
+/// Where `value` stands first; parts are passed over whole, which vectors do at once.
+fn first(values: &[f32], value: f32) -> usize {
+    const PART: usize = 64;
+    let has = |part: &[f32]| part.iter().fold(false, |has, x| has | (*x == value));
+    let part = values.chunks(PART).position(has).unwrap_or(0) * PART;
+    let place = values[part..].iter().position(|x| *x == value);
+    part + place.unwrap_or(0)
 }
 
 #[cfg(test)]

@@ -10,6 +10,7 @@ use crate::artifact::StoredModel;
 use crate::backend::{Backend, ScanShape};
 use crate::error::{Error, Fault, Result};
 use crate::model::config::NemotronHConfig;
+use crate::model::hybrid_pattern::BlockKind;
 
 /// A model that can be run.
 pub struct Network<B: Backend> {
@@ -85,9 +86,20 @@ impl<B: Backend> Network<B> {
         sequences: &mut [Sequence<'_, B>],
         observer: &mut dyn Observer<B>,
     ) -> Result<B::Buffer> {
-        let tokens = self.tokens_of(sequences)?;
-        let residual = self.embedding.rows(&self.backend, &tokens)?;
-        self.run_blocks(0, residual, tokens.len(), turns_of(sequences), observer)
+        self.run_blocks(sequences, None, observer)
+    }
+
+    /// The same, but gives rows `wanted` alone, as does whatever comes after the last block that has a state.
+    ///
+    /// # Errors
+    /// As [`Self::run`].
+    pub fn run_wanted(
+        &self,
+        sequences: &mut [Sequence<'_, B>],
+        wanted: &[u32],
+        observer: &mut dyn Observer<B>,
+    ) -> Result<B::Buffer> {
+        self.run_blocks(sequences, Some(wanted), observer)
     }
 
     /// The residual stream before the first block, `[tokens, hidden]`.
@@ -103,31 +115,48 @@ impl<B: Backend> Network<B> {
     ///
     /// # Errors
     /// As [`Self::run`].
-    pub fn run_from(&self, first: usize, residual: B::Buffer, lengths: &[usize]) -> Result<B::Buffer> {
+    pub fn run_from(
+        &self,
+        first: usize,
+        mut residual: B::Buffer,
+        lengths: &[usize],
+    ) -> Result<B::Buffer> {
         let mut states: Vec<State<B>> = lengths.iter().map(|_| self.empty_state()).collect();
-        let mut next = 0;
+        let mut rows = 0;
         let turns = states.iter_mut().zip(lengths).map(|(state, length)| {
-            let rows = next..next + length;
-            next = rows.end;
-            Turn { rows, state }
+            let own = rows..rows + length;
+            rows = own.end;
+            Turn { rows: own, state }
         });
-        let turns = turns.collect();
-        self.run_blocks(first, residual, lengths.iter().sum(), turns, &mut Silent)
+        let mut turns: Vec<_> = turns.collect();
+        for block in first..self.blocks.len() {
+            self.add_block(block, &mut residual, rows, &mut turns, &mut Silent)?;
+        }
+        let eps = self.config.norm_epsilon();
+        Ok(self.backend.rms_norm(&residual, &self.norm, eps))
     }
 
     fn run_blocks(
         &self,
-        first: usize,
-        mut residual: B::Buffer,
-        rows: usize,
-        mut turns: Vec<Turn<'_, B>>,
+        sequences: &mut [Sequence<'_, B>],
+        wanted: Option<&[u32]>,
         observer: &mut dyn Observer<B>,
     ) -> Result<B::Buffer> {
-        for (index, block) in self.blocks.iter().enumerate().skip(first) {
-            if !block.run(&self.backend, &mut residual, rows, &mut turns, observer)? {
-                let place = format!("block {index} ({:?})", block.kind());
-                return Err(not_finite(&place));
-            }
+        let tokens = self.tokens_of(sequences)?;
+        let mut rows = tokens.len();
+        let mut turns = turns_of(sequences);
+        let mut residual = self.embedding.rows(&self.backend, &tokens)?;
+        let states_end = self.states_end();
+        for block in 0..states_end {
+            self.add_block(block, &mut residual, rows, &mut turns, observer)?;
+        }
+        if let Some(wanted) = wanted {
+            let width = self.config.hidden_size;
+            residual = self.backend.gather(&residual, width, wanted);
+            rows = wanted.len();
+        }
+        for block in states_end..self.blocks.len() {
+            self.add_block(block, &mut residual, rows, &mut turns, observer)?;
         }
         observer.residual(self.blocks.len(), &self.backend, &residual, rows);
         for turn in turns {
@@ -135,6 +164,29 @@ impl<B: Backend> Network<B> {
         }
         let eps = self.config.norm_epsilon();
         Ok(self.backend.rms_norm(&residual, &self.norm, eps))
+    }
+
+    /// Blocks up to the last that has a state; those behind it see every row by itself.
+    fn states_end(&self) -> usize {
+        let mut blocks = self.blocks.iter();
+        let last = blocks
+            .rposition(|block| matches!(block.kind(), BlockKind::Mamba | BlockKind::Attention));
+        last.map_or(0, |block| block + 1)
+    }
+
+    fn add_block(
+        &self,
+        index: usize,
+        residual: &mut B::Buffer,
+        rows: usize,
+        turns: &mut [Turn<'_, B>],
+        observer: &mut dyn Observer<B>,
+    ) -> Result<()> {
+        let block = &self.blocks[index];
+        match block.run(&self.backend, residual, rows, turns, observer)? {
+            true => Ok(()),
+            false => Err(not_finite(&format!("block {index} ({:?})", block.kind()))),
+        }
     }
 
     /// Logits of some rows of what [`Self::run`] gave, `[rows, vocab_size]`.
@@ -153,8 +205,7 @@ impl<B: Backend> Network<B> {
         if !self.backend.is_finite(&logits) {
             return Err(not_finite("the output head"));
         }
-        let len = rows.len() * head.out_features;
-        Ok(self.backend.download(&logits, 0..len))
+        Ok(self.backend.download_all(logits))
     }
 
     fn tokens_of(&self, sequences: &[Sequence<'_, B>]) -> Result<Vec<u32>> {

@@ -1,5 +1,7 @@
 //! Log-likelihoods of continuations: the one question that benchmarks ask a model.
 
+use std::sync::atomic::{AtomicUsize, Ordering};
+
 use rayon::prelude::*;
 
 use super::log_softmax::LogSoftmax;
@@ -49,14 +51,18 @@ pub trait Scorer: Sync {
     fn score(&self, groups: &[PrefixGroup]) -> Result<Vec<Vec<ContinuationScore>>>;
 }
 
-/// A network that scores, in batches of about so many tokens.
+/// A network that scores. Batches run side by side, one in each of some lanes: an operation then waits for no thread,
+/// and where batches have run out, threads help with the operations of those that are left.
 pub struct NetworkScorer<B: Backend> {
     network: Network<B>,
-    batch_tokens: usize,
+    tokens_together: usize,
 }
 
+/// Batches that run side by side: more would be too short to be worth unpacking a large model's weights for.
+const MAX_LANES: usize = 2;
+
 /// Rows of one head product are limited so that their logits stay near this many values.
-const LOGITS_AT_ONCE: usize = 1 << 23;
+const LOGITS_AT_ONCE: usize = 1 << 20;
 
 /// One scored row: which row of the normed stream, which token, whose sum.
 #[derive(Debug, Clone, Copy)]
@@ -67,11 +73,11 @@ struct Target {
 }
 
 impl<B: Backend> NetworkScorer<B> {
-    /// A scorer that runs about `batch_tokens` tokens together.
-    pub fn new(network: Network<B>, batch_tokens: usize) -> Self {
+    /// A scorer that runs about `tokens_together` tokens at a time, which bounds its memory.
+    pub fn new(network: Network<B>, tokens_together: usize) -> Self {
         Self {
             network,
-            batch_tokens,
+            tokens_together,
         }
     }
 
@@ -82,67 +88,65 @@ impl<B: Backend> NetworkScorer<B> {
 
     /// Scores groups that fit one batch.
     fn score_batch(&self, groups: &[PrefixGroup]) -> Result<Vec<Vec<ContinuationScore>>> {
-        let backend = self.network.backend();
+        let continuations = || groups.iter().flat_map(|group| &group.continuations);
+        let mut scores = vec![ContinuationScore::CERTAIN; continuations().count()];
         let mut states: Vec<State<B>> = groups.iter().map(|_| self.network.empty_state()).collect();
-        let mut sequences: Vec<Sequence<'_, B>> = groups
-            .iter()
-            .zip(&mut states)
-            .map(|(group, state)| Sequence {
-                tokens: &group.prefix,
-                state,
-            })
-            .collect();
-        let normed = self.network.run(&mut sequences, &mut Silent)?;
-        let mut scores: Vec<Vec<ContinuationScore>> = groups
-            .iter()
-            .map(|group| vec![ContinuationScore::CERTAIN; group.continuations.len()])
-            .collect();
-        let mut flat: Vec<&mut ContinuationScore> = scores.iter_mut().flatten().collect();
-        self.add_log_likelihoods(&normed, &prefix_targets(groups), &mut flat)?;
+        let prefixes = groups.iter().map(|group| group.prefix.as_slice());
+        self.run(
+            prefixes.zip(&mut states),
+            &prefix_targets(groups),
+            &mut scores,
+        )?;
 
-        let forks = groups.iter().zip(&states).flat_map(|(group, state)| {
-            let longer = group.continuations.iter().filter(|c| !c.tokens.is_empty());
-            longer.map(|_| state.fork(backend))
+        let is_longer = |continuation: &&Continuation| !continuation.tokens.is_empty();
+        let forks = groups.iter().zip(states).flat_map(|(group, state)| {
+            let longer = group.continuations.iter().filter(is_longer);
+            state.into_forks(self.network.backend(), longer.count())
         });
         let mut forks: Vec<State<B>> = forks.collect();
-        let continuations = groups.iter().flat_map(|group| &group.continuations);
-        let longer = continuations.filter(|continuation| !continuation.tokens.is_empty());
-        let mut sequences: Vec<Sequence<'_, B>> = longer
-            .zip(&mut forks)
-            .map(|(continuation, state)| Sequence {
-                tokens: &continuation.tokens,
-                state,
-            })
-            .collect();
-        if sequences.is_empty() {
-            return Ok(scores);
-        }
-        let normed = self.network.run(&mut sequences, &mut Silent)?;
-        let mut flat: Vec<&mut ContinuationScore> = scores.iter_mut().flatten().collect();
-        self.add_log_likelihoods(&normed, &continuation_targets(groups), &mut flat)?;
-        Ok(scores)
+        let longer = continuations().filter(is_longer);
+        let inputs = longer.map(|continuation| continuation.tokens.as_slice());
+        self.run(
+            inputs.zip(&mut forks),
+            &continuation_targets(groups),
+            &mut scores,
+        )?;
+
+        let mut scores = scores.into_iter();
+        let of_group =
+            |group: &PrefixGroup| scores.by_ref().take(group.continuations.len()).collect();
+        Ok(groups.iter().map(of_group).collect())
     }
 
-    /// Adds the log-probability of every target to its score. Targets of one row stand together.
-    fn add_log_likelihoods(
+    /// Runs sequences and adds the log-probability of every target to its score. Targets of one row stand together.
+    fn run<'a>(
         &self,
-        normed: &B::Buffer,
+        sequences: impl Iterator<Item = (&'a [u32], &'a mut State<B>)>,
         targets: &[Target],
-        scores: &mut [&mut ContinuationScore],
-    ) -> Result<()> {
+        scores: &mut [ContinuationScore],
+    ) -> Result<()>
+    where
+        B: 'a,
+    {
+        let sequences = sequences.map(|(tokens, state)| Sequence { tokens, state });
+        let by_row: Vec<&[Target]> = targets.chunk_by(|a, b| a.row == b.row).collect();
+        let wanted: Vec<u32> = by_row.iter().map(|targets| targets[0].row).collect();
+        let mut sequences: Vec<_> = sequences.collect();
+        let normed = self
+            .network
+            .run_wanted(&mut sequences, &wanted, &mut Silent)?;
         let vocabulary = self.vocab_size();
         let at_once = (LOGITS_AT_ONCE / vocabulary).max(1);
-        let by_row: Vec<&[Target]> = targets.chunk_by(|a, b| a.row == b.row).collect();
-        for rows in by_row.chunks(at_once) {
-            let indices: Vec<u32> = rows.iter().map(|targets| targets[0].row).collect();
-            let logits = self.network.logits(normed, &indices, &mut Silent)?;
+        let rows: Vec<u32> = (0..wanted.len() as u32).collect();
+        for (rows, by_row) in rows.chunks(at_once).zip(by_row.chunks(at_once)) {
+            let logits = self.network.logits(&normed, rows, &mut Silent)?;
             let judged: Vec<_> = logits
                 .par_chunks_exact(vocabulary)
-                .zip(rows)
+                .zip(by_row)
                 .map(|(logits, targets)| judge(logits, targets))
                 .collect();
             for (target, log_probability, is_best) in judged.into_iter().flatten() {
-                let score = &mut *scores[target.score];
+                let score = &mut scores[target.score];
                 score.log_likelihood += log_probability;
                 score.is_greedy &= is_best;
             }
@@ -222,23 +226,41 @@ impl<B: Backend> Scorer for NetworkScorer<B> {
 
     fn score(&self, groups: &[PrefixGroup]) -> Result<Vec<Vec<ContinuationScore>>> {
         check(groups, self.vocab_size())?;
-        let mut scores = Vec::with_capacity(groups.len());
-        let mut rest = groups;
-        while !rest.is_empty() {
-            let mut tokens = 0;
-            let fitting = rest
-                .iter()
-                .take_while(|group| {
-                    tokens += cost(group);
-                    tokens <= self.batch_tokens
-                })
-                .count();
-            let (batch, after) = rest.split_at(fitting.max(1));
-            scores.extend(self.score_batch(batch)?);
-            rest = after;
-        }
-        Ok(scores)
+        let lanes = rayon::current_num_threads().min(MAX_LANES);
+        let batches = batches(groups, self.tokens_together / lanes);
+        let next = AtomicUsize::new(0);
+        let lane = |_| -> Result<Vec<_>> {
+            let take = || {
+                let index = next.fetch_add(1, Ordering::Relaxed);
+                Some((index, *batches.get(index)?))
+            };
+            let taken = std::iter::from_fn(take);
+            taken
+                .map(|(index, batch)| Ok((index, self.score_batch(batch)?)))
+                .collect()
+        };
+        let lanes = (0..lanes).into_par_iter().map(lane);
+        let mut scored = lanes.collect::<Result<Vec<_>>>()?.concat();
+        scored.sort_by_key(|(index, _)| *index);
+        Ok(scored.into_iter().flat_map(|(_, scores)| scores).collect())
     }
+}
+
+/// Runs of groups with about so many tokens each.
+fn batches(groups: &[PrefixGroup], tokens: usize) -> Vec<&[PrefixGroup]> {
+    let mut batches = Vec::new();
+    let mut rest = groups;
+    while !rest.is_empty() {
+        let mut total = 0;
+        let fitting = rest.iter().take_while(|group| {
+            total += cost(group);
+            total <= tokens
+        });
+        let (batch, after) = rest.split_at(fitting.count().max(1));
+        batches.push(batch);
+        rest = after;
+    }
+    batches
 }
 
 /// Every group is as its type promises, every target a token.
@@ -261,4 +283,52 @@ fn check(groups: &[PrefixGroup], vocabulary: usize) -> Result<()> {
         }
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use super::*;
+    use crate::artifact::StoredModel;
+    use crate::backend::cpu::{Cpu, Residence};
+    use crate::forward::numerics::Numerics;
+
+    /// Scores of the nano model, so many tokens together, on so many threads.
+    fn scores(
+        groups: &[PrefixGroup],
+        tokens_together: usize,
+        threads: usize,
+    ) -> Vec<Vec<ContinuationScore>> {
+        let model = StoredModel::open(nemoconv_fixtures::nano().to_str().unwrap()).unwrap();
+        let model = Arc::new(model);
+        let backend = Cpu::new(Arc::clone(&model), Residence::Mapped);
+        let network = Network::open(&model, backend, &Numerics::EXACT).unwrap();
+        let scorer = NetworkScorer::new(network, tokens_together);
+        let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build();
+        pool.unwrap().install(|| scorer.score(groups).unwrap())
+    }
+
+    #[test]
+    fn a_score_depends_on_neither_batch_nor_threads() {
+        let tokens = |seed: u32, len: u32| (0..len).map(|i| (seed * 31 + i * 7) % 900).collect();
+        let continuation = |seed: u32, len: u32| Continuation {
+            tokens: tokens(seed, len),
+            targets: tokens(seed + 1, len + 1),
+        };
+        let group = |seed: u32| PrefixGroup {
+            prefix: tokens(seed, 1 + seed % 9),
+            // One has no tokens of its own: it is scored with the prefix alone.
+            continuations: (0..3).map(|i| continuation(seed + i, i * 2)).collect(),
+        };
+        let groups: Vec<_> = (0..20).map(group).collect();
+        let expected = scores(&groups, usize::MAX, 1);
+        assert_eq!(scores(&groups, 60, 3), expected);
+        assert_eq!(scores(&groups[..1], 1, 1)[0], expected[0]);
+        let alone = [PrefixGroup {
+            continuations: vec![continuation(0, 0)],
+            ..groups[0].clone()
+        }];
+        assert_eq!(scores(&alone, 60, 2)[0][0], expected[0][0]);
+    }
 }

@@ -49,15 +49,25 @@ impl<B: Backend> State<B> {
         let kinds = config.pattern.kinds().iter();
         Self {
             position: 0,
-            blocks: kinds.map(|kind| BlockState::empty(*kind, backend, config, scan)).collect(),
+            blocks: kinds
+                .map(|kind| BlockState::empty(*kind, backend, config, scan))
+                .collect(),
         }
     }
 
     /// The same where block `block` alone will be run.
     pub fn of_block(backend: &B, config: &NemotronHConfig, scan: &ScanShape, block: usize) -> Self {
         let mut blocks: Vec<_> = (0..block).map(|_| BlockState::Stateless).collect();
-        blocks.push(BlockState::empty(config.pattern.kinds()[block], backend, config, scan));
-        Self { position: 0, blocks }
+        blocks.push(BlockState::empty(
+            config.pattern.kinds()[block],
+            backend,
+            config,
+            scan,
+        ));
+        Self {
+            position: 0,
+            blocks,
+        }
     }
 
     /// An independent copy: whatever is run from it leaves this one as it is.
@@ -77,5 +87,12 @@ impl<B: Backend> State<B> {
             position: self.position,
             blocks: self.blocks.iter().map(block).collect(),
         }
+    }
+
+    /// `count` states like this one, of which the last is it.
+    pub fn into_forks(self, backend: &B, count: usize) -> Vec<Self> {
+        let mut forks: Vec<_> = (1..count).map(|_| self.fork(backend)).collect();
+        forks.extend((count > 0).then_some(self));
+        forks
     }
 }

@@ -82,11 +82,20 @@ pub fn allocate(groups: &[Vec<Price>], budget_bytes: u64) -> Result<Vec<usize>, 
 
 /// Sum of the chosen prices, in the order of groups.
 pub fn total(groups: &[Vec<Price>], chosen: &[usize]) -> Price {
-    let chosen = groups.iter().zip(chosen).map(|(prices, index)| prices[*index]);
-    chosen.fold(Price { bytes: 0, loss: 0.0 }, |sum, price| Price {
-        bytes: sum.bytes + price.bytes,
-        loss: sum.loss + price.loss,
-    })
+    let chosen = groups
+        .iter()
+        .zip(chosen)
+        .map(|(prices, index)| prices[*index]);
+    chosen.fold(
+        Price {
+            bytes: 0,
+            loss: 0.0,
+        },
+        |sum, price| Price {
+            bytes: sum.bytes + price.bytes,
+            loss: sum.loss + price.loss,
+        },
+    )
 }
 
 /// The lower convex hull from the cheapest to the best price: indices by ascending bytes and strictly falling loss.
@@ -99,7 +108,10 @@ fn hull(prices: &[Price]) -> Vec<usize> {
     let mut hull: Vec<usize> = Vec::new();
     for index in order {
         let price = prices[index];
-        if hull.last().is_some_and(|&last| prices[last].loss <= price.loss) {
+        if hull
+            .last()
+            .is_some_and(|&last| prices[last].loss <= price.loss)
+        {
             continue;
         }
         while let [.., first, last] = hull[..]
@@ -122,11 +134,27 @@ fn gain_per_byte(from: Price, to: Price) -> f64 {
 
 /// Takes upgrades by falling gain as long as they fit, smaller ones behind the first that does not. Gives the gain of that
 /// first one: the price of a byte at the budget. `None` where everything fits.
-fn climb(groups: &[Vec<Price>], hulls: &[Vec<usize>], budget: u64, chosen: &mut [usize]) -> Option<f64> {
-    let steps = groups.iter().zip(hulls).enumerate().flat_map(|(group, (prices, hull))| {
-        let pairs = hull.windows(2);
-        pairs.map(move |pair| (gain_per_byte(prices[pair[0]], prices[pair[1]]), group, pair[0], pair[1]))
-    });
+fn climb(
+    groups: &[Vec<Price>],
+    hulls: &[Vec<usize>],
+    budget: u64,
+    chosen: &mut [usize],
+) -> Option<f64> {
+    let steps = groups
+        .iter()
+        .zip(hulls)
+        .enumerate()
+        .flat_map(|(group, (prices, hull))| {
+            let pairs = hull.windows(2);
+            pairs.map(move |pair| {
+                (
+                    gain_per_byte(prices[pair[0]], prices[pair[1]]),
+                    group,
+                    pair[0],
+                    pair[1],
+                )
+            })
+        });
     let mut steps: Vec<_> = steps.collect();
     // Stable: equal gains keep the order of groups, and a hull's own steps fall strictly.
     steps.sort_by(|a, b| b.0.total_cmp(&a.0));
@@ -174,7 +202,10 @@ impl Search {
         let mut open: Vec<Open> = Vec::new();
         for (group, prices) in groups.iter().enumerate() {
             let least = least(prices);
-            let choices = prices.iter().enumerate().map(|(index, price)| (index, *price, priced(price) - least));
+            let choices = prices
+                .iter()
+                .enumerate()
+                .map(|(index, price)| (index, *price, priced(price) - least));
             // What is chosen already stays open, whatever rounding makes of the bound.
             let is_open = |(index, _, excess): &(usize, Price, f64)| {
                 *index == chosen[group] || bound + excess < best_loss
@@ -184,18 +215,41 @@ impl Search {
             open.push(Open { group, choices });
         }
         // Large groups first: what they leave is filled by small ones.
-        open.sort_by_key(|open| std::cmp::Reverse(open.choices.iter().map(|choice| choice.1.bytes).max()));
+        open.sort_by_key(|open| {
+            std::cmp::Reverse(open.choices.iter().map(|choice| choice.1.bytes).max())
+        });
         let mut least_bytes = vec![0; open.len() + 1];
         for (at, open) in open.iter().enumerate().rev() {
-            let least = open.choices.iter().map(|choice| choice.1.bytes).min().unwrap_or(0);
+            let least = open
+                .choices
+                .iter()
+                .map(|choice| choice.1.bytes)
+                .min()
+                .unwrap_or(0);
             least_bytes[at] = least_bytes[at + 1] + least;
         }
         let current = chosen.clone();
-        Self { open, least_bytes, budget, bound, best_loss, best: chosen, current, nodes: 0 }
+        Self {
+            open,
+            least_bytes,
+            budget,
+            bound,
+            best_loss,
+            best: chosen,
+            current,
+            nodes: 0,
+        }
     }
 
     fn run(mut self) -> Vec<usize> {
-        self.descend(0, Price { bytes: 0, loss: 0.0 }, 0.0);
+        self.descend(
+            0,
+            Price {
+                bytes: 0,
+                loss: 0.0,
+            },
+            0.0,
+        );
         self.best
     }
 
@@ -213,7 +267,10 @@ impl Search {
             if self.nodes > MAX_NODES || self.bound + excess + more >= self.best_loss {
                 return;
             }
-            let spent = Price { bytes: spent.bytes + price.bytes, loss: spent.loss + price.loss };
+            let spent = Price {
+                bytes: spent.bytes + price.bytes,
+                loss: spent.loss + price.loss,
+            };
             if spent.bytes + self.least_bytes[at + 1] <= self.budget {
                 self.current[self.open[at].group] = index;
                 self.descend(at + 1, spent, excess + more);
@@ -227,16 +284,24 @@ mod tests {
     use super::*;
 
     fn prices(list: &[(u64, f64)]) -> Vec<Price> {
-        list.iter().map(|&(bytes, loss)| Price { bytes, loss }).collect()
+        list.iter()
+            .map(|&(bytes, loss)| Price { bytes, loss })
+            .collect()
     }
 
     /// The least loss of all choices within the budget.
     fn brute_force(groups: &[Vec<Price>], budget: u64) -> Option<f64> {
-        let mut sums = vec![Price { bytes: 0, loss: 0.0 }];
+        let mut sums = vec![Price {
+            bytes: 0,
+            loss: 0.0,
+        }];
         for prices in groups {
             let add = |sum: &Price| {
                 let sum = *sum;
-                prices.iter().map(move |price| Price { bytes: sum.bytes + price.bytes, loss: sum.loss + price.loss })
+                prices.iter().map(move |price| Price {
+                    bytes: sum.bytes + price.bytes,
+                    loss: sum.loss + price.loss,
+                })
             };
             sums = sums.iter().flat_map(add).collect();
         }
@@ -248,14 +313,18 @@ mod tests {
     fn sequence(seed: u64) -> impl FnMut(u64) -> u64 {
         let mut state = seed;
         move |end| {
-            state = state.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
+            state = state
+                .wrapping_mul(6364136223846793005)
+                .wrapping_add(1442695040888963407);
             (state >> 33) % end
         }
     }
 
     #[test]
     fn the_hull_leaves_out_what_lies_above_it() {
-        let check = |list: &[(u64, f64)], expected: &[usize]| assert_eq!(hull(&prices(list)), expected, "{list:?}");
+        let check = |list: &[(u64, f64)], expected: &[usize]| {
+            assert_eq!(hull(&prices(list)), expected, "{list:?}")
+        };
         check(&[(10, 8.0), (20, 4.0), (30, 2.0)], &[0, 1, 2]);
         check(&[(10, 8.0), (20, 7.0), (30, 2.0)], &[0, 2]);
         check(&[(30, 2.0), (10, 8.0), (20, 9.0)], &[1, 0]);
@@ -285,7 +354,10 @@ mod tests {
                 None => assert!(found.unwrap_err() > budget),
                 Some(loss) => {
                     let found = found.unwrap();
-                    assert!(found.bytes <= budget && (found.loss - loss).abs() < 1e-9, "{seed}: {found:?} {loss}");
+                    assert!(
+                        found.bytes <= budget && (found.loss - loss).abs() < 1e-9,
+                        "{seed}: {found:?} {loss}"
+                    );
                 }
             }
         }
@@ -298,14 +370,20 @@ mod tests {
             .map(|_| {
                 let (weights, gain) = (1000 + next(100_000), 1.0 + next(1000) as f64);
                 let bits = [2.625, 3.4375, 4.25, 4.5, 5.5, 6.5625, 8.5];
-                let price = |bits: f64| Price { bytes: (weights as f64 * bits) as u64, loss: gain * 4f64.powf(-bits) };
+                let price = |bits: f64| Price {
+                    bytes: (weights as f64 * bits) as u64,
+                    loss: gain * 4f64.powf(-bits),
+                };
                 bits.into_iter().map(price).collect::<Vec<_>>()
             })
             .collect();
         let cheapest: u64 = groups.iter().map(|prices| prices[0].bytes).sum();
         let budget = cheapest * 17 / 10;
         let found = total(&groups, &allocate(&groups, budget).unwrap());
-        assert!(found.bytes <= budget && budget - found.bytes < budget / 10_000, "{found:?} {budget}");
+        assert!(
+            found.bytes <= budget && budget - found.bytes < budget / 10_000,
+            "{found:?} {budget}"
+        );
     }
 
     #[test]
@@ -318,13 +396,30 @@ mod tests {
 
     #[test]
     fn query_key_and_value_share_a_group_and_keep_four_bits() {
-        assert_eq!(group_of("blk.3.attn_k.weight"), group_of("blk.3.attn_q.weight"));
-        assert_ne!(group_of("blk.3.attn_k.weight"), group_of("blk.5.attn_k.weight"));
-        assert_eq!(group_of("blk.3.attn_output.weight"), "blk.3.attn_output.weight");
+        assert_eq!(
+            group_of("blk.3.attn_k.weight"),
+            group_of("blk.3.attn_q.weight")
+        );
+        assert_ne!(
+            group_of("blk.3.attn_k.weight"),
+            group_of("blk.5.attn_k.weight")
+        );
+        assert_eq!(
+            group_of("blk.3.attn_output.weight"),
+            "blk.3.attn_output.weight"
+        );
         assert!(!is_allowed("blk.3.attn_v.weight", GgmlType::Q3_K));
         assert!(is_allowed("blk.3.attn_v.weight", GgmlType::IQ4_XS));
         assert!(is_allowed("blk.3.ffn_up.weight", GgmlType::Q2_K));
         let small_blocks: Vec<_> = candidates(2688).collect();
-        assert_eq!(small_blocks, [GgmlType::IQ4_NL, GgmlType::Q5_0, GgmlType::Q5_1, GgmlType::Q8_0]);
+        assert_eq!(
+            small_blocks,
+            [
+                GgmlType::IQ4_NL,
+                GgmlType::Q5_0,
+                GgmlType::Q5_1,
+                GgmlType::Q8_0
+            ]
+        );
     }
 }

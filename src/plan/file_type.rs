@@ -173,7 +173,10 @@ mod tests {
             assert_eq!(FileType::of_most(tensors.iter().copied()), expected);
         };
         use GgmlType as T;
-        check(&[(T::Q4_K, 5), (T::Q8_0, 8), (T::Q4_K, 4)], FileType::Q4_K_M);
+        check(
+            &[(T::Q4_K, 5), (T::Q8_0, 8), (T::Q4_K, 4)],
+            FileType::Q4_K_M,
+        );
         check(&[(T::IQ4_NL, 5), (T::F32, 1)], FileType::IQ4_NL);
         check(&[(T::Q2_K, 1)], FileType::Q2_K);
         check(&[(T::MXFP4, 1)], FileType::MXFP4_MOE);

@@ -74,14 +74,22 @@ mod tests {
     fn phases_are_counted_from_one() {
         assert_eq!(Phase::of_number(3), Some(Phase::Mixed));
         assert_eq!((Phase::of_number(0), Phase::of_number(4)), (None, None));
-        assert!(Phase::ALL.iter().all(|phase| Phase::of_number(phase.number().into()) == Some(*phase)));
+        assert!(
+            Phase::ALL
+                .iter()
+                .all(|phase| Phase::of_number(phase.number().into()) == Some(*phase))
+        );
     }
 
     #[test]
     fn four_bits_go_where_the_phase_says_and_rows_decide_which() {
         use GgmlType::{IQ4_NL, Q4_K, Q6_K, Q8_0};
         let check = |name, columns, expected: [GgmlType; 3]| {
-            assert_eq!(Phase::ALL.map(|phase| phase.type_of(name, columns)), expected, "{name}");
+            assert_eq!(
+                Phase::ALL.map(|phase| phase.type_of(name, columns)),
+                expected,
+                "{name}"
+            );
         };
         check("blk.0.ssm_in.weight", 4096, [Q8_0, Q4_K, Q4_K]);
         check("blk.0.ssm_in.weight", 2688, [Q8_0, IQ4_NL, IQ4_NL]);

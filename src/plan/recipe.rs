@@ -18,7 +18,7 @@ use crate::calibrate::samples::SampleSettings;
 use crate::convert::calibrated::{Method, Rounding};
 use crate::error::{self, Error, Fault};
 use crate::formats;
-use crate::rewrite::RewriteSettings;
+use crate::rewrite::{Balance, Magnitude, RewriteSettings, Rotation};
 
 /// A recipe may hold a rule for every tensor of the largest model.
 const MAX_FILE_BYTES: u64 = 1 << 20;
@@ -59,8 +59,21 @@ pub struct Recipe {
     pub rounding: Rounding,
     /// How much of the text is read.
     pub samples: SampleSettings,
-    /// Exact rewrites before rounding.
-    pub rewrite: RewriteSettings,
+    /// Exact rewrites before rounding, for a calibrated model; `None` where it stays as it is.
+    pub rewrite: Option<RewriteRecipe>,
+}
+
+/// How a calibrated network is rewritten.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct RewriteRecipe {
+    /// Of the residual stream.
+    pub rotation: Rotation,
+    /// Scales of every space.
+    pub smoothing: bool,
+    /// How they share.
+    pub balance: Balance,
+    /// Channels by their mean square.
+    pub sort: bool,
 }
 
 impl Recipe {
@@ -81,9 +94,23 @@ impl Recipe {
         }
     }
 
+    /// How the network is rewritten; `has_mtp`: the model has a multi-token-prediction head.
+    pub fn rewrites(&self, has_mtp: bool) -> Option<RewriteSettings> {
+        self.rewrite.map(|rewrite| RewriteSettings {
+            rotation: rewrite.rotation,
+            smoothing: rewrite.smoothing,
+            balance: rewrite.balance,
+            magnitude: Magnitude::RootMeanSquare,
+            sort: rewrite.sort,
+            seed: self.samples.seed,
+            with_mtp: self.mtp && has_mtp,
+        })
+    }
+
     /// The recipe as YAML: read again it gives the same recipe.
     pub fn to_yaml(&self) -> String {
-        let mut yaml = String::from("# A recipe of nemoconv: `nemoconv to-gguf MODEL --recipe FILE`\n");
+        let mut yaml =
+            String::from("# A recipe of nemoconv: `nemoconv to-gguf MODEL --recipe FILE`\n");
         let mut line = |key: &str, value: &dyn Display| yaml.push_str(&format!("{key}: {value}\n"));
         match self.aim {
             Aim::OwnType => line("outtype", &"auto"),
@@ -92,7 +119,10 @@ impl Recipe {
             Aim::BitsPerWeight(bits) => line("target-bpw", &bits),
             Aim::FileBytes(bytes) => line("target-size", &bytes),
         }
-        for (key, ty) in [("output-tensor-type", self.output), ("token-embedding-type", self.token_embedding)] {
+        for (key, ty) in [
+            ("output-tensor-type", self.output),
+            ("token-embedding-type", self.token_embedding),
+        ] {
             ty.iter().for_each(|ty| line(key, ty));
         }
         line("pure", &self.pure);
@@ -107,19 +137,28 @@ impl Recipe {
             "calibration:\n  context: {}\n  sequences: {}\n  seed: {}\n",
             self.samples.context_tokens, self.samples.max_sequences, self.samples.seed
         ));
-        push_rewrite(&mut yaml, &self.rewrite);
+        push_rewrite(&mut yaml, self.rewrite);
         push_rules(&mut yaml, &self.rules);
         yaml
     }
 }
 
-fn push_rewrite(yaml: &mut String, rewrite: &RewriteSettings) {
-    let fields = serde_json::to_value(rewrite).expect("settings are numbers and words");
-    yaml.push_str("rewrite:\n");
-    for (key, value) in fields.as_object().into_iter().flatten() {
-        // Words are unquoted, as everywhere else.
-        yaml.push_str(&format!("  {key}: {}\n", value.as_str().map_or(value.to_string(), String::from)));
-    }
+fn push_rewrite(yaml: &mut String, rewrite: Option<RewriteRecipe>) {
+    let Some(rewrite) = rewrite else {
+        yaml.push_str("rewrite:\n  apply: false\n");
+        return;
+    };
+    let rotation = match rewrite.rotation {
+        Rotation::None => "none",
+        Rotation::Hadamard => "hadamard",
+        Rotation::Klt => "klt",
+    };
+    yaml.push_str(&format!(
+        "rewrite:\n  rotation: {rotation}\n  smoothing: {}\n  balance: {}\n  sort: {}\n",
+        rewrite.smoothing,
+        u8::from(rewrite.balance),
+        rewrite.sort,
+    ));
 }
 
 fn push_rules(yaml: &mut String, rules: &[TensorTypeRule]) {
@@ -223,7 +262,45 @@ pub struct RecipeEntries {
     /// How much of the text is read.
     pub calibration: CalibrationEntries,
     /// Exact rewrites before rounding.
-    pub rewrite: Option<RewriteSettings>,
+    pub rewrite: RewriteEntries,
+}
+
+/// How a calibrated network is rewritten.
+#[derive(Debug, Clone, Default, Deserialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields, default)]
+pub struct RewriteEntries {
+    /// Whether it is.
+    pub apply: Option<bool>,
+    /// Of the residual stream.
+    pub rotation: Option<Rotation>,
+    /// Scales of every space.
+    pub smoothing: Option<bool>,
+    /// Quarters of a channel's size that go to its activation.
+    pub balance: Option<u8>,
+    /// Channels by their mean square.
+    pub sort: Option<bool>,
+}
+
+impl RewriteEntries {
+    fn or(self, file: Self) -> Self {
+        Self {
+            apply: self.apply.or(file.apply),
+            rotation: self.rotation.or(file.rotation),
+            smoothing: self.smoothing.or(file.smoothing),
+            balance: self.balance.or(file.balance),
+            sort: self.sort.or(file.sort),
+        }
+    }
+
+    fn resolve(self) -> Option<RewriteRecipe> {
+        let rewrite = RewriteRecipe {
+            rotation: self.rotation.unwrap_or_default(),
+            smoothing: self.smoothing.unwrap_or(true),
+            balance: self.balance.and_then(Balance::quarters).unwrap_or_default(),
+            sort: self.sort.unwrap_or(false),
+        };
+        self.apply.unwrap_or(true).then_some(rewrite)
+    }
 }
 
 /// How much of the calibration text is read.
@@ -328,7 +405,7 @@ impl RecipeEntries {
                 max_sequences: count(self.calibration.sequences, samples.max_sequences),
                 seed: self.calibration.seed.unwrap_or(samples.seed),
             },
-            rewrite: self.rewrite.unwrap_or_default(),
+            rewrite: self.rewrite.resolve(),
         })
     }
 
@@ -340,7 +417,11 @@ impl RecipeEntries {
             (self.target_bpw.is_some(), "target-bpw"),
             (self.target_size.is_some(), "target-size"),
         ];
-        given.into_iter().filter(|(given, _)| *given).map(|(_, key)| key).collect()
+        given
+            .into_iter()
+            .filter(|(given, _)| *given)
+            .map(|(_, key)| key)
+            .collect()
     }
 
     fn aim(&self) -> Aim {
@@ -356,18 +437,48 @@ impl RecipeEntries {
     fn check(&self) -> Result<(), String> {
         let aims = self.aims();
         if let [one, other, ..] = aims[..] {
-            return Err(format!("`{one}` and `{other}` exclude each other: each decides the types"));
+            return Err(format!(
+                "`{one}` and `{other}` exclude each other: each decides the types"
+            ));
         }
         if let (Some(true), Some(aim)) = (self.pure, aims.iter().find(|aim| **aim != "outtype")) {
             return Err(format!("`pure` goes with `outtype`, not with `{aim}`"));
         }
         let share = |value: f64| (0.0..=1.0).contains(&value);
         let ranges = [
-            ("target-bpw", self.target_bpw.is_none_or(|bits| bits > 0.0 && bits <= 32.0), "above 0, at most 32"),
-            ("target-correction", self.target_correction.is_none_or(share), "0 to 1"),
-            ("damp-percent", self.damp_percent.is_none_or(share), "0 to 1"),
-            ("context", self.calibration.context.is_none_or(|n| (8..=1 << 20).contains(&n)), "8 to 1048576"),
-            ("sequences", self.calibration.sequences.is_none_or(|n| n > 0), "at least 1"),
+            (
+                "target-bpw",
+                self.target_bpw
+                    .is_none_or(|bits| bits > 0.0 && bits <= 32.0),
+                "above 0, at most 32",
+            ),
+            (
+                "target-correction",
+                self.target_correction.is_none_or(share),
+                "0 to 1",
+            ),
+            (
+                "damp-percent",
+                self.damp_percent.is_none_or(share),
+                "0 to 1",
+            ),
+            (
+                "context",
+                self.calibration
+                    .context
+                    .is_none_or(|n| (8..=1 << 20).contains(&n)),
+                "8 to 1048576",
+            ),
+            (
+                "balance",
+                self.rewrite.balance.is_none_or(|quarters| quarters <= 4),
+                "0 to 4",
+            ),
+            (
+                "sequences",
+                self.calibration.sequences.is_none_or(|n| n > 0),
+                "at least 1",
+            ),
         ];
         match ranges.iter().find(|(_, holds, _)| !holds) {
             Some((key, _, range)) => Err(format!("`{key}` is out of range: {range}")),
@@ -380,7 +491,9 @@ impl RecipeEntries {
 fn key_in(yaml: &str, line: usize) -> Option<&str> {
     let (key, _) = yaml.lines().nth(line.checked_sub(1)?)?.split_once(':')?;
     let key = key.trim();
-    key.chars().all(|c| c.is_ascii_alphanumeric() || c == '-' || c == '_').then_some(key)
+    key.chars()
+        .all(|c| c.is_ascii_alphanumeric() || c == '-' || c == '_')
+        .then_some(key)
 }
 
 /// A size in bytes with K, M or G: powers of 1000, as in llama.cpp.
@@ -403,7 +516,9 @@ pub fn parse_size(text: &str) -> Result<u64, String> {
         .ok_or_else(|| format!("`{text}` is out of range"))
 }
 
-fn parsed<'de, D: Deserializer<'de>, T: FromStr<Err = String>>(value: D) -> Result<Option<T>, D::Error> {
+fn parsed<'de, D: Deserializer<'de>, T: FromStr<Err = String>>(
+    value: D,
+) -> Result<Option<T>, D::Error> {
     let text = String::deserialize(value)?;
     text.parse().map(Some).map_err(de::Error::custom)
 }
@@ -467,7 +582,10 @@ rewrite: {rotation: klt}
         assert_eq!(first.rules[1].ty, WantedType::Keep);
         assert_eq!(first.output, Some(GgmlType::Q8_0.into()));
         let sequences = first.samples.max_sequences;
-        assert_eq!((first.samples.context_tokens, sequences, first.samples.seed), (256, 512, 7));
+        assert_eq!(
+            (first.samples.context_tokens, sequences, first.samples.seed),
+            (256, 512, 7)
+        );
         assert_eq!(recipe(&first.to_yaml()).to_yaml(), first.to_yaml());
     }
 
@@ -485,7 +603,13 @@ rewrite: {rotation: klt}
 
     #[test]
     fn every_way_to_aim_is_written() {
-        for aim in ["phase: 1", "outtype: Q4_K_M", "outtype: auto", "target-bpw: 4.5", "target-size: 4000000"] {
+        for aim in [
+            "phase: 1",
+            "outtype: Q4_K_M",
+            "outtype: auto",
+            "target-bpw: 4.5",
+            "target-size: 4000000",
+        ] {
             let written = recipe(aim).to_yaml();
             assert!(written.contains(&format!("{aim}\n")), "{written}");
         }
@@ -501,7 +625,11 @@ rewrite: {rotation: klt}
         let recipe = merged.resolve().unwrap();
         assert_eq!(recipe.aim, Aim::Scheme(Scheme::Phase(Phase::W4A8)));
         assert_eq!(recipe.rounding.passes, 1);
-        let patterns: Vec<_> = recipe.rules.iter().map(|rule| rule.pattern.as_str()).collect();
+        let patterns: Vec<_> = recipe
+            .rules
+            .iter()
+            .map(|rule| rule.pattern.as_str())
+            .collect();
         assert_eq!(patterns, ["b", "a"]);
     }
 
@@ -514,13 +642,28 @@ rewrite: {rotation: klt}
         };
         check("pure: true\noutype: q8_0", &["`outype`", "line 2"]);
         check("phase: 4", &["`phase`", "line 1", "found `4`"]);
-        check("\n\nouttype: q9_0", &["`outtype`", "line 3", "`q9_0` is not a file type"]);
-        check("rules:\n  - {tensor: '(', type: q8_0}", &["`(` is no regular expression"]);
-        check("rules:\n  - {tensor: a, type: iq1_s}", &["line 2", "IQ1_S cannot be written"]);
+        check(
+            "\n\nouttype: q9_0",
+            &["`outtype`", "line 3", "`q9_0` is not a file type"],
+        );
+        check(
+            "rules:\n  - {tensor: '(', type: q8_0}",
+            &["`(` is no regular expression"],
+        );
+        check(
+            "rules:\n  - {tensor: a, type: iq1_s}",
+            &["line 2", "IQ1_S cannot be written"],
+        );
         check("rules:\n  - {tensor: a}", &["type"]);
-        check("phase: 1\nouttype: q8_0", &["`phase` and `outtype` exclude each other"]);
+        check(
+            "phase: 1\nouttype: q8_0",
+            &["`phase` and `outtype` exclude each other"],
+        );
         check("phase: 1\npure: true", &["`pure` goes with `outtype`"]);
-        check("target-correction: 1.5", &["`target-correction` is out of range"]);
+        check(
+            "target-correction: 1.5",
+            &["`target-correction` is out of range"],
+        );
         check("calibration: {context: 2}", &["`context` is out of range"]);
         check("calibration: {text: a}", &["`text`", "line 1"]);
         check("target-size: 4T", &["`target-size`", "not a size"]);

@@ -219,11 +219,7 @@ fn wanted_types(
     types
 }
 
-fn wanted_type(
-    candidate: &Candidate,
-    settings: &TypeSettings,
-    mix: Option<&mut Mix>,
-) -> GgmlType {
+fn wanted_type(candidate: &Candidate, settings: &TypeSettings, mix: Option<&mut Mix>) -> GgmlType {
     if candidate.storage == Storage::F32 {
         return GgmlType::F32;
     }

@@ -183,25 +183,31 @@ impl Choice<'_> {
         })
     }
 
-    /// Statistics of the input of a matrix.
-    fn input(&self, name: &str) -> Result<&ChannelStatistics> {
-        let statistics = self.statistics.inputs.get(name);
+    /// Statistics of the input of a matrix, one entry per channel of what is `needed` of them.
+    fn input<T>(&self, name: &str, needed: fn(&ChannelStatistics) -> &[T]) -> Result<&[T]> {
+        let statistics = self.statistics.inputs.get(name).map(needed);
         let tensor = self.rewritten().tensor(name)?;
         let channels = tensor.matrices * tensor.columns;
-        let complete = |statistics: &&ChannelStatistics| {
-            statistics.mean_square.len() == channels && statistics.max_abs.len() == channels
-        };
         statistics
-            .filter(complete)
+            .filter(|statistics| statistics.len() == channels)
             .ok_or_else(|| self.fault("there are no statistics of this matrix's input", name))
+    }
+
+    fn mean_squares(&self, name: &str) -> Result<&[f64]> {
+        self.input(name, |statistics| &statistics.mean_square)
     }
 
     /// Sizes of the channels of the input of a matrix.
     fn sizes(&self, name: &str) -> Result<Vec<f64>> {
-        let statistics = self.input(name)?;
         Ok(match self.settings.magnitude {
-            Magnitude::RootMeanSquare => statistics.mean_square.iter().map(|m| m.sqrt()).collect(),
-            Magnitude::Maximum => statistics.max_abs.iter().map(|m| f64::from(*m)).collect(),
+            Magnitude::RootMeanSquare => {
+                let squares = self.mean_squares(name)?.iter();
+                squares.map(|square| square.sqrt()).collect()
+            }
+            Magnitude::Maximum => {
+                let sizes = self.input(name, |statistics| &statistics.max_abs)?.iter();
+                sizes.map(|size| f64::from(*size)).collect()
+            }
         })
     }
 
@@ -294,7 +300,7 @@ impl Choice<'_> {
 
     /// Channels by descending mean square after their scales, within runs.
     fn loudest_first(&self, consumer: &str, space: &Space, run: usize) -> Result<Vec<u32>> {
-        let mean_square = &self.input(consumer)?.mean_square;
+        let mean_square = self.mean_squares(consumer)?;
         let loudness = |index: usize| {
             let scale = space.scale.as_ref().map_or(1.0, |scale| scale[index]);
             mean_square[index] / (scale * scale)

@@ -374,8 +374,8 @@ mod tests {
         let transposed = SquareMatrix::new(size, vectors.transposed().to_vec());
         let gram = transposed.times(&vectors);
         for row in 0..size {
-            for column in 0..size {
-                let expected = values[column] * vectors.row(row)[column];
+            for (column, value) in values.iter().enumerate() {
+                let expected = value * vectors.row(row)[column];
                 let found = image.row(row)[column];
                 assert!((found - expected).abs() < 1e-13 * largest * size as f64);
                 let found = gram.row(row)[column] - f64::from(row == column);
@@ -394,6 +394,27 @@ mod tests {
             .map(|i| f64::from(i % 6 == 0) * f64::from(i))
             .collect();
         check(&SquareMatrix::new(5, diagonal));
+    }
+
+    #[test]
+    fn instructions_change_no_bit() {
+        let matrix = random_symmetric(45, 60);
+        let of = |isa| {
+            let (mut row, mut panel) = (
+                matrix.row(0).to_vec(),
+                matrix.values()[..8 * PANEL].to_vec(),
+            );
+            let rotation = Rotation {
+                index: 3,
+                cosine: 0.6,
+                sine: 0.8,
+            };
+            subtract(isa, &mut row, 0.3, matrix.row(1), 0.7, matrix.row(2));
+            reflect(isa, &mut panel, &row[..8], 0.1);
+            rotate(isa, &mut panel, &[rotation]);
+            (dot(isa, matrix.row(3), &row), row, panel)
+        };
+        assert_eq!(of(Isa::Portable), of(Isa::detect()));
     }
 
     #[test]

@@ -210,7 +210,22 @@ fn rows_body<const N: usize>(a: &[f64], b: &[f64], out: &mut [f64], width: usize
 
 #[cfg(test)]
 mod tests {
+    use super::super::random::SplitMix64;
     use super::*;
+
+    #[test]
+    fn instructions_change_no_bit() {
+        let mut random = SplitMix64::new(2);
+        let mut values = |len| -> Vec<f64> { (0..len).map(|_| random.next_uniform()).collect() };
+        let (depth, width) = (77, PANEL);
+        let (a, b) = (values(ROWS * depth), values(depth * PANEL));
+        let of = |isa| {
+            let mut out = vec![0.0; ROWS * width];
+            four_rows(isa, &a, &b, &mut out, width, 0);
+            out
+        };
+        assert_eq!(of(Isa::Portable), of(Isa::detect()));
+    }
 
     #[test]
     fn products_are_those_of_the_textbook() {

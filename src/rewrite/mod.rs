@@ -46,7 +46,7 @@ pub use matrix::SquareMatrix;
 pub(crate) use model::Rewritten;
 pub use model::RewrittenModel;
 pub use restore::Restore;
-pub use sidecar::{SHA256_KEY, SIDECAR_SUFFIX, SUMMARY_KEY, sha256_of, sidecar_of};
+pub use sidecar::{SHA256_KEY, SIDECAR_SUFFIX, SUMMARY_KEY, sidecar_of};
 pub use space::Space;
 pub use summary::RewriteSummary;
 
@@ -137,7 +137,7 @@ pub struct RewriteSettings {
 pub struct ChannelStatistics {
     /// E[u^2]; of a stack all experts, one after the other. 0 where nothing was seen.
     pub mean_square: Vec<f64>,
-    /// Largest |u|, in the same order.
+    /// Largest |u|, in the same order. Only [`Magnitude::Maximum`] asks for it.
     pub max_abs: Vec<f32>,
 }
 

@@ -49,7 +49,8 @@ impl RewrittenModel {
     }
 
     /// Rows `first..first + count` of one matrix, `[count, columns]`. Where rows are not mixed with others (embedding,
-    /// head, most readers) nothing but these rows is read.
+    /// head, most readers) nothing but these rows is read. A rotation is laid out anew for every call: ask for hundreds of
+    /// rows at a time.
     ///
     /// # Errors
     /// As [`Self::matrix`].

@@ -6,22 +6,22 @@
 //! The file holds `rewrites` (U8, JSON: version, settings, spaces), `rotation` (F64 `[hidden, hidden]`) and for each space
 //! `SPACE.scale` (F64 `[matrices, width]`), `SPACE.order` (U32, the same shape) and the rotation it names (F64).
 
-use std::collections::{BTreeMap, BTreeSet};
-use std::io::{self, BufWriter, Write};
+use std::collections::BTreeMap;
+use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use nemoconv_formats::checkpoint::{Checkpoint, TensorEntry};
+use nemoconv_formats::checkpoint::Checkpoint;
 use nemoconv_formats::{Dtype, Error as FormatError};
 use serde::{Deserialize, Serialize};
-use sha2::{Digest, Sha256};
 
 use super::matrix::SquareMatrix;
 use super::random::SplitMix64;
 use super::space::Space;
 use super::{RewriteSettings, Rewrites};
-use crate::error::{Error, Fault, Result};
-use crate::write::gguf::artifact::create_sibling;
+use crate::error::{Error, Result};
+use crate::write::tensor_file::{NewTensor, TensorReader, write_header, write_numbers};
+use crate::write::whole_file::WholeFile;
 
 /// The key under which an artifact records the SHA-256 of its sidecar, lower-case hexadecimal.
 pub const SHA256_KEY: &str = "nemoconv.rewrite.sha256";
@@ -32,7 +32,7 @@ pub const SIDECAR_SUFFIX: &str = ".rewrites.safetensors";
 
 const VERSION: u32 = 1;
 /// Ten spaces in each of 512 blocks take a hundredth of it.
-const MAX_JSON_BYTES: u64 = 16 << 20;
+const MAX_JSON_BYTES: usize = 16 << 20;
 /// How far from 1 the length of an image of a unit vector may be.
 const ORTHOGONAL: f64 = 1e-9;
 
@@ -67,26 +67,6 @@ pub fn sidecar_of(artifact: &Path) -> PathBuf {
     artifact.with_file_name(format!("{stem}{SIDECAR_SUFFIX}"))
 }
 
-/// SHA-256 of a file, lower-case hexadecimal.
-///
-/// # Errors
-/// It cannot be read.
-pub fn sha256_of(path: &Path) -> Result<String> {
-    let named = |error: io::Error| FormatError::from(error).in_file(path);
-    let mut file = std::fs::File::open(path).map_err(named)?;
-    let mut sink = Hashed {
-        inner: io::sink(),
-        hasher: Sha256::new(),
-    };
-    io::copy(&mut file, &mut sink).map_err(named)?;
-    Ok(hex(sink.hasher))
-}
-
-fn hex(hasher: Sha256) -> String {
-    let digest = hasher.finalize();
-    digest.iter().map(|byte| format!("{byte:02x}")).collect()
-}
-
 impl Rewrites {
     /// Writes the sidecar, which appears whole or not at all, and returns its SHA-256 for [`SHA256_KEY`]. The same
     /// rewrites give the same bytes.
@@ -94,54 +74,29 @@ impl Rewrites {
     /// # Errors
     /// The system refuses.
     pub fn save(&self, path: &Path) -> Result<String> {
-        let refused = |source| Error::Write {
-            fault: Fault::new("cannot write the rewrites").in_file(path),
-            source,
-        };
-        let file = create_sibling(path)?;
-        let mut out = BufWriter::new(Hashed {
-            inner: file.as_file(),
-            hasher: Sha256::new(),
-        });
-        self.write(&mut out).map_err(refused)?;
-        let written = out
-            .into_inner()
-            .map_err(|error| refused(error.into_error()))?;
-        let hasher = written.hasher;
-        file.as_file().sync_all().map_err(refused)?;
-        file.persist(path).map_err(|error| refused(error.error))?;
-        Ok(hex(hasher))
+        WholeFile::create(path)?.publish(|out| self.write(out))
     }
 
-    fn write(&self, out: &mut impl Write) -> io::Result<()> {
+    fn write(&self, out: &mut dyn Write) -> io::Result<()> {
         let contents = self.contents();
         let json = serde_json::to_vec(&contents)?;
-        let mut tensors = vec![Tensor {
-            name: "rewrites".into(),
-            dtype: Dtype::U8,
-            shape: vec![json.len()],
-            data: Data::Bytes(&json),
-        }];
+        let mut tensors = vec![Tensor::new(
+            "rewrites",
+            vec![json.len()],
+            Data::Bytes(&json),
+        )];
         if let Some(rotation) = &self.rotation {
             tensors.push(Tensor::square("rotation", rotation));
         }
         for (name, space) in &self.spaces {
             let shape = vec![space.matrices, space.width];
             if let Some(scale) = &space.scale {
-                tensors.push(Tensor {
-                    name: format!("{name}.scale"),
-                    dtype: Dtype::F64,
-                    shape: shape.clone(),
-                    data: Data::Floats(scale),
-                });
+                let name = format!("{name}.scale");
+                tensors.push(Tensor::new(name, shape.clone(), Data::Floats(scale)));
             }
             if let Some(order) = &space.order {
-                tensors.push(Tensor {
-                    name: format!("{name}.order"),
-                    dtype: Dtype::U32,
-                    shape,
-                    data: Data::Indices(order),
-                });
+                let name = format!("{name}.order");
+                tensors.push(Tensor::new(name, shape, Data::Indices(order)));
             }
             let own = format!("{name}.rotation");
             let holds_it = contents.spaces[name].rotation.as_ref() == Some(&own);
@@ -149,7 +104,7 @@ impl Rewrites {
                 tensors.push(Tensor::square(&own, rotation));
             }
         }
-        write_safetensors(out, &tensors)
+        write_tensors(out, &tensors)
     }
 
     /// Rotations that are equal are written once.
@@ -186,16 +141,15 @@ impl Rewrites {
     pub fn open(path: &Path) -> Result<Self> {
         let file = Checkpoint::open(path)?;
         let mut reader = Reader {
-            file: &file,
-            left: file.tensors().iter().map(|t| t.name.as_str()).collect(),
+            tensors: TensorReader::new(&file),
             rotations: BTreeMap::new(),
         };
         let named = |error: FormatError| Error::Input(error.in_file(path));
         let rewrites = reader.rewrites().map_err(named)?;
-        match reader.left.first() {
+        match reader.tensors.left_over() {
             None => Ok(rewrites),
             Some(name) => {
-                let error = FormatError::malformed("belongs to no rewrite").in_tensor(*name);
+                let error = FormatError::malformed("belongs to no rewrite").in_tensor(name);
                 Err(named(error))
             }
         }
@@ -205,16 +159,14 @@ impl Rewrites {
 type Parsed<T> = std::result::Result<T, FormatError>;
 
 struct Reader<'a> {
-    file: &'a Checkpoint,
-    /// Tensors that nothing has named yet.
-    left: BTreeSet<&'a str>,
+    tensors: TensorReader<'a>,
     rotations: BTreeMap<String, Arc<SquareMatrix>>,
 }
 
-impl<'a> Reader<'a> {
+impl Reader<'_> {
     fn rewrites(&mut self) -> Parsed<Rewrites> {
         let contents = self.contents()?;
-        let rotation = match self.has("rotation") {
+        let rotation = match self.tensors.has("rotation") {
             true => Some(self.square("rotation")?),
             false => None,
         };
@@ -231,13 +183,13 @@ impl<'a> Reader<'a> {
     }
 
     fn contents(&mut self) -> Parsed<Contents> {
-        let entry = self.take("rewrites", Dtype::U8)?;
+        let json = self.tensors.bytes("rewrites", Dtype::U8)?;
         let refuse = |what: String| FormatError::malformed(what).in_tensor("rewrites");
-        if entry.bytes > MAX_JSON_BYTES {
-            let what = format!("has {} bytes, the limit is {MAX_JSON_BYTES}", entry.bytes);
+        if json.len() > MAX_JSON_BYTES {
+            let what = format!("has {} bytes, the limit is {MAX_JSON_BYTES}", json.len());
             return Err(refuse(what));
         }
-        let contents: Contents = serde_json::from_slice(self.file.bytes(entry))
+        let contents: Contents = serde_json::from_slice(json)
             .map_err(|error| refuse(format!("does not say what is rewritten: {error}")))?;
         match contents.version {
             VERSION => Ok(contents),
@@ -258,10 +210,10 @@ impl<'a> Reader<'a> {
     }
 
     fn scale(&mut self, name: &str, shape: [usize; 2]) -> Parsed<Option<Vec<f64>>> {
-        if !self.has(name) {
+        if !self.tensors.has(name) {
             return Ok(None);
         }
-        let scale = self.floats(name, shape)?;
+        let scale = self.tensors.f64s(name, &shape)?;
         match scale.iter().all(|s| s.is_finite() && *s > 0.0) {
             true => Ok(Some(scale)),
             false => Err(FormatError::malformed("a factor is not positive").in_tensor(name)),
@@ -269,13 +221,12 @@ impl<'a> Reader<'a> {
     }
 
     fn order(&mut self, name: &str, shape: [usize; 2]) -> Parsed<Option<Vec<u32>>> {
-        if !self.has(name) {
+        if !self.tensors.has(name) {
             return Ok(None);
         }
-        let entry = self.take(name, Dtype::U32)?;
-        check_shape(entry, shape)?;
-        let (words, _) = self.file.bytes(entry).as_chunks::<4>();
-        let order: Vec<u32> = words.iter().map(|word| u32::from_le_bytes(*word)).collect();
+        let order = self
+            .tensors
+            .numbers(name, Dtype::U32, &shape, u32::from_le_bytes)?;
         let is_permutation = |part: &[u32]| {
             let mut sorted = part.to_vec();
             sorted.sort_unstable();
@@ -301,48 +252,13 @@ impl<'a> Reader<'a> {
     }
 
     fn square(&mut self, name: &str) -> Parsed<SquareMatrix> {
-        let size = self
-            .file
-            .tensor(name)
-            .map_or(0, |entry| entry.shape.first().copied().unwrap_or(0));
-        let matrix = SquareMatrix::new(size, self.floats(name, [size, size])?);
+        let size = self.tensors.shape(name).first().copied().unwrap_or(0);
+        let matrix = SquareMatrix::new(size, self.tensors.f64s(name, &[size, size])?);
         match is_orthogonal(&matrix) {
             true => Ok(matrix),
             false => Err(FormatError::malformed("is not orthogonal").in_tensor(name)),
         }
     }
-
-    fn floats(&mut self, name: &str, shape: [usize; 2]) -> Parsed<Vec<f64>> {
-        let entry = self.take(name, Dtype::F64)?;
-        check_shape(entry, shape)?;
-        let (words, _) = self.file.bytes(entry).as_chunks::<8>();
-        Ok(words.iter().map(|word| f64::from_le_bytes(*word)).collect())
-    }
-
-    fn has(&self, name: &str) -> bool {
-        self.file.tensor(name).is_some()
-    }
-
-    fn take(&mut self, name: &str, dtype: Dtype) -> Parsed<&'a TensorEntry> {
-        let entry = self.file.tensor(name);
-        let entry = entry.ok_or_else(|| FormatError::missing("is missing").in_tensor(name))?;
-        self.left.remove(name);
-        match entry.dtype == dtype {
-            true => Ok(entry),
-            false => {
-                let what = format!("dtype must be {dtype}, found {}", entry.dtype);
-                Err(FormatError::malformed(what).in_tensor(name))
-            }
-        }
-    }
-}
-
-fn check_shape(entry: &TensorEntry, expected: [usize; 2]) -> Parsed<()> {
-    if entry.shape == expected {
-        return Ok(());
-    }
-    let what = format!("shape must be {expected:?}, found {:?}", entry.shape);
-    Err(FormatError::malformed(what).in_tensor(&entry.name))
 }
 
 /// Whether rows are of length 1 and random vectors keep theirs.
@@ -363,11 +279,9 @@ fn is_orthogonal(matrix: &SquareMatrix) -> bool {
     size > 0 && rows.map(square).all(near_one) && (0..4).all(|_| keeps_length())
 }
 
-/// A tensor to be written.
+/// A tensor to be written, with its data.
 struct Tensor<'a> {
-    name: String,
-    dtype: Dtype,
-    shape: Vec<usize>,
+    tensor: NewTensor,
     data: Data<'a>,
 }
 
@@ -378,67 +292,28 @@ enum Data<'a> {
 }
 
 impl<'a> Tensor<'a> {
+    fn new(name: impl Into<String>, shape: Vec<usize>, data: Data<'a>) -> Self {
+        let dtype = match data {
+            Data::Bytes(_) => Dtype::U8,
+            Data::Floats(_) => Dtype::F64,
+            Data::Indices(_) => Dtype::U32,
+        };
+        let name = name.into();
+        let tensor = NewTensor { name, dtype, shape };
+        Self { tensor, data }
+    }
+
     fn square(name: &str, matrix: &'a SquareMatrix) -> Self {
-        Self {
-            name: name.into(),
-            dtype: Dtype::F64,
-            shape: vec![matrix.size(); 2],
-            data: Data::Floats(matrix.values()),
-        }
-    }
-
-    fn bytes(&self) -> usize {
-        self.shape.iter().product::<usize>() * self.dtype.bytes()
+        Self::new(name, vec![matrix.size(); 2], Data::Floats(matrix.values()))
     }
 }
 
-fn write_safetensors(out: &mut impl Write, tensors: &[Tensor]) -> io::Result<()> {
-    let mut header = serde_json::Map::new();
-    let mut begin = 0;
-    for tensor in tensors {
-        let end = begin + tensor.bytes();
-        let entry = serde_json::json!({
-            "dtype": tensor.dtype.name(), "shape": tensor.shape, "data_offsets": [begin, end]
-        });
-        header.insert(tensor.name.clone(), entry);
-        begin = end;
-    }
-    let mut header = serde_json::to_vec(&header)?;
-    header.resize(header.len().next_multiple_of(8), b' ');
-    out.write_all(&(header.len() as u64).to_le_bytes())?;
-    out.write_all(&header)?;
-    for tensor in tensors {
-        match tensor.data {
-            Data::Bytes(bytes) => out.write_all(bytes)?,
-            Data::Floats(values) => {
-                values
-                    .iter()
-                    .try_for_each(|value| out.write_all(&value.to_le_bytes()))?;
-            }
-            Data::Indices(values) => {
-                values
-                    .iter()
-                    .try_for_each(|value| out.write_all(&value.to_le_bytes()))?;
-            }
-        }
-    }
-    Ok(())
-}
-
-/// Hashes what passes through.
-struct Hashed<W> {
-    inner: W,
-    hasher: Sha256,
-}
-
-impl<W: Write> Write for Hashed<W> {
-    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        let written = self.inner.write(bytes)?;
-        self.hasher.update(&bytes[..written]);
-        Ok(written)
-    }
-
-    fn flush(&mut self) -> io::Result<()> {
-        self.inner.flush()
-    }
+fn write_tensors(out: &mut dyn Write, tensors: &[Tensor]) -> io::Result<()> {
+    let headers: Vec<_> = tensors.iter().map(|tensor| tensor.tensor.clone()).collect();
+    write_header(out, &BTreeMap::new(), &headers)?;
+    tensors.iter().try_for_each(|tensor| match tensor.data {
+        Data::Bytes(bytes) => out.write_all(bytes),
+        Data::Floats(values) => write_numbers(out, values, f64::to_le_bytes),
+        Data::Indices(values) => write_numbers(out, values, u32::to_le_bytes),
+    })
 }

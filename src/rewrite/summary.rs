@@ -19,7 +19,7 @@ const SPACES: &[(&str, &str)] = &[
     ("attn_norm", "inputs of readers"),
     ("output_norm", "input of the head"),
     ("ssm_norm", "inputs of ssm_out"),
-    ("attn_k", "keys against queries"),
+    ("attn_k", "keys and queries"),
     ("attn_v", "values of attention heads"),
     ("ffn_up", "hidden units of MLPs"),
     ("ffn_up_exps", "hidden units of routed experts"),
@@ -27,6 +27,9 @@ const SPACES: &[(&str, &str)] = &[
     ("ffn_latent_down", "latent inputs of experts"),
     ("ffn_down_exps", "latent outputs of experts"),
 ];
+
+/// Whether a line is about a space.
+type Is = fn(&Space) -> bool;
 
 impl Rewrites {
     /// What was applied where.
@@ -84,7 +87,7 @@ impl Rewrites {
     }
 
     fn space_lines(&self, producer: &str, what: &str) -> Vec<String> {
-        let of = |is_meant: fn(&Space) -> bool| -> Vec<&str> {
+        let of = |is_meant: Is| -> Vec<&str> {
             let spaces = self.spaces.iter().filter(|(_, space)| is_meant(space));
             let names = spaces.map(|(name, _)| name.as_str());
             let mut blocks: Vec<(usize, &str)> =
@@ -92,7 +95,7 @@ impl Rewrites {
             blocks.sort_unstable();
             blocks.into_iter().map(|(_, block)| block).collect()
         };
-        let changes: [(&str, fn(&Space) -> bool); 3] = [
+        let changes: [(&str, Is); 3] = [
             ("smoothed", |space| space.scale.is_some()),
             ("rotated", |space| space.rotation.is_some()),
             ("sorted by loudness", |space| space.order.is_some()),

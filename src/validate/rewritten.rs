@@ -8,7 +8,8 @@ use nemoconv_formats::gguf::Value;
 
 use crate::artifact::{Container, StoredModel};
 use crate::error::Result;
-use crate::rewrite::{Rewrites, SHA256_KEY, SIDECAR_SUFFIX, sha256_of, sidecar_of};
+use crate::rewrite::{Rewrites, SHA256_KEY, SIDECAR_SUFFIX, sidecar_of};
+use crate::write::whole_file::sha256_of;
 
 /// What an artifact says of rewrites.
 #[derive(Debug)]

@@ -1,3 +1,5 @@
 //! Artifacts: keys, tensor order and files.
 
 pub mod gguf;
+pub(crate) mod tensor_file;
+pub mod whole_file;

@@ -1,6 +1,8 @@
 //! The program from outside: files, exit codes, messages.
 
 mod artifacts;
+mod calibrate;
+mod calibration;
 mod eval;
 mod hostile;
 mod inspect;

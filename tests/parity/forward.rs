@@ -217,5 +217,16 @@ fn decode_forks_and_batches_equal_prefill() {
             "a fork differs"
         );
         assert_eq!(fork.position, tokens.len());
+
+        let mut state = network.empty_state();
+        let sequence = Sequence {
+            tokens: &tokens,
+            state: &mut state,
+        };
+        let rows = [3, 149];
+        let wanted = network.run_wanted(&mut [sequence], &rows, silent).unwrap();
+        let wanted = network.logits(&wanted, &[0, 1], silent).unwrap();
+        let expected = rows.map(|row| &whole[row as usize * vocabulary..][..vocabulary]);
+        assert_eq!(wanted, expected.concat(), "a row by itself differs");
     }
 }

@@ -2,6 +2,7 @@
 
 mod converter;
 mod forward;
+mod imatrix;
 mod independent_reader;
 mod kl_divergence;
 mod llama_cpp;

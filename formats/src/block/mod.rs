@@ -26,7 +26,7 @@ mod q8_k;
 mod tq1_0;
 mod tq2_0;
 
-use half::{bf16, f16, slice::HalfFloatSliceExt};
+use half::{f16, slice::HalfFloatSliceExt};
 
 pub use iq4_nl::{BlockIQ4NL, VALUES as IQ4_NL_VALUES};
 pub use iq4_xs::BlockIQ4XS;
@@ -110,11 +110,11 @@ pub fn dequantize(ty: GgmlType, bytes: &[u8], out: &mut [f32]) -> Result<()> {
             .iter_mut()
             .zip(words(bytes))
             .for_each(|(x, word)| *x = f32::from_le_bytes(*word)),
-        GgmlType::BF16 => {
-            out.iter_mut()
-                .zip(words(bytes))
-                .for_each(|(x, word)| *x = bf16::from_le_bytes(*word).to_f32());
-        }
+        // A shift, as ggml has it: a library call that looks for NaN would not become vectors.
+        GgmlType::BF16 => out
+            .iter_mut()
+            .zip(words(bytes))
+            .for_each(|(x, word)| *x = f32::from_bits(u32::from(u16::from_le_bytes(*word)) << 16)),
         GgmlType::F16 => unpack_f16(bytes, out),
         _ => with_block!(
             ty,

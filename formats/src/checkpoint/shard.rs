@@ -11,7 +11,11 @@ use super::{
 use crate::{Dtype, Error, ErrorKind, MappedFile, Result, limits::SAFETENSORS_MAX_HEADER_BYTES};
 use serde::Deserialize;
 use serde_json::value::RawValue;
-use std::{borrow::Cow, collections::HashSet, path::Path};
+use std::{
+    borrow::Cow,
+    collections::{BTreeMap, HashSet},
+    path::Path,
+};
 
 /// Bytes of the header length that a file begins with.
 const LENGTH_BYTES: u64 = 8;
@@ -23,17 +27,18 @@ const METADATA_KEY: &str = "__metadata__";
 #[derive(Debug)]
 pub struct Shard {
     file: MappedFile,
+    metadata: BTreeMap<String, String>,
 }
 
 impl Shard {
     /// Maps the file and reads its tensors; `shard` is the number they carry.
     pub(super) fn open(path: &Path, shard: usize) -> Result<(Self, Vec<TensorEntry>)> {
         let file = MappedFile::open(path)?;
-        let mut tensors = parse_header(file.bytes()).map_err(|e| e.in_file(path))?;
+        let (mut tensors, metadata) = parse(file.bytes()).map_err(|e| e.in_file(path))?;
         for tensor in &mut tensors {
             tensor.shard = shard;
         }
-        Ok((Self { file }, tensors))
+        Ok((Self { file, metadata }, tensors))
     }
 
     /// Where the file was opened.
@@ -44,6 +49,11 @@ impl Shard {
     /// The whole file.
     pub fn bytes(&self) -> &[u8] {
         self.file.bytes()
+    }
+
+    /// The texts of `__metadata__`; of repeated keys the last.
+    pub fn metadata(&self) -> &BTreeMap<String, String> {
+        &self.metadata
     }
 
     pub(super) fn file(&self) -> &MappedFile {
@@ -67,6 +77,11 @@ struct RawTensor<'a> {
 /// # Errors
 /// Anything that contradicts the format, with the offset and the tensor at fault; an element type that is not known.
 pub fn parse_header(bytes: &[u8]) -> Result<Vec<TensorEntry>> {
+    Ok(parse(bytes)?.0)
+}
+
+/// Tensors in data order, and metadata.
+fn parse(bytes: &[u8]) -> Result<(Vec<TensorEntry>, BTreeMap<String, String>)> {
     let (text, data_start) = header_text(bytes)?;
     let Entries(entries) = serde_json::from_str::<Entries<&RawValue>>(text).map_err(|error| {
         let at = LENGTH_BYTES.saturating_add(offset_of(text, &error) as u64);
@@ -75,19 +90,20 @@ pub fn parse_header(bytes: &[u8]) -> Result<Vec<TensorEntry>> {
     let file_bytes = bytes.len() as u64;
     let mut seen = HashSet::new();
     let mut tensors = Vec::new();
+    let mut metadata = BTreeMap::new();
     for (name, raw) in &entries {
         let name_it = |e: Error| e.in_tensor(name).at(offset_in(text, raw.get()));
         if !seen.insert(name.as_str()) {
             return Err(name_it(Error::malformed("header names it twice")));
         }
         match name.as_str() {
-            METADATA_KEY => check_metadata(raw).map_err(name_it)?,
+            METADATA_KEY => metadata = texts(raw).map_err(name_it)?,
             _ => tensors.push(tensor(name, raw, data_start, file_bytes).map_err(name_it)?),
         }
     }
     tensors.sort_by_key(|tensor| (tensor.offset, tensor.bytes));
     check_coverage(&tensors, data_start, file_bytes)?;
-    Ok(tensors)
+    Ok((tensors, metadata))
 }
 
 /// The header's JSON and where the data begins.
@@ -133,11 +149,14 @@ fn offset_in(header: &str, part: &str) -> u64 {
 }
 
 /// The format wants a map of strings to strings.
-fn check_metadata(raw: &RawValue) -> Result<()> {
-    match serde_json::from_str::<Option<Entries<Cow<str>>>>(raw.get()) {
-        Ok(_) => Ok(()),
-        Err(error) => Err(Error::malformed(describe(&error))),
-    }
+fn texts(raw: &RawValue) -> Result<BTreeMap<String, String>> {
+    let entries = serde_json::from_str::<Option<Entries<Cow<str>>>>(raw.get())
+        .map_err(|error| Error::malformed(describe(&error)))?;
+    let entries = entries.map_or_else(Vec::new, |Entries(entries)| entries);
+    Ok(entries
+        .into_iter()
+        .map(|(key, text)| (key, text.into_owned()))
+        .collect())
 }
 
 fn tensor(name: &str, raw: &RawValue, data_start: u64, file_bytes: u64) -> Result<TensorEntry> {

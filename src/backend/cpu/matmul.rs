@@ -11,6 +11,7 @@ use super::CpuWeight;
 use super::input::{Input, TokenTile};
 use super::kernels::{self, FLOAT_ROWS, Isa, LANES, MAX_TOKENS};
 use super::matvec::OneToken;
+use super::multiversion::multiversion;
 use super::panel::{CHUNK, Form, Panels, Part, Rows};
 use super::shared_rows::SharedRows;
 use crate::backend::activation::Activation;
@@ -148,66 +149,105 @@ impl Product<'_> {
     fn floats(&self, panels: &mut Panels, rows: Rows, part: Part) {
         if let Some(one) = self.single(rows, part) {
             let sums = one.floats(panels.rows());
-            return self.add(one.token, rows, part, &[sums]);
+            return add_floats(self.isa, self.place(one.token, rows, part), &[sums]);
         }
         let panel = panels.floats(self.isa, rows, part);
         let mut sums = [[0.0; FLOAT_ROWS]; MAX_TOKENS];
         for &tile in self.tiles {
             let input = self.input.floats(tile, part.first, part.count);
             kernels::float(self.isa, tile.tokens, panel, input, &mut sums);
-            self.add(tile, rows, part, &sums);
+            add_floats(self.isa, self.place(tile, rows, part), &sums);
         }
     }
 
     fn bf16(&self, panels: &mut Panels, rows: Rows, part: Part) {
         if let Some(one) = self.single(rows, part) {
             let sums = one.bf16(panels.rows());
-            return self.add(one.token, rows, part, &[sums]);
+            return add_floats(self.isa, self.place(one.token, rows, part), &[sums]);
         }
         let panel = panels.bf16(self.isa, rows, part);
         let mut sums = [[0.0; FLOAT_ROWS]; MAX_TOKENS];
         for &tile in self.tiles {
             let input = self.input.bf16(tile, part.first, part.count);
             kernels::bf16(self.isa, tile.tokens, panel, input, &mut sums);
-            self.add(tile, rows, part, &sums);
+            add_floats(self.isa, self.place(tile, rows, part), &sums);
         }
     }
 
     fn blocks(&self, panels: &mut Panels, rows: Rows, part: Part) {
         if let Some(one) = self.single(rows, part) {
             let sums = one.blocks(panels.rows());
-            return self.add(one.token, rows, part, &[sums]);
+            return add_codes(self.isa, self.place(one.token, rows, part), &[sums]);
         }
         let panel = panels.blocks(self.isa, rows, part);
         let mut sums = [[0.0; LANES]; MAX_TOKENS];
         for &tile in self.tiles {
             let input = self.input.blocks(tile, part.first, part.count);
             kernels::blocks(self.isa, tile.tokens, panel, input, &mut sums);
-            self.add(tile, rows, part, &sums);
+            add_codes(self.isa, self.place(tile, rows, part), &sums);
         }
     }
 
     fn super_blocks(&self, panels: &mut Panels, rows: Rows, part: Part) {
         if let Some(one) = self.single(rows, part) {
             let sums = one.super_blocks(panels.rows());
-            return self.add(one.token, rows, part, &[sums]);
+            return add_codes(self.isa, self.place(one.token, rows, part), &[sums]);
         }
         let panel = panels.super_blocks(self.isa, rows, part);
         let mut sums = [[0.0; LANES]; MAX_TOKENS];
         for &tile in self.tiles {
             let input = self.input.super_blocks(tile, part.first, part.count);
             kernels::super_blocks(self.isa, tile.tokens, panel, input, &mut sums);
-            self.add(tile, rows, part, &sums);
+            add_codes(self.isa, self.place(tile, rows, part), &sums);
         }
     }
 
-    fn add<const N: usize>(&self, tile: TokenTile, rows: Rows, part: Part, sums: &[[f32; N]]) {
-        let filled = N.min(rows.count() - part.row);
-        for (token, sums) in sums.iter().enumerate().take(tile.tokens) {
-            let (token, first) = (tile.first + token, self.first_row + part.row);
-            // SAFETY: the rows of this tile and these tokens belong to this work item alone.
-            let out = unsafe { self.out.part(token, first, filled) };
-            out.iter_mut().zip(sums).for_each(|(out, sum)| *out += sum);
+    fn place(&self, tile: TokenTile, rows: Rows, part: Part) -> Place<'_> {
+        Place {
+            out: self.out,
+            tile,
+            first: self.first_row + part.row,
+            rows: rows.count() - part.row,
+            is_begun: part.first > 0,
+        }
+    }
+}
+
+/// Where the sums of a panel and a tile of tokens belong.
+struct Place<'a> {
+    out: &'a SharedRows<'a>,
+    tile: TokenTile,
+    /// Row of weights of the panel's first lane.
+    first: usize,
+    /// Rows of weights from there on; lanes beyond have no place.
+    rows: usize,
+    /// Whether the sums of earlier columns are there. If not, nothing is read: pages of a new buffer would be mapped
+    /// twice, for reading and for writing.
+    is_begun: bool,
+}
+
+multiversion! {
+    fn add_floats(place: Place<'_>, sums: &[[f32; FLOAT_ROWS]]) = Place::add;
+}
+
+multiversion! {
+    fn add_codes(place: Place<'_>, sums: &[[f32; LANES]]) = Place::add;
+}
+
+impl Place<'_> {
+    #[inline(always)]
+    fn add<const N: usize>(self, sums: &[[f32; N]]) {
+        let filled = N.min(self.rows);
+        for (token, sums) in sums.iter().enumerate().take(self.tile.tokens) {
+            let token = self.tile.first + token;
+            // SAFETY: the rows of this panel and these tokens belong to one work item alone.
+            let out = unsafe { self.out.part(token, self.first, filled) };
+            match (out.first_chunk_mut::<N>(), self.is_begun) {
+                (Some(out), false) => *out = *sums,
+                (Some(out), true) => out.iter_mut().zip(sums).for_each(|(out, sum)| *out += sum),
+                (None, false) => out.copy_from_slice(&sums[..filled]),
+                (None, true) => out.iter_mut().zip(sums).for_each(|(out, sum)| *out += sum),
+            }
         }
     }
 }

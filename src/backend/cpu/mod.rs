@@ -9,7 +9,7 @@ mod elementwise;
 pub mod gram;
 mod input;
 pub mod kernels;
-pub use elementwise::exp;
+pub use elementwise::{exp, exp_f64, largest, sum_of_exps};
 mod matmul;
 mod matvec;
 pub(crate) mod multiversion;
@@ -18,6 +18,8 @@ mod rms_norm;
 mod route;
 mod selective_scan;
 mod shared_rows;
+#[cfg(test)]
+mod tests;
 mod unpack;
 
 use std::ops::Range;
@@ -56,9 +58,32 @@ pub struct CpuWeight {
     model: Arc<StoredModel>,
     tensor: StoredTensor,
     residence: Residence,
+    /// All rows, where the file does not hold them as they are and they are few.
+    kept: Option<Vec<u8>>,
 }
 
+/// Bytes of a matrix up to which its rows are kept once they were computed.
+const KEPT_BYTES: u64 = 4 << 20;
+
 impl CpuWeight {
+    fn open(model: &Arc<StoredModel>, tensor: &StoredTensor, residence: Residence) -> Result<Self> {
+        let is_mapped = || model.mapped_rows(tensor, 0, 0, tensor.rows).is_some();
+        let is_single = residence == Residence::Mapped && tensor.matrices == 1;
+        let kept = if is_single && tensor.bytes() <= KEPT_BYTES && !is_mapped() {
+            let mut bytes = vec![0; tensor.bytes() as usize];
+            model.read_rows(tensor, 0, 0, &mut bytes)?;
+            Some(bytes)
+        } else {
+            None
+        };
+        Ok(Self {
+            model: Arc::clone(model),
+            tensor: tensor.clone(),
+            residence,
+            kept,
+        })
+    }
+
     /// Whole rows in the stored type: mapped, or read into `buffer`.
     fn rows<'a>(
         &'a self,
@@ -67,6 +92,10 @@ impl CpuWeight {
         count: usize,
         buffer: &'a mut Vec<u8>,
     ) -> Result<&'a [u8]> {
+        if let Some(kept) = &self.kept {
+            let row_bytes = self.tensor.row_bytes();
+            return Ok(&kept[first * row_bytes..(first + count) * row_bytes]);
+        }
         if self.residence == Residence::Mapped
             && let Some(bytes) = self.model.mapped_rows(&self.tensor, matrix, first, count)
         {
@@ -98,6 +127,13 @@ impl Cpu {
             ..Self::new(model, residence)
         }
     }
+
+    /// The same with instructions that this machine has, though it may have better ones.
+    #[cfg(test)]
+    pub fn with_isa(self, isa: Isa) -> Self {
+        assert!(Isa::all().contains(&isa));
+        Self { isa, ..self }
+    }
 }
 
 impl Backend for Cpu {
@@ -109,11 +145,7 @@ impl Backend for Cpu {
         let bytes = vec![0; tensor.ty.block_bytes()];
         block::dequantize(tensor.ty, &bytes, &mut block)
             .map_err(|error| error.in_tensor(&tensor.name).in_file(self.model.path()))?;
-        Ok(CpuWeight {
-            model: Arc::clone(&self.model),
-            tensor: tensor.clone(),
-            residence: self.residence,
-        })
+        CpuWeight::open(&self.model, tensor, self.residence)
     }
 
     fn vector(&self, tensor: &StoredTensor) -> Result<Vec<f32>> {
@@ -141,6 +173,10 @@ impl Backend for Cpu {
 
     fn download(&self, buffer: &Vec<f32>, part: Range<usize>) -> Vec<f32> {
         buffer[part].to_vec()
+    }
+
+    fn download_all(&self, buffer: Vec<f32>) -> Vec<f32> {
+        buffer
     }
 
     fn embed(&self, embedding: &CpuWeight, tokens: &[u32]) -> Result<Vec<f32>> {
@@ -223,7 +259,7 @@ impl Backend for Cpu {
     }
 
     fn relu_squared(&self, values: &mut Vec<f32>) {
-        elementwise::relu_squared(values);
+        elementwise::relu_squared(self.isa, values);
     }
 
     fn add_bias(&self, rows: &mut Vec<f32>, bias: &Vec<f32>) {
@@ -233,11 +269,11 @@ impl Backend for Cpu {
     }
 
     fn is_finite(&self, values: &Vec<f32>) -> bool {
-        elementwise::is_finite(values)
+        elementwise::is_finite(self.isa, values)
     }
 
     fn add(&self, sum: &mut Vec<f32>, values: &Vec<f32>) {
-        elementwise::add(sum, values);
+        elementwise::add(self.isa, sum, values);
     }
 
     fn route(&self, logits: &Vec<f32>, bias: &Vec<f32>, shape: RouteShape) -> Vec<ExpertRows> {

@@ -4,6 +4,7 @@
 
 use rayon::prelude::*;
 
+use super::elementwise::exp_f64;
 use crate::backend::{ExpertRows, RouteShape};
 
 /// Keeps the sum of weights from being zero.
@@ -30,7 +31,7 @@ pub fn route(logits: &[f32], bias: &[f32], shape: RouteShape) -> Vec<ExpertRows>
 fn choose(logits: &[f32], bias: &[f32], shape: RouteShape) -> Vec<(usize, f32)> {
     let exact: Vec<f64> = logits
         .iter()
-        .map(|x| 1.0 / (1.0 + (-f64::from(*x)).exp()))
+        .map(|x| 1.0 / (1.0 + exp_f64(-f64::from(*x))))
         .collect();
     let scores: Vec<f32> = exact.iter().map(|s| *s as f32).collect();
     let steered: Vec<f64> = exact

@@ -7,14 +7,13 @@
 
 use rayon::prelude::*;
 
-use super::elementwise::softplus;
-use super::kernels::Isa;
+use super::elementwise::{exp, softplus};
+use super::kernels::{self, Isa, SCAN_CHANNELS, ScanStep, StateRows};
 use super::multiversion::multiversion;
 use super::shared_rows::SharedRows;
 use crate::backend::{ScanShape, ScanWeights, Segment};
 
-/// Channels of a head that are carried in registers together.
-const WIDE: usize = 64;
+/// Channels of a head where fewer than [`SCAN_CHANNELS`] are left.
 const NARROW: usize = 16;
 
 /// One head of one sequence.
@@ -49,6 +48,7 @@ pub fn selective_scan(
         }));
     }
     let scan = Scan {
+        isa,
         xbc,
         dt,
         dt_stride,
@@ -67,6 +67,7 @@ multiversion! {
 }
 
 struct Scan<'a> {
+    isa: Isa,
     xbc: &'a [f32],
     dt: &'a [f32],
     dt_stride: usize,
@@ -83,28 +84,26 @@ impl Scan<'_> {
             head_dim,
             groups,
             state_size,
-            time_step,
+            ..
         } = self.shape;
         let Head { rows, head, state } = item;
         let (inner, group) = (self.shape.inner(), head / (heads / groups));
-        let (a, d, bias) = (
-            self.weights.a[head],
-            self.weights.d[head],
-            self.weights.dt_bias[head],
-        );
-        for row in rows {
+        let d = self.weights.d[head];
+        let mut times = Times::default();
+        for (index, row) in rows.clone().enumerate() {
+            if index % TIMES == 0 {
+                times = self.times(row..rows.end.min(row + TIMES), head);
+            }
             let xbc = &self.xbc[row * self.shape.conv_dim()..][..self.shape.conv_dim()];
             let x = &xbc[head * head_dim..][..head_dim];
             let b = &xbc[inner + group * state_size..][..state_size];
             let c = &xbc[inner + (groups + group) * state_size..][..state_size];
-            let raw = self.dt[(row + 1) * self.dt_stride - heads + head];
-            let dt = softplus(raw + bias).max(time_step.0).min(time_step.1);
             // SAFETY: a head of a row is written by this work item alone.
             let y = unsafe { self.out.part(row, head * head_dim, head_dim) };
             let step = Step {
-                decay: (dt * a).exp(),
-                // `max` and `min` drop a NaN; a NaN must come out.
-                dt: if raw.is_nan() { raw } else { dt },
+                isa: self.isa,
+                decay: times.decay[index % TIMES],
+                dt: times.dt[index % TIMES],
                 d,
                 b,
                 c,
@@ -112,10 +111,41 @@ impl Scan<'_> {
             step.advance(state, x, y);
         }
     }
+
+    /// Time steps of up to [`TIMES`] rows of a head, computed together: the loops become vectors.
+    #[inline(always)]
+    fn times(&self, rows: std::ops::Range<usize>, head: usize) -> Times {
+        let heads = self.shape.heads;
+        let (low, high) = self.shape.time_step;
+        let (a, bias) = (self.weights.a[head], self.weights.dt_bias[head]);
+        let mut raw = [0.0; TIMES];
+        for (raw, row) in raw.iter_mut().zip(rows) {
+            *raw = self.dt[(row + 1) * self.dt_stride - heads + head];
+        }
+        let mut times = Times::default();
+        for lane in 0..TIMES {
+            let dt = softplus(raw[lane] + bias).max(low).min(high);
+            times.decay[lane] = exp(dt * a);
+            // `max` and `min` drop a NaN; a NaN must come out.
+            times.dt[lane] = if raw[lane].is_nan() { raw[lane] } else { dt };
+        }
+        times
+    }
+}
+
+/// Rows whose time steps are computed together.
+const TIMES: usize = 16;
+
+/// Time steps and decays of a head.
+#[derive(Default)]
+struct Times {
+    dt: [f32; TIMES],
+    decay: [f32; TIMES],
 }
 
 /// One token of one head.
 struct Step<'a> {
+    isa: Isa,
     decay: f32,
     dt: f32,
     d: f32,
@@ -127,9 +157,9 @@ impl Step<'_> {
     #[inline(always)]
     fn advance(&self, state: &mut [f32], x: &[f32], y: &mut [f32]) {
         let mut channel = 0;
-        while channel + WIDE <= x.len() {
-            self.channels::<WIDE>(state, x, y, channel);
-            channel += WIDE;
+        while channel + SCAN_CHANNELS <= x.len() {
+            self.channels::<SCAN_CHANNELS>(state, x, y, channel);
+            channel += SCAN_CHANNELS;
         }
         while channel + NARROW <= x.len() {
             self.channels::<NARROW>(state, x, y, channel);
@@ -148,8 +178,50 @@ impl Step<'_> {
             .first_chunk()
             .expect("the caller counts channels");
         let input = x.map(|x| self.dt * x);
+        let sums = self.kernel(state, head_dim, &input, first);
+        let sums = sums.unwrap_or_else(|| self.sums(state, head_dim, &input, first));
+        for lane in 0..W {
+            y[first + lane] = sums[lane] + self.d * x[lane];
+        }
+    }
+
+    /// What the machine has a kernel for.
+    #[inline(always)]
+    fn kernel<const W: usize>(
+        &self,
+        state: &mut [f32],
+        row_len: usize,
+        input: &[f32; W],
+        first: usize,
+    ) -> Option<[f32; W]> {
+        let step = ScanStep {
+            decay: self.decay,
+            input: input.as_slice().try_into().ok()?,
+            b: self.b,
+            c: self.c,
+        };
+        let values = state;
+        let state = StateRows {
+            values,
+            row_len,
+            first,
+        };
+        kernels::scan_rows(self.isa, state, step)?
+            .as_slice()
+            .try_into()
+            .ok()
+    }
+
+    #[inline(always)]
+    fn sums<const W: usize>(
+        &self,
+        state: &mut [f32],
+        row_len: usize,
+        input: &[f32; W],
+        first: usize,
+    ) -> [f32; W] {
         let mut sums = [0.0; W];
-        for ((row, b), c) in state.chunks_exact_mut(head_dim).zip(self.b).zip(self.c) {
+        for ((row, b), c) in state.chunks_exact_mut(row_len).zip(self.b).zip(self.c) {
             let row: &mut [f32; W] = row[first..]
                 .first_chunk_mut()
                 .expect("a state row is as wide as x");
@@ -158,9 +230,7 @@ impl Step<'_> {
                 sums[lane] += row[lane] * c;
             }
         }
-        for lane in 0..W {
-            y[first + lane] = sums[lane] + self.d * x[lane];
-        }
+        sums
     }
 }
 
@@ -183,6 +253,10 @@ mod tests {
     }
 
     fn run(pieces: &[usize], shape: ScanShape) -> Vec<f32> {
+        run_on(Isa::detect(), pieces, shape)
+    }
+
+    fn run_on(isa: Isa, pieces: &[usize], shape: ScanShape) -> Vec<f32> {
         let rows: usize = pieces.iter().sum();
         let (xbc, dt) = (values(rows * shape.conv_dim(), 1), values(rows * 6, 2));
         let (a, d, bias) = (vec![-0.5; 4], vec![0.3; 4], vec![0.1, -0.2, 0.3, 0.0]);
@@ -202,7 +276,7 @@ mod tests {
             let end = begin + piece;
             let xbc = &xbc[begin * shape.conv_dim()..end * shape.conv_dim()];
             out.extend(selective_scan(
-                Isa::detect(),
+                isa,
                 xbc,
                 &dt[begin * 6..end * 6],
                 6,
@@ -265,6 +339,18 @@ mod tests {
     #[test]
     fn pieces_give_what_the_whole_gives() {
         assert_eq!(run(&[1, 4, 2, 2], SHAPE), run(&[9], SHAPE));
+    }
+
+    #[test]
+    fn kernels_give_what_the_loop_gives() {
+        // One kernel of 64 channels, sixteen and three by the loop.
+        let wide = ScanShape {
+            head_dim: SCAN_CHANNELS + NARROW + 3,
+            ..SHAPE
+        };
+        for isa in Isa::all() {
+            assert_eq!(run_on(isa, &[9], wide), run_on(Isa::Portable, &[9], wide));
+        }
     }
 
     #[test]

@@ -30,6 +30,7 @@ use crate::calibrate::stream::Streams;
 use crate::error::{Error, Result};
 use crate::plan::{Plan, PlannedTensor};
 use crate::quantize::feedback::Damping;
+use crate::rewrite::RewrittenModel;
 pub use ledger::{ExpertTokens, TensorOutcome, Treatment};
 use moments::StageMoments;
 use workspace::Workspace;
@@ -72,14 +73,17 @@ impl Default for Rounding {
 
 impl Rounding {
     fn damping(&self) -> Damping {
-        Damping { first: self.damp_percent, ..Damping::default() }
+        Damping {
+            first: self.damp_percent,
+            ..Damping::default()
+        }
     }
 }
 
 /// Everything a calibrated conversion works on.
 pub struct Calibrated<'a> {
-    /// The original weights, by GGUF name.
-    pub weights: &'a StoredModel,
+    /// The original weights after their rewrites, by GGUF name.
+    pub weights: &'a RewrittenModel,
     /// What each tensor becomes.
     pub plan: &'a Plan,
     /// What the network reads.
@@ -115,7 +119,7 @@ impl Calibrated<'_> {
     /// Tensors of the network that is run: all but those of a multi-token-prediction head.
     fn tensors(&self) -> impl Iterator<Item = &PlannedTensor> {
         let tensors = self.plan.tensors.iter();
-        tensors.filter(|tensor| self.weights.tensor(&tensor.name).is_some())
+        tensors.filter(|tensor| self.weights.stored().tensor(&tensor.name).is_some())
     }
 
     fn tensor(&self, name: &str) -> Option<&PlannedTensor> {
@@ -129,17 +133,9 @@ impl Calibrated<'_> {
         }
     }
 
-    /// All values of one matrix of a tensor, f32.
-    fn matrix(&self, name: &str, matrix: usize) -> Result<Vec<f32>> {
-        let tensor = crate::forward::required(self.weights, name)?;
-        let mut values = vec![0.0; tensor.rows * tensor.columns];
-        self.weights.dequantize_rows(tensor, matrix, 0, &mut Vec::new(), &mut values)?;
-        Ok(values)
-    }
-
     /// A tensor with bytes of type `ty`.
     fn memory_tensor(&self, name: &str, ty: GgmlType, bytes: Arc<[u8]>) -> Result<MemoryTensor> {
-        let tensor = crate::forward::required(self.weights, name)?;
+        let tensor = crate::forward::required(self.weights.stored(), name)?;
         Ok(MemoryTensor {
             name: name.to_string(),
             ty,
@@ -148,17 +144,6 @@ impl Calibrated<'_> {
             columns: tensor.columns,
             bytes,
         })
-    }
-
-    /// A tensor of the original network.
-    fn original(&self, name: &str) -> Result<MemoryTensor> {
-        let tensor = crate::forward::required(self.weights, name)?;
-        let mut bytes = Vec::with_capacity(4 * tensor.weights() as usize);
-        for matrix in 0..tensor.matrices {
-            let values = self.matrix(name, matrix)?;
-            bytes.extend(values.iter().flat_map(|value| value.to_le_bytes()));
-        }
-        self.memory_tensor(name, GgmlType::F32, bytes.into())
     }
 
     /// A tensor as the workspace holds it.
@@ -171,8 +156,8 @@ impl Calibrated<'_> {
     fn embed(&self, workspace: &mut Workspace) -> Result<BothStreams> {
         let name = "token_embd.weight";
         self.round_plainly(name, workspace)?;
-        let hidden = self.weights.config().hidden_size;
-        let original = self.matrix(name, 0)?;
+        let hidden = self.weights.stored().config().hidden_size;
+        let original = self.weights.matrix(name, 0)?;
         let stored = self.rounded(name, workspace)?;
         let mut rounded = vec![0.0; original.len()];
         dequantize(stored.ty, &stored.bytes, &mut rounded)?;
@@ -181,7 +166,10 @@ impl Calibrated<'_> {
             .cells()
             .map(|sequences| sequences.iter().map(Vec::len).collect())
             .collect();
-        let lengths: Vec<usize> = cells.iter().map(|cell| hidden * cell.iter().sum::<usize>()).collect();
+        let lengths: Vec<usize> = cells
+            .iter()
+            .map(|cell| hidden * cell.iter().sum::<usize>())
+            .collect();
         let stream_bytes = 8 * lengths.iter().sum::<usize>() as u64;
         let in_file = stream_bytes > self.memory_bytes / 2;
         let mut streams = BothStreams {
@@ -190,8 +178,17 @@ impl Calibrated<'_> {
             cells,
         };
         for (cell, sequences) in self.samples.cells().enumerate() {
-            let tokens = || sequences.iter().flatten().map(|token| *token as usize * hidden);
-            let look_up = |table: &[f32]| tokens().flat_map(|at| table[at..at + hidden].iter().copied()).collect();
+            let tokens = || {
+                sequences
+                    .iter()
+                    .flatten()
+                    .map(|token| *token as usize * hidden)
+            };
+            let look_up = |table: &[f32]| {
+                tokens()
+                    .flat_map(|at| table[at..at + hidden].iter().copied())
+                    .collect()
+            };
             streams.original.write(cell, look_up(&original))?;
             streams.rounded.write(cell, look_up(&rounded))?;
         }
@@ -199,7 +196,12 @@ impl Calibrated<'_> {
     }
 
     /// Rounds one block and runs both streams through it.
-    fn block(&self, block: usize, streams: &mut BothStreams, workspace: &mut Workspace) -> Result<()> {
+    fn block(
+        &self,
+        block: usize,
+        streams: &mut BothStreams,
+        workspace: &mut Workspace,
+    ) -> Result<()> {
         let prefix = format!("blk.{block}.");
         let names: Vec<&str> = self
             .tensors()
@@ -211,8 +213,11 @@ impl Calibrated<'_> {
         for name in names.iter().filter(|name| !is_staged(name)) {
             self.round_plainly(name, workspace)?;
         }
-        let config = self.weights.config();
-        let originals = names.iter().map(|name| self.original(name)).collect::<Result<Vec<_>>>()?;
+        let config = self.weights.stored().config();
+        let originals = names
+            .iter()
+            .map(|name| self.weights.in_memory(name))
+            .collect::<Result<Vec<_>>>()?;
         let original = Layer::open(config, block, originals.clone())?;
         let routes = self.run_original(&original, streams)?;
         for stage in &stages {
@@ -223,7 +228,13 @@ impl Calibrated<'_> {
                 continue;
             }
             let current = self.current_layer(block, &names, &originals, workspace)?;
-            let stage = StageMoments { job: self, original: &original, current: &current, streams, routes: &routes };
+            let stage = StageMoments {
+                job: self,
+                original: &original,
+                current: &current,
+                streams,
+                routes: &routes,
+            };
             stage.round(&open, workspace)?;
         }
         let current = self.current_layer(block, &names, &originals, workspace)?;
@@ -238,11 +249,19 @@ impl Calibrated<'_> {
         originals: &[MemoryTensor],
         workspace: &Workspace,
     ) -> Result<Layer> {
-        let tensors = names.iter().zip(originals).map(|(name, original)| match workspace.is_finished(name) {
-            true => self.rounded(name, workspace),
-            false => Ok(original.clone()),
-        });
-        Layer::open(self.weights.config(), block, tensors.collect::<Result<_>>()?)
+        let tensors =
+            names
+                .iter()
+                .zip(originals)
+                .map(|(name, original)| match workspace.is_finished(name) {
+                    true => self.rounded(name, workspace),
+                    false => Ok(original.clone()),
+                });
+        Layer::open(
+            self.weights.stored().config(),
+            block,
+            tensors.collect::<Result<_>>()?,
+        )
     }
 
     /// Where the original network routes each cell's tokens. Rounding must not change which experts read which samples.
@@ -273,14 +292,21 @@ impl Calibrated<'_> {
             self.check_stop()?;
             let lengths = &streams.cells[cell];
             let routing = routing_of(routes, cell);
-            let mut residual = streams.original.read(cell)?;
-            original.run(&mut residual, lengths, &mut Capture::new(&[], routing))?;
-            streams.original.write(cell, residual)?;
+            if self.needs_original() {
+                let mut residual = streams.original.read(cell)?;
+                original.run(&mut residual, lengths, &mut Capture::new(&[], routing))?;
+                streams.original.write(cell, residual)?;
+            }
             let mut residual = streams.rounded.read(cell)?;
             rounded.run(&mut residual, lengths, &mut Capture::new(&[], routing))?;
             streams.rounded.write(cell, residual)?;
         }
         Ok(())
+    }
+
+    /// Whether anything is learnt from the original network's stream.
+    fn needs_original(&self) -> bool {
+        self.rounding.target_correction > 0.0 || self.plan.config.moe.is_some()
     }
 
     /// The final norm and the head.
@@ -291,7 +317,7 @@ impl Calibrated<'_> {
         if self.tensor(head).is_none() || workspace.is_finished(head) {
             return Ok(());
         }
-        let norm = self.matrix(norm, 0)?;
+        let norm = self.weights.matrix(norm, 0)?;
         moments::round_head(self, head, &norm, streams, workspace)
     }
 
@@ -311,8 +337,15 @@ impl Calibrated<'_> {
 
     /// For operations without weights.
     fn backend(&self) -> Cpu {
-        let nothing = StoredModel::in_memory(Path::new("no weights"), self.weights.config().clone(), Vec::new());
-        Cpu::new(Arc::new(nothing.expect("nothing cannot be malformed")), Residence::Mapped)
+        let nothing = StoredModel::in_memory(
+            Path::new("no weights"),
+            self.weights.stored().config().clone(),
+            Vec::new(),
+        );
+        Cpu::new(
+            Arc::new(nothing.expect("nothing cannot be malformed")),
+            Residence::Mapped,
+        )
     }
 
     fn isa(&self) -> Isa {
@@ -329,7 +362,10 @@ struct BothStreams {
 }
 
 fn routing_of(routes: &[Vec<ExpertRows>], cell: usize) -> Option<&[ExpertRows]> {
-    routes.get(cell).map(Vec::as_slice).filter(|routes| !routes.is_empty())
+    routes
+        .get(cell)
+        .map(Vec::as_slice)
+        .filter(|routes| !routes.is_empty())
 }
 
 /// An expert that no sample chose sees every token, with weight 0: its output stays out, its inputs are known.

@@ -16,15 +16,19 @@ use crate::error::Result;
 pub struct Seen {
     /// Of the rounded network.
     pub moments: SecondMoments,
-    /// With those of the original network.
+    /// Inputs of the original network with them.
     pub cross: Option<CrossMoments>,
+    /// What the residual stream lacks where it enters the block, with them: `x_original - x_rounded`.
+    pub lack: Option<CrossMoments>,
 }
 
 impl Merge for Seen {
     fn merge(&mut self, later: Self) {
         self.moments.merge(later.moments);
-        if let (Some(cross), Some(later)) = (&mut self.cross, later.cross) {
-            cross.merge(later);
+        for (sum, later) in [(&mut self.cross, later.cross), (&mut self.lack, later.lack)] {
+            if let (Some(sum), Some(later)) = (sum, later) {
+                sum.merge(later);
+            }
         }
     }
 }
@@ -50,8 +54,11 @@ impl StageMoments<'_> {
         let seen = self.collect(&inputs)?;
         for name in tensors {
             self.job.check_stop()?;
-            let Some(tensor) = self.job.tensor(name) else { continue };
-            let (bytes, outcome) = rounding::with_inputs(self.job, tensor, &stages::input_of(name), &seen)?;
+            let Some(tensor) = self.job.tensor(name) else {
+                continue;
+            };
+            let (bytes, outcome) =
+                rounding::with_inputs(self.job, tensor, &stages::input_of(name), &seen)?;
             workspace.finish(&bytes, outcome)?;
             self.job.progress.advance(tensor.bytes());
         }
@@ -60,21 +67,74 @@ impl StageMoments<'_> {
 
     fn collect(&self, inputs: &[&str]) -> Result<SeenInputs> {
         let mut trees: BTreeMap<(String, usize), Tree<Seen>> = BTreeMap::new();
-        for (cell, lengths) in self.streams.cells.iter().enumerate() {
+        for cell in 0..self.streams.cells.len() {
             self.job.check_stop()?;
-            let routing = routing_of(self.routes, cell);
-            let mut capture = Capture::new(inputs, routing);
-            self.current.run(&mut self.streams.rounded.read(cell)?, lengths, &mut capture)?;
-            let mut originals = Capture::new(inputs, routing);
-            if self.job.rounding.target_correction > 0.0 {
-                self.original.run(&mut self.streams.original.read(cell)?, lengths, &mut originals)?;
-            }
-            for (key, captured) in capture.inputs {
-                let seen = seen(self.job.isa(), &captured, originals.inputs.get(&key));
+            for (key, seen) in self.cell(cell, inputs)? {
                 trees.entry(key).or_default().push(seen);
             }
         }
-        Ok(trees.into_iter().filter_map(|(key, tree)| Some((key, tree.finish()?))).collect())
+        let sums = trees.into_iter();
+        Ok(sums
+            .filter_map(|(key, tree)| Some((key, tree.finish()?)))
+            .collect())
+    }
+
+    /// Runs the block where that is needed to know what is wanted.
+    fn show(
+        &self,
+        layer: &Layer,
+        stream: &mut Vec<f32>,
+        lengths: &[usize],
+        routing: Option<&[ExpertRows]>,
+        capture: &mut Capture,
+    ) -> Result<()> {
+        let config = self.job.weights.stored().config();
+        let is_latent = config
+            .moe
+            .as_ref()
+            .is_some_and(|moe| moe.moe_latent_size.is_some());
+        let reads_stream = |name: &&str| stages::reads_stream(name, is_latent);
+        if capture.wanted().iter().all(reads_stream) {
+            layer.show_readers(stream, routing, capture);
+            return Ok(());
+        }
+        layer.run(stream, lengths, capture)
+    }
+
+    /// What one cell shows.
+    fn cell(&self, cell: usize, inputs: &[&str]) -> Result<SeenInputs> {
+        let (lengths, routing) = (&self.streams.cells[cell], routing_of(self.routes, cell));
+        let mut capture = Capture::new(inputs, routing);
+        let stream = self.streams.rounded.read(cell)?;
+        self.current
+            .run(&mut stream.clone(), lengths, &mut capture)?;
+        let mut originals = Capture::new(inputs, routing);
+        let mut lack = Vec::new();
+        if self.job.rounding.target_correction > 0.0 {
+            let mut original = self.streams.original.read(cell)?;
+            let pairs = original.iter().zip(&stream);
+            lack = pairs
+                .map(|(original, rounded)| original - rounded)
+                .collect();
+            self.show(
+                self.original,
+                &mut original,
+                lengths,
+                routing,
+                &mut originals,
+            )?;
+        }
+        let isa = self.job.isa();
+        let seen = |(key, captured): ((String, usize), Captured)| {
+            let mut found = seen(isa, &captured, originals.inputs.get(&key));
+            if stages::closes(&key.0) && !lack.is_empty() {
+                let width = self.job.weights.stored().config().hidden_size;
+                let rows = (&captured.rows[..], captured.in_features);
+                found.lack = Some(CrossMoments::of(isa, (&lack, width), rows));
+            }
+            (key, found)
+        };
+        Ok(capture.inputs.into_iter().map(seen).collect())
     }
 }
 
@@ -85,8 +145,13 @@ fn seen(isa: Isa, captured: &Captured, original: Option<&Captured>) -> Seen {
     moments.add(isa, &captured.rows, weights);
     // Of experts the few tokens they see would be corrected for noise.
     let original = original.filter(|_| weights.is_none());
-    let cross = original.map(|original| CrossMoments::of(isa, n, &original.rows, &captured.rows));
-    Seen { moments, cross }
+    let cross =
+        original.map(|original| CrossMoments::of(isa, (&original.rows, n), (&captured.rows, n)));
+    Seen {
+        moments,
+        cross,
+        lack: None,
+    }
 }
 
 /// Rounds the head, whose inputs are the normed streams behind the last block.
@@ -97,9 +162,11 @@ pub fn round_head(
     streams: &BothStreams,
     workspace: &mut Workspace,
 ) -> Result<()> {
-    let Some(tensor) = job.tensor(name) else { return Ok(()) };
+    let Some(tensor) = job.tensor(name) else {
+        return Ok(());
+    };
     let backend = job.backend();
-    let eps = job.weights.config().norm_epsilon();
+    let eps = job.weights.stored().config().norm_epsilon();
     let mut tree = Tree::default();
     for cell in 0..streams.cells.len() {
         job.check_stop()?;
@@ -115,7 +182,11 @@ pub fn round_head(
         };
         tree.push(seen(job.isa(), &rounded, original.as_ref()));
     }
-    let seen = tree.finish().map(|seen| ((name.to_string(), 0), seen)).into_iter().collect();
+    let seen = tree
+        .finish()
+        .map(|seen| ((name.to_string(), 0), seen))
+        .into_iter()
+        .collect();
     let (bytes, outcome) = rounding::with_inputs(job, tensor, name, &seen)?;
     workspace.finish(&bytes, outcome)?;
     job.progress.advance(tensor.bytes());

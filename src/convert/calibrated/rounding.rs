@@ -5,19 +5,20 @@ use nemoconv_formats::block::dequantize;
 
 use super::moments::{Seen, SeenInputs};
 use super::{Calibrated, ExpertTokens, Method, TensorOutcome, Treatment};
+use crate::calibrate::experts::own_share;
 use crate::calibrate::second_moments::SecondMoments;
 use crate::error::Result;
 use crate::plan::PlannedTensor;
-use crate::quantize::feedback::{self, InputMoments, can_feed_back};
+use crate::quantize::feedback::{self, Correction, InputMoments, can_feed_back};
 use crate::quantize::quantize_rows;
 
 /// Rounds a tensor whose inputs are not known.
 pub fn plain(job: &Calibrated, tensor: &PlannedTensor) -> Result<(Vec<u8>, TensorOutcome)> {
-    let shape = crate::forward::required(job.weights, &tensor.name)?.clone();
+    let shape = crate::forward::required(job.weights.stored(), &tensor.name)?.clone();
     let mut outcome = empty_outcome(tensor);
     let mut bytes = Vec::new();
     for matrix in 0..shape.matrices {
-        let values = job.matrix(&tensor.name, matrix)?;
+        let values = job.weights.matrix(&tensor.name, matrix)?;
         outcome.nonfinite += nonfinite(&values);
         let (stored, overflows) = nearest(tensor.ty, shape.columns, &values, None);
         outcome.overflows += overflows;
@@ -33,16 +34,21 @@ pub fn with_inputs(
     input: &str,
     seen: &SeenInputs,
 ) -> Result<(Vec<u8>, TensorOutcome)> {
-    let shape = crate::forward::required(job.weights, &tensor.name)?.clone();
+    let shape = crate::forward::required(job.weights.stored(), &tensor.name)?.clone();
     let pool = (shape.matrices > 1).then(|| pool(input, seen)).flatten();
     let mut sums = Sums::default();
     let mut outcome = empty_outcome(tensor);
     let mut bytes = Vec::new();
     for matrix in 0..shape.matrices {
-        let values = job.matrix(&tensor.name, matrix)?;
+        let values = job.weights.matrix(&tensor.name, matrix)?;
         outcome.nonfinite += nonfinite(&values);
         let seen = seen.get(&(input.to_string(), matrix));
-        let rows = Rows { job, ty: tensor.ty, columns: shape.columns, values: &values };
+        let rows = Rows {
+            job,
+            ty: tensor.ty,
+            columns: shape.columns,
+            values: &values,
+        };
         let rounded = rows.round(seen, pool.as_ref(), is_writer(&tensor.name));
         outcome.overflows += rounded.overflows;
         outcome.dead_inputs = outcome.dead_inputs.max(rounded.dead_inputs);
@@ -55,7 +61,8 @@ pub fn with_inputs(
                 treatment: rounded.treatment,
             });
         }
-        outcome.tokens = Some(outcome.tokens.unwrap_or(0) + seen.map_or(0, |seen| seen.moments.tokens));
+        outcome.tokens =
+            Some(outcome.tokens.unwrap_or(0) + seen.map_or(0, |seen| seen.moments.tokens));
         bytes.extend(rounded.bytes);
     }
     sums.write(&mut outcome);
@@ -83,7 +90,10 @@ fn empty_outcome(tensor: &PlannedTensor) -> TensorOutcome {
 }
 
 fn nonfinite(values: &[f32]) -> u64 {
-    values.iter().map(|value| u64::from(!value.is_finite())).sum()
+    values
+        .iter()
+        .map(|value| u64::from(!value.is_finite()))
+        .sum()
 }
 
 fn is_writer(name: &str) -> bool {
@@ -102,7 +112,12 @@ fn pool(input: &str, seen: &SeenInputs) -> Option<SecondMoments> {
     pool
 }
 
-fn nearest(ty: GgmlType, columns: usize, values: &[f32], importance: Option<&[f32]>) -> (Vec<u8>, u64) {
+fn nearest(
+    ty: GgmlType,
+    columns: usize,
+    values: &[f32],
+    importance: Option<&[f32]>,
+) -> (Vec<u8>, u64) {
     let mut bytes = vec![0; ty.bytes_for(values.len() as u64).unwrap_or(0) as usize];
     let overflows = quantize_rows(ty, columns, values, importance, &mut bytes).0;
     (bytes, overflows)
@@ -131,7 +146,12 @@ impl Sums {
     }
 
     fn write(self, outcome: &mut TensorOutcome) {
-        let count = |treatment: &&Treatment| self.treatments.iter().filter(|other| other == treatment).count();
+        let count = |treatment: &&Treatment| {
+            self.treatments
+                .iter()
+                .filter(|other| other == treatment)
+                .count()
+        };
         if let Some(treatment) = self.treatments.iter().max_by_key(count) {
             outcome.treatment = *treatment;
         }
@@ -165,7 +185,12 @@ struct Rows<'a> {
 }
 
 impl Rows<'_> {
-    fn round(&self, seen: Option<&Seen>, pool: Option<&SecondMoments>, is_writer: bool) -> RoundedMatrix {
+    fn round(
+        &self,
+        seen: Option<&Seen>,
+        pool: Option<&SecondMoments>,
+        is_writer: bool,
+    ) -> RoundedMatrix {
         let (rtn, rtn_overflows) = nearest(self.ty, self.columns, self.values, None);
         let unknown = |bytes, treatment, overflows| RoundedMatrix {
             bytes,
@@ -185,7 +210,8 @@ impl Rows<'_> {
         };
         let matrix = shrunk(&seen.moments, pool, is_writer);
         let damping = self.job.rounding.damping();
-        let Some(moments) = InputMoments::new(self.job.isa(), self.columns, &matrix, damping) else {
+        let Some(moments) = InputMoments::new(self.job.isa(), self.columns, &matrix, damping)
+        else {
             return unknown(rtn, Treatment::Fallback, rtn_overflows);
         };
         let (bytes, treatment, overflows) = match self.job.rounding.method {
@@ -196,7 +222,8 @@ impl Rows<'_> {
             }
             _ => {
                 let importance = seen.moments.mean_squares();
-                let (bytes, overflows) = nearest(self.ty, self.columns, self.values, Some(&importance));
+                let (bytes, overflows) =
+                    nearest(self.ty, self.columns, self.values, Some(&importance));
                 (bytes, Treatment::Imatrix, overflows)
             }
         };
@@ -215,12 +242,19 @@ impl Rows<'_> {
     fn feed_back(&self, seen: &Seen, moments: &InputMoments) -> (Vec<u8>, u64) {
         let beta = self.job.rounding.target_correction;
         let corrected = seen.cross.as_ref().filter(|_| beta > 0.0).map(|cross| {
-            feedback::corrected(self.job.isa(), self.values, cross, &seen.moments, moments, beta)
+            let correction = Correction {
+                cross,
+                seen: &seen.moments,
+                lack: seen.lack.as_ref(),
+                share: beta,
+            };
+            correction.apply(self.job.isa(), self.values, moments)
         });
         let rows = corrected.as_deref().unwrap_or(self.values);
         let mut bytes = vec![0; self.ty.bytes_for(rows.len() as u64).unwrap_or(0) as usize];
         let passes = self.job.rounding.passes;
-        let rounded = feedback::quantize_rows(self.job.isa(), self.ty, rows, moments, passes, &mut bytes);
+        let rounded =
+            feedback::quantize_rows(self.job.isa(), self.ty, rows, moments, passes, &mut bytes);
         (bytes, rounded.overflow)
     }
 
@@ -228,22 +262,24 @@ impl Rows<'_> {
     fn loss(&self, bytes: &[u8], moments: &InputMoments) -> f64 {
         let mut stored = vec![0.0; self.values.len()];
         dequantize(self.ty, bytes, &mut stored).expect("the type was written just now");
-        stored.iter_mut().zip(self.values).for_each(|(stored, value)| *stored = value - *stored);
+        stored
+            .iter_mut()
+            .zip(self.values)
+            .for_each(|(stored, value)| *stored = value - *stored);
         feedback::loss(self.job.isa(), &stored, moments) * moments.unit
     }
 }
 
 /// An expert's second moments, drawn towards what is known of all where it saw little: readers towards the pool, writers,
-/// whose inputs lie in a basis of their own, towards their own mean diagonal. The pool counts as half as many tokens as
-/// there are inputs.
+/// whose inputs lie in a basis of their own, towards their own mean diagonal. How far: [`own_share`].
 fn shrunk(own: &SecondMoments, pool: Option<&SecondMoments>, is_writer: bool) -> Vec<f64> {
     let Some(pool) = pool else {
         return own.mean();
     };
     let n = own.n;
     // In tokens, since weights of experts are no counts.
-    let (seen, prior) = (own.tokens as f64, n as f64 / 2.0);
-    let (own_share, prior_share) = (seen / (seen + prior), prior / (seen + prior));
+    let own_share = own_share(own.tokens, n);
+    let prior_share = 1.0 - own_share;
     let mut mean = own.mean();
     mean.iter_mut().for_each(|value| *value *= own_share);
     if is_writer {
@@ -253,7 +289,9 @@ fn shrunk(own: &SecondMoments, pool: Option<&SecondMoments>, is_writer: bool) ->
         (0..n).for_each(|j| mean[j * n + j] += prior_share * own_diagonal);
     } else {
         let pool = pool.mean();
-        mean.iter_mut().zip(pool).for_each(|(value, pool)| *value += prior_share * pool);
+        mean.iter_mut()
+            .zip(pool)
+            .for_each(|(value, pool)| *value += prior_share * pool);
     }
     mean
 }

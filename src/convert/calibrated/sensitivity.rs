@@ -120,7 +120,10 @@ impl Measurement<'_> {
         }
         probing.head(&mut measured)?;
         self.progress.end();
-        let found = self.groups.iter().map(|group| measured.remove(group.name.as_str()));
+        let found = self
+            .groups
+            .iter()
+            .map(|group| measured.remove(group.name.as_str()));
         Ok(found.map(Option::unwrap_or_default).collect())
     }
 
@@ -138,12 +141,19 @@ impl Measurement<'_> {
     /// All values of one matrix, f32.
     fn matrix(&self, tensor: &StoredTensor, matrix: usize) -> Result<Vec<f32>> {
         let mut values = vec![0.0; tensor.rows * tensor.columns];
-        self.weights.dequantize_rows(tensor, matrix, 0, &mut Vec::new(), &mut values)?;
+        self.weights
+            .dequantize_rows(tensor, matrix, 0, &mut Vec::new(), &mut values)?;
         Ok(values)
     }
 
     /// Rounds rows as the conversion will, with one pass of descent at most.
-    fn round(&self, ty: GgmlType, columns: usize, rows: &[f32], inputs: Option<&Inputs>) -> Vec<u8> {
+    fn round(
+        &self,
+        ty: GgmlType,
+        columns: usize,
+        rows: &[f32],
+        inputs: Option<&Inputs>,
+    ) -> Vec<u8> {
         let mut out = vec![0; ty.bytes_for(rows.len() as u64).unwrap_or(0) as usize];
         match (self.rounding.method, inputs) {
             (Method::Gptq, Some(inputs)) if can_feed_back(ty) => {
@@ -163,7 +173,10 @@ impl Measurement<'_> {
     /// What is known of the inputs of a matrix, damped the more the fewer tokens were seen.
     fn inputs(&self, seen: &SecondMoments) -> Option<Inputs> {
         let scarcity = seen.n as f64 / (2 * seen.tokens.max(1)) as f64;
-        let damping = Damping { first: self.rounding.damp_percent + scarcity, ..Damping::default() };
+        let damping = Damping {
+            first: self.rounding.damp_percent + scarcity,
+            ..Damping::default()
+        };
         Some(Inputs {
             moments: InputMoments::new(self.isa(), seen.n, &seen.mean(), damping)?,
             mean_squares: seen.mean_squares(),
@@ -175,7 +188,10 @@ impl Measurement<'_> {
 impl Default for Sensitivity {
     /// Of a tensor that nothing reads.
     fn default() -> Self {
-        Self { gain: 0.0, types: Vec::new() }
+        Self {
+            gain: 0.0,
+            types: Vec::new(),
+        }
     }
 }
 
@@ -195,7 +211,10 @@ struct LocalLosses {
 
 impl LocalLosses {
     fn relative(&self) -> Vec<f64> {
-        self.losses.iter().map(|loss| loss / self.energy.max(f64::MIN_POSITIVE)).collect()
+        self.losses
+            .iter()
+            .map(|loss| loss / self.energy.max(f64::MIN_POSITIVE))
+            .collect()
     }
 }
 
@@ -226,7 +245,10 @@ struct Probing<'a> {
 
 /// Types that a group is probed with: its lowest, and one of about four bits.
 fn probe_types(group: &Group) -> Vec<GgmlType> {
-    let middle = group.types.iter().find(|ty| ty.bits_per_weight() >= MIDDLE_BITS);
+    let middle = group
+        .types
+        .iter()
+        .find(|ty| ty.bits_per_weight() >= MIDDLE_BITS);
     let mut types: Vec<GgmlType> = group.types.iter().take(1).chain(middle).copied().collect();
     types.dedup();
     types
@@ -241,38 +263,70 @@ impl<'a> Probing<'a> {
             batch.residual = network.embed(&batch.tokens)?;
             Ok(batch)
         };
-        let moment_batches = batches(&for_moments).into_iter().map(embed).collect::<Result<_>>()?;
-        let probe_batches: Vec<Batch> = batches(&for_probes).into_iter().map(embed).collect::<Result<_>>()?;
-        let tokens = probe_batches.iter().map(|batch| batch.tokens.len()).sum::<usize>();
-        let positions = POSITIONS.min(KEPT_LOGITS / job.weights.config().vocab_size).max(1);
+        let moment_batches = batches(&for_moments)
+            .into_iter()
+            .map(embed)
+            .collect::<Result<_>>()?;
+        let probe_batches: Vec<Batch> = batches(&for_probes)
+            .into_iter()
+            .map(embed)
+            .collect::<Result<_>>()?;
+        let tokens = probe_batches
+            .iter()
+            .map(|batch| batch.tokens.len())
+            .sum::<usize>();
+        let positions = POSITIONS
+            .min(KEPT_LOGITS / job.weights.config().vocab_size)
+            .max(1);
         let stride = tokens.div_ceil(positions);
         let references = probe_batches.iter().map(|batch| {
             job.check_stop()?;
-            let rows: Vec<u32> = (0..batch.tokens.len() as u32).skip(stride - 1).step_by(stride).collect();
+            let rows: Vec<u32> = (0..batch.tokens.len() as u32)
+                .skip(stride - 1)
+                .step_by(stride)
+                .collect();
             let normed = network.run_from(0, batch.residual.clone(), &batch.lengths)?;
-            Ok(Reference { logits: network.logits(&normed, &rows, &mut Silent)?, rows })
+            Ok(Reference {
+                logits: network.logits(&normed, &rows, &mut Silent)?,
+                rows,
+            })
         });
         let references = references.collect::<Result<_>>()?;
-        Ok(Self { job, network, moment_batches, probe_batches, references })
+        Ok(Self {
+            job,
+            network,
+            moment_batches,
+            probe_batches,
+            references,
+        })
     }
 
     /// The embedding, whose inputs are one-hot: its local loss is that of the rows which the text looks up.
     fn embedding(&self, measured: &mut BTreeMap<&'a str, Sensitivity>) -> Result<()> {
         let name = "token_embd.weight";
-        let Some(group) = self.group_of(name) else { return Ok(()) };
+        let Some(group) = self.group_of(name) else {
+            return Ok(());
+        };
         let tensor = required(self.job.weights, name)?;
         let rounded = |ty: GgmlType, rows: &[f32]| {
             let bytes = self.job.round(ty, tensor.columns, rows, None);
             let mut values = vec![0.0; rows.len()];
             dequantize(ty, &bytes, &mut values).map(|()| values)
         };
-        let mut local = LocalLosses { energy: 0.0, losses: vec![0.0; group.types.len()] };
+        let mut local = LocalLosses {
+            energy: 0.0,
+            losses: vec![0.0; group.types.len()],
+        };
         for batch in &self.moment_batches {
             self.job.check_stop()?;
             local.energy += sum_of_squares(&batch.residual);
             for (loss, ty) in local.losses.iter_mut().zip(&group.types) {
                 let values = rounded(*ty, &batch.residual)?;
-                let errors: Vec<f32> = values.iter().zip(&batch.residual).map(|(a, b)| a - b).collect();
+                let errors: Vec<f32> = values
+                    .iter()
+                    .zip(&batch.residual)
+                    .map(|(a, b)| a - b)
+                    .collect();
                 *loss += sum_of_squares(&errors);
             }
         }
@@ -283,7 +337,10 @@ impl<'a> Probing<'a> {
                 true => Some(Head::new(self.job.weights, self.plainly(tensor, ty)?)?),
                 false => None,
             };
-            let run = |batch: &Batch| self.network.run_from(0, rounded(ty, &batch.residual)?, &batch.lengths);
+            let run = |batch: &Batch| {
+                self.network
+                    .run_from(0, rounded(ty, &batch.residual)?, &batch.lengths)
+            };
             probed.push((ty, self.divergence(run, head.as_ref())?));
         }
         self.conclude(group, &local, &probed, measured)
@@ -291,18 +348,31 @@ impl<'a> Probing<'a> {
 
     /// A tensor rounded to the nearest.
     fn plainly(&self, tensor: &StoredTensor, ty: GgmlType) -> Result<MemoryTensor> {
-        let bytes = self.job.round(ty, tensor.columns, &self.job.matrix(tensor, 0)?, None);
+        let bytes = self
+            .job
+            .round(ty, tensor.columns, &self.job.matrix(tensor, 0)?, None);
         Ok(memory_tensor(tensor, ty, bytes))
     }
 
     /// All groups of a block; then every stream is behind it.
     fn block(&mut self, block: usize, measured: &mut BTreeMap<&'a str, Sensitivity>) -> Result<()> {
         let prefix = format!("blk.{block}.");
-        let tensors = self.job.weights.tensors().iter().filter(|tensor| tensor.name.starts_with(&prefix));
-        let originals = tensors.map(|tensor| self.original(tensor)).collect::<Result<Vec<_>>>()?;
+        let tensors = self
+            .job
+            .weights
+            .tensors()
+            .iter()
+            .filter(|tensor| tensor.name.starts_with(&prefix));
+        let originals = tensors
+            .map(|tensor| self.original(tensor))
+            .collect::<Result<Vec<_>>>()?;
         let layer = Layer::open(self.job.weights.config(), block, originals.clone())?;
-        let groups: Vec<&Group> =
-            self.job.groups.iter().filter(|group| group.tensors[0].starts_with(&prefix)).collect();
+        let groups: Vec<&Group> = self
+            .job
+            .groups
+            .iter()
+            .filter(|group| group.tensors[0].starts_with(&prefix))
+            .collect();
         let seen = self.advance_moments(&layer, &groups)?;
         for group in groups {
             let looked = self.look_at(group, &seen)?;
@@ -310,7 +380,9 @@ impl<'a> Probing<'a> {
             for (ty, tensors) in probe_types(group).into_iter().zip(looked.probes) {
                 let mut replaced = originals.clone();
                 for tensor in tensors {
-                    let place = replaced.iter_mut().find(|original| original.name == tensor.name);
+                    let place = replaced
+                        .iter_mut()
+                        .find(|original| original.name == tensor.name);
                     *place.expect("a group's tensors are of its block") = tensor;
                 }
                 let layer = Layer::open(self.job.weights.config(), block, replaced)?;
@@ -335,8 +407,11 @@ impl<'a> Probing<'a> {
         layer: &Layer,
         groups: &[&Group],
     ) -> Result<BTreeMap<(String, usize), SecondMoments>> {
-        let inputs: Vec<String> =
-            groups.iter().flat_map(|group| &group.tensors).map(|name| stages::input_of(name)).collect();
+        let inputs: Vec<String> = groups
+            .iter()
+            .flat_map(|group| &group.tensors)
+            .map(|name| stages::input_of(name))
+            .collect();
         let inputs: Vec<&str> = inputs.iter().map(String::as_str).collect();
         let mut seen: BTreeMap<(String, usize), SecondMoments> = BTreeMap::new();
         for batch in &mut self.moment_batches {
@@ -359,11 +434,15 @@ impl<'a> Probing<'a> {
     /// The head, which reads the normed stream.
     fn head(&self, measured: &mut BTreeMap<&'a str, Sensitivity>) -> Result<()> {
         let name = "output.weight";
-        let Some(group) = self.group_of(name) else { return Ok(()) };
+        let Some(group) = self.group_of(name) else {
+            return Ok(());
+        };
         let end = self.job.weights.config().pattern.kinds().len();
         let mut moments = SecondMoments::empty(self.job.weights.config().hidden_size);
         for batch in &self.moment_batches {
-            let normed = self.network.run_from(end, batch.residual.clone(), &batch.lengths)?;
+            let normed = self
+                .network
+                .run_from(end, batch.residual.clone(), &batch.lengths)?;
             moments.add(self.job.isa(), &normed, None);
         }
         let seen = [((name.to_string(), 0), moments)].into_iter().collect();
@@ -372,14 +451,20 @@ impl<'a> Probing<'a> {
         for (ty, tensors) in probe_types(group).into_iter().zip(looked.probes) {
             let tensor = tensors.into_iter().next().expect("a head is one tensor");
             let head = Head::new(self.job.weights, tensor)?;
-            let run = |batch: &Batch| self.network.run_from(end, batch.residual.clone(), &batch.lengths);
+            let run = |batch: &Batch| {
+                self.network
+                    .run_from(end, batch.residual.clone(), &batch.lengths)
+            };
             probed.push((ty, self.divergence(run, Some(&head))?));
         }
         self.conclude(group, &looked.local, &probed, measured)
     }
 
     fn group_of(&self, tensor: &str) -> Option<&'a Group> {
-        self.job.groups.iter().find(|group| group.tensors.iter().any(|name| name == tensor))
+        self.job
+            .groups
+            .iter()
+            .find(|group| group.tensors.iter().any(|name| name == tensor))
     }
 
     fn original(&self, tensor: &StoredTensor) -> Result<MemoryTensor> {
@@ -392,10 +477,17 @@ impl<'a> Probing<'a> {
     }
 
     /// Local losses of a group's types, and its tensors in the types of the probes.
-    fn look_at(&self, group: &Group, seen: &BTreeMap<(String, usize), SecondMoments>) -> Result<Looked> {
+    fn look_at(
+        &self,
+        group: &Group,
+        seen: &BTreeMap<(String, usize), SecondMoments>,
+    ) -> Result<Looked> {
         let types = probe_types(group);
         let mut looked = Looked {
-            local: LocalLosses { energy: 0.0, losses: vec![0.0; group.types.len()] },
+            local: LocalLosses {
+                energy: 0.0,
+                losses: vec![0.0; group.types.len()],
+            },
             probes: vec![Vec::new(); types.len()],
         };
         for name in &group.tensors {
@@ -404,12 +496,17 @@ impl<'a> Probing<'a> {
             for matrix in 0..tensor.matrices {
                 self.job.check_stop()?;
                 let values = self.job.matrix(tensor, matrix)?;
-                let inputs = seen.get(&(stages::input_of(name), matrix)).and_then(|seen| self.job.inputs(seen));
+                let inputs = seen
+                    .get(&(stages::input_of(name), matrix))
+                    .and_then(|seen| self.job.inputs(seen));
                 if let Some(inputs) = &inputs {
                     self.add_losses(group, tensor, &values, inputs, &mut looked.local);
                 }
                 for (ty, bytes) in types.iter().zip(&mut stored) {
-                    bytes.extend(self.job.round(*ty, tensor.columns, &values, inputs.as_ref()));
+                    bytes.extend(
+                        self.job
+                            .round(*ty, tensor.columns, &values, inputs.as_ref()),
+                    );
                 }
             }
             for ((ty, bytes), probe) in types.iter().zip(stored).zip(&mut looked.probes) {
@@ -429,23 +526,37 @@ impl<'a> Probing<'a> {
         sums: &mut LocalLosses,
     ) {
         let columns = tensor.columns;
-        let most = if tensor.matrices > 1 { SAMPLE_ROWS_OF_STACK } else { SAMPLE_ROWS };
+        let most = if tensor.matrices > 1 {
+            SAMPLE_ROWS_OF_STACK
+        } else {
+            SAMPLE_ROWS
+        };
         let count = tensor.rows.min(most);
         let row = |index: usize| index * tensor.rows / count * columns;
-        let rows: Vec<f32> = (0..count).flat_map(|index| &values[row(index)..][..columns]).copied().collect();
+        let rows: Vec<f32> = (0..count)
+            .flat_map(|index| &values[row(index)..][..columns])
+            .copied()
+            .collect();
         let scale = inputs.weight * inputs.moments.unit * tensor.rows as f64 / count as f64;
         sums.energy += scale * feedback::loss(self.job.isa(), &rows, &inputs.moments);
         let mut errors = vec![0.0; rows.len()];
         for (ty, loss) in group.types.iter().zip(&mut sums.losses) {
             let bytes = self.job.round(*ty, columns, &rows, Some(inputs));
             dequantize(*ty, &bytes, &mut errors).expect("the type was written just now");
-            errors.iter_mut().zip(&rows).for_each(|(error, row)| *error -= row);
+            errors
+                .iter_mut()
+                .zip(&rows)
+                .for_each(|(error, row)| *error -= row);
             *loss += scale * feedback::loss(self.job.isa(), &errors, &inputs.moments);
         }
     }
 
     /// Mean KL divergence from the original of what `run` makes of the probe's batches.
-    fn divergence(&self, run: impl Fn(&Batch) -> Result<Vec<f32>>, head: Option<&Head>) -> Result<f64> {
+    fn divergence(
+        &self,
+        run: impl Fn(&Batch) -> Result<Vec<f32>>,
+        head: Option<&Head>,
+    ) -> Result<f64> {
         let (mut sum, mut positions) = (0.0, 0);
         for (batch, reference) in self.probe_batches.iter().zip(&self.references) {
             self.job.check_stop()?;
@@ -455,8 +566,13 @@ impl<'a> Probing<'a> {
                 None => self.network.logits(&normed, &reference.rows, &mut Silent)?,
             };
             let vocabulary = logits.len() / reference.rows.len().max(1);
-            let rows = reference.logits.par_chunks(vocabulary.max(1)).zip(logits.par_chunks(vocabulary.max(1)));
-            let divergences: Vec<f64> = rows.map(|(original, rounded)| kl_divergence(original, rounded)).collect();
+            let rows = reference
+                .logits
+                .par_chunks(vocabulary.max(1))
+                .zip(logits.par_chunks(vocabulary.max(1)));
+            let divergences: Vec<f64> = rows
+                .map(|(original, rounded)| kl_divergence(original, rounded))
+                .collect();
             sum += divergences.iter().sum::<f64>();
             positions += divergences.len();
         }
@@ -483,9 +599,17 @@ impl<'a> Probing<'a> {
             loss: *loss,
             kl_divergence: curve.at(*loss),
         });
-        measured.insert(&group.name, Sensitivity { gain: curve.gain, types: types.collect() });
+        measured.insert(
+            &group.name,
+            Sensitivity {
+                gain: curve.gain,
+                types: types.collect(),
+            },
+        );
         for name in &group.tensors {
-            self.job.progress.advance(required(self.job.weights, name)?.bytes());
+            self.job
+                .progress
+                .advance(required(self.job.weights, name)?.bytes());
         }
         Ok(())
     }
@@ -510,16 +634,28 @@ impl Curve {
     /// `points`: loss and divergence, one or two, the larger loss first.
     fn through(points: &[(f64, f64)]) -> Self {
         let Some(&(knee, divergence)) = points.last() else {
-            return Self { gain: 0.0, knee: 0.0, exponent: 1.0 };
+            return Self {
+                gain: 0.0,
+                knee: 0.0,
+                exponent: 1.0,
+            };
         };
-        let gain = if knee > 0.0 { divergence.max(0.0) / knee } else { 0.0 };
+        let gain = if knee > 0.0 {
+            divergence.max(0.0) / knee
+        } else {
+            0.0
+        };
         let exponent = match points {
             [(loss, high), (_, low)] if *loss > knee && knee > 0.0 && *high > 0.0 && *low > 0.0 => {
                 ((high / low).ln() / (loss / knee).ln()).clamp(GROWTH.0, GROWTH.1)
             }
             _ => 1.0,
         };
-        Self { gain, knee, exponent }
+        Self {
+            gain,
+            knee,
+            exponent,
+        }
     }
 
     fn at(&self, loss: f64) -> f64 {
@@ -540,16 +676,25 @@ struct Head {
 impl Head {
     fn new(weights: &StoredModel, tensor: MemoryTensor) -> Result<Self> {
         let (name, hidden) = (tensor.name.clone(), tensor.columns);
-        let model = StoredModel::in_memory(Path::new("a rounded head"), weights.config().clone(), vec![tensor])?;
+        let model = StoredModel::in_memory(
+            Path::new("a rounded head"),
+            weights.config().clone(),
+            vec![tensor],
+        )?;
         let model = Arc::new(model);
         let backend = Cpu::new(Arc::clone(&model), Residence::Mapped);
         let weight = backend.weight(required(&model, &name)?)?;
-        Ok(Self { backend, weight, hidden })
+        Ok(Self {
+            backend,
+            weight,
+            hidden,
+        })
     }
 
     fn logits(&self, normed: &Vec<f32>, rows: &[u32]) -> Result<Vec<f32>> {
         let chosen = self.backend.gather(normed, self.hidden, rows);
-        self.backend.matmul(&self.weight, 0, &chosen, rows.len(), Activation::None)
+        self.backend
+            .matmul(&self.weight, 0, &chosen, rows.len(), Activation::None)
     }
 }
 
@@ -566,8 +711,12 @@ fn memory_tensor(tensor: &StoredTensor, ty: GgmlType, bytes: Vec<u8>) -> MemoryT
 
 /// Evenly spaced sequences for second moments and for probes; the same ones only where there are too few.
 fn choose_sequences(sequences: &[Vec<u32>]) -> (Vec<&[u32]>, Vec<&[u32]>) {
-    let length = sequences.first().map_or(1, |sequence| sequence.len().max(1));
-    let wanted = (MOMENT_TOKENS + PROBE_TOKENS).div_ceil(length).min(sequences.len());
+    let length = sequences
+        .first()
+        .map_or(1, |sequence| sequence.len().max(1));
+    let wanted = (MOMENT_TOKENS + PROBE_TOKENS)
+        .div_ceil(length)
+        .min(sequences.len());
     let chosen = (0..wanted).map(|index| sequences[index * sequences.len() / wanted].as_slice());
     let probes = 1 + MOMENT_TOKENS / PROBE_TOKENS;
     let (mut for_moments, mut for_probes) = (Vec::new(), Vec::new());
@@ -603,7 +752,10 @@ fn batches(sequences: &[&[u32]]) -> Vec<Batch> {
 }
 
 fn sum_of_squares(values: &[f32]) -> f64 {
-    values.iter().map(|value| f64::from(*value) * f64::from(*value)).sum()
+    values
+        .iter()
+        .map(|value| f64::from(*value) * f64::from(*value))
+        .sum()
 }
 
 /// KL(original || rounded) of one position, nats.

@@ -43,10 +43,17 @@ impl Workspace {
         fs::create_dir_all(folder).map_err(failed)?;
         let path = folder.join(JOURNAL);
         let mut options = OpenOptions::new();
-        let journal = options.create(true).append(true).read(true).open(&path).map_err(failed)?;
+        let journal = options
+            .create(true)
+            .append(true)
+            .read(true)
+            .open(&path)
+            .map_err(failed)?;
         if fs4::FileExt::try_lock(&journal).is_err() {
             let fault = Fault::new("another run is using this workspace").in_file(folder);
-            return Err(Error::Plan(fault.hint("wait for it, or give this run another `--outfile`")));
+            return Err(Error::Plan(
+                fault.hint("wait for it, or give this run another `--outfile`"),
+            ));
         }
         let text = fs::read_to_string(&path).unwrap_or_default();
         let finished = finished_of(&text, key, folder);
@@ -88,13 +95,18 @@ impl Workspace {
     /// They cannot be read or are not those that were written.
     pub fn read(&self, tensor: &str) -> Result<Vec<u8>> {
         let path = self.path(tensor);
-        let bytes = fs::read(&path).map_err(|error| nemoconv_formats::Error::from(error).in_file(&path))?;
+        let bytes =
+            fs::read(&path).map_err(|error| nemoconv_formats::Error::from(error).in_file(&path))?;
         let line = &self.finished[tensor];
         if xxh3_64(&bytes) == line.digest {
             return Ok(bytes);
         }
-        let fault = Fault::new("does not read back as it was written").in_tensor(tensor).in_file(&path);
-        Err(Error::Verify(fault.hint("check the disk; remove the workspace to start anew")))
+        let fault = Fault::new("does not read back as it was written")
+            .in_tensor(tensor)
+            .in_file(&path);
+        Err(Error::Verify(
+            fault.hint("check the disk; remove the workspace to start anew"),
+        ))
     }
 
     /// Fills `out` with stored bytes of a finished tensor from `offset` on.
@@ -117,8 +129,14 @@ impl Workspace {
         let mut file = File::create(&path).map_err(failed)?;
         file.write_all(bytes).map_err(failed)?;
         file.sync_data().map_err(failed)?;
-        let line = Line { bytes: bytes.len() as u64, digest: xxh3_64(bytes), outcome };
-        self.journal.write_all(line_text(&line).as_bytes()).map_err(failed)?;
+        let line = Line {
+            bytes: bytes.len() as u64,
+            digest: xxh3_64(bytes),
+            outcome,
+        };
+        self.journal
+            .write_all(line_text(&line).as_bytes())
+            .map_err(failed)?;
         self.journal.sync_data().map_err(failed)?;
         self.finished.insert(line.outcome.tensor.clone(), line);
         Ok(())
@@ -130,7 +148,8 @@ impl Workspace {
     /// The folder cannot be removed.
     pub fn remove(self) -> Result<()> {
         drop(self.journal);
-        fs::remove_dir_all(&self.folder).map_err(|source| write_error("cannot remove", &self.folder, source))
+        fs::remove_dir_all(&self.folder)
+            .map_err(|source| write_error("cannot remove", &self.folder, source))
     }
 
     fn path(&self, tensor: &str) -> PathBuf {
@@ -139,7 +158,8 @@ impl Workspace {
 }
 
 fn line_text(line: &Line) -> String {
-    let json = serde_json::to_string(line).expect("a line has no maps with other keys than strings");
+    let json =
+        serde_json::to_string(line).expect("a line has no maps with other keys than strings");
     format!("{json}\n")
 }
 
@@ -155,9 +175,17 @@ fn finished_of(journal: &str, key: &str, folder: &Path) -> Option<BTreeMap<Strin
         let path = folder.join(format!("{}.bin", line.outcome.tensor));
         fs::metadata(path).is_ok_and(|found| found.len() == line.bytes)
     };
-    Some(lines.filter(is_whole).map(|line| (line.outcome.tensor.clone(), line)).collect())
+    Some(
+        lines
+            .filter(is_whole)
+            .map(|line| (line.outcome.tensor.clone(), line))
+            .collect(),
+    )
 }
 
 fn write_error(what: &str, path: &Path, source: std::io::Error) -> Error {
-    Error::Write { fault: Fault::new(what).in_file(path), source }
+    Error::Write {
+        fault: Fault::new(what).in_file(path),
+        source,
+    }
 }

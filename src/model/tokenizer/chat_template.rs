@@ -3,6 +3,7 @@
 //! Enters: `tokenizer_config.json` and the template files beside it. Leaves: [`ChatTemplates`]. Never
 //! looks inside a template.
 
+use nemoconv_formats::gguf::{Metadata, Value as GgufValue};
 use nemoconv_formats::{Error, ErrorKind, Result};
 use serde_json::{Map, Value};
 
@@ -21,6 +22,25 @@ pub struct ChatTemplates {
 const MAX_NAMED: usize = 256;
 
 impl ChatTemplates {
+    /// The templates of a checkpoint folder; none without tokenizer_config.json.
+    ///
+    /// # Errors
+    /// More named templates than any checkpoint has.
+    pub fn of_folder(files: &TokenizerFiles) -> Result<Self> {
+        match &files.tokenizer_config {
+            Some(config) => Self::of(config, files),
+            None => Ok(Self::default()),
+        }
+    }
+
+    /// The template of a GGUF file that is used when none is named.
+    pub fn of_gguf(metadata: &Metadata) -> Self {
+        match metadata.get("tokenizer.chat_template") {
+            Some(GgufValue::String(template)) => Self::single(template),
+            _ => Self::default(),
+        }
+    }
+
     /// `chat_template` of tokenizer_config.json if it has the key (even `null`), else the files.
     pub(super) fn of(config: &Map<String, Value>, files: &TokenizerFiles) -> Result<Self> {
         match config.get("chat_template") {

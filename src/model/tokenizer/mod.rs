@@ -5,6 +5,7 @@
 
 mod added_tokens;
 mod backend;
+pub mod chat_render;
 mod chat_template;
 mod encoder;
 mod files;

@@ -1,10 +1,11 @@
 //! Targets that make up for what the rounded network feeds a layer instead of its original inputs.
 //!
-//! Enters: weights W, cross moments `C = E[v^T u]` of original inputs v and present inputs u, moments `M = E[u^T u]`.
-//! Leaves: `W + beta W (C - M) (M + damping)^-1`: with beta 1 the weights that, unrounded, come closest to the original
-//! outputs on present inputs.
+//! Enters: weights W, moments `M = E[u^T u]` of present inputs u, their cross moments `C = E[v^T u]` with original inputs v
+//! and `K = E[r^T u]` with r, what the residual stream lacks. Leaves: `W + share (W (C - M) + K) (M + damping)^-1`: with
+//! share 1 the weights that, unrounded, come closest to the original outputs, and stream, on present inputs.
 //!
-//! Source: GPTAQ (ICML 2025), which applies a share of it column by column; here it is solved for at once.
+//! Source: GPTAQ (ICML 2025), which applies a share of it column by column; here it is solved for at once, and writers make
+//! up for the stream too.
 
 use rayon::prelude::*;
 
@@ -14,21 +15,43 @@ use crate::backend::cpu::gram::{CHUNK_ROWS, Columns, products};
 use crate::backend::cpu::kernels::Isa;
 use crate::calibrate::second_moments::{CrossMoments, SecondMoments};
 
-/// The corrected rows, `[n, in_features]`.
-pub fn corrected(
-    isa: Isa,
-    rows: &[f32],
-    cross: &CrossMoments,
-    seen: &SecondMoments,
-    moments: &InputMoments,
-    beta: f64,
-) -> Vec<f32> {
-    let n = moments.in_features();
-    let differences = differences(cross, seen, moments.unit);
-    let mut pulls = pulls(isa, rows, &differences, n);
-    pulls.par_chunks_mut(n).for_each(|row| solve(row, &moments.factor));
-    pulls.iter_mut().zip(rows).for_each(|(pull, value)| *pull = value + beta as f32 * *pull);
-    pulls
+/// What is known of a layer's inputs in both networks.
+#[derive(Debug, Clone, Copy)]
+pub struct Correction<'a> {
+    /// C.
+    pub cross: &'a CrossMoments,
+    /// M.
+    pub seen: &'a SecondMoments,
+    /// K, of layers that write to the residual stream.
+    pub lack: Option<&'a CrossMoments>,
+    /// How much of the correction is applied (beta).
+    pub share: f64,
+}
+
+impl Correction<'_> {
+    /// The corrected rows, `[n, in_features]`; `moments` are those of [`Self::seen`], made ready for rounding.
+    pub fn apply(&self, isa: Isa, rows: &[f32], moments: &InputMoments) -> Vec<f32> {
+        let n = moments.in_features();
+        let differences = differences(self.cross, self.seen, moments.unit);
+        let mut pulls = pulls(isa, rows, &differences, n);
+        if let Some(lack) = self.lack {
+            let per_pair = 1.0 / (lack.tokens as f64 * moments.unit);
+            let sums = lack.sums.iter().map(|sum| (sum * per_pair) as f32);
+            pulls
+                .iter_mut()
+                .zip(sums)
+                .for_each(|(pull, lack)| *pull += lack);
+        }
+        pulls
+            .par_chunks_mut(n)
+            .for_each(|row| solve(row, &moments.factor));
+        let share = self.share as f32;
+        pulls
+            .iter_mut()
+            .zip(rows)
+            .for_each(|(pull, value)| *pull = value + share * *pull);
+        pulls
+    }
 }
 
 /// `C - M` in units of M's mean diagonal, `[n, n]`.
@@ -48,14 +71,33 @@ fn pulls(isa: Isa, rows: &[f32], differences: &[f32], n: usize) -> Vec<f32> {
     let count = rows.len() / n;
     let mut transposed = vec![0.0; rows.len()];
     for (i, row) in rows.chunks_exact(n).enumerate() {
-        row.iter().enumerate().for_each(|(k, value)| transposed[k * count + i] = *value);
+        row.iter()
+            .enumerate()
+            .for_each(|(k, value)| transposed[k * count + i] = *value);
     }
     let mut out = vec![0.0; rows.len()];
-    let weights = Columns { values: &transposed, stride: count, range: 0..count };
-    let differences = Columns { values: differences, stride: n, range: 0..n };
+    let weights = Columns {
+        values: &transposed,
+        stride: count,
+        range: 0..count,
+    };
+    let differences = Columns {
+        values: differences,
+        stride: n,
+        range: 0..n,
+    };
     for first in (0..n).step_by(CHUNK_ROWS) {
         let chunk = first..(first + CHUNK_ROWS).min(n);
-        products(isa, chunk, &differences, &weights, false, &mut out, n, |out, sum| *out += sum);
+        products(
+            isa,
+            chunk,
+            &differences,
+            &weights,
+            false,
+            &mut out,
+            n,
+            |out, sum| *out += sum,
+        );
     }
     out
 }
@@ -67,7 +109,9 @@ fn solve(row: &mut [f32], factor: &Factor) {
         let later = (j + 1..n).map(|i| f64::from(row[i]) * f64::from(factor.feedback.at(j, i)));
         row[j] = (f64::from(row[j]) - later.sum::<f64>()) as f32;
     }
-    row.iter_mut().zip(&factor.pivots).for_each(|(value, pivot)| *value /= pivot);
+    row.iter_mut()
+        .zip(&factor.pivots)
+        .for_each(|(value, pivot)| *value /= pivot);
     for j in 0..n {
         let earlier = (0..j).map(|i| f64::from(row[i]) * f64::from(factor.feedback.at(i, j)));
         row[j] = (f64::from(row[j]) - earlier.sum::<f64>()) as f32;

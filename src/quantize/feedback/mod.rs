@@ -28,9 +28,9 @@ use crate::backend::cpu::gram::CHUNK_ROWS;
 use crate::backend::cpu::kernels::{self, FLOAT_ROWS, Isa, MAX_TOKENS};
 use crate::formats::GgmlType;
 use cholesky::{STRIP, Strips};
+pub use correction::Correction;
 use descent::Pass;
 use grid::FeedbackGrid;
-pub use correction::corrected;
 pub use moments::{Damping, InputMoments};
 use sweep::{FirstPass, Half, ROWS, Row};
 

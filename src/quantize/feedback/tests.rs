@@ -124,3 +124,140 @@ fn feedback_loses_less_than_the_search_and_passes_lose_less_still() {
         );
     }
 }
+
+/// GPTQ as it is published: the upper Cholesky factor of the inverse, the error of each column spread over all later ones.
+/// `rows` are rounded in place to `step * value - offset` with the scales given; gives the values.
+fn textbook(
+    n: usize,
+    damped: &[f64],
+    row: &mut [f64],
+    scales: impl Fn(usize) -> (f64, f64),
+    nearest: impl Fn(f64) -> f64,
+) -> Vec<f64> {
+    let inverse = inverse_of(n, damped);
+    let upper = upper_cholesky(n, &inverse);
+    let mut values = vec![0.0; n];
+    for j in 0..n {
+        let (step, offset) = scales(j);
+        values[j] = nearest((row[j] + offset) / step);
+        let error = (row[j] - (step * values[j] - offset)) / upper[j * n + j];
+        for k in j..n {
+            row[k] -= error * upper[j * n + k];
+        }
+    }
+    values
+}
+
+/// Gauss-Jordan.
+fn inverse_of(n: usize, matrix: &[f64]) -> Vec<f64> {
+    let (mut a, mut inverse) = (matrix.to_vec(), vec![0.0; n * n]);
+    (0..n).for_each(|i| inverse[i * n + i] = 1.0);
+    for pivot in 0..n {
+        let scale = 1.0 / a[pivot * n + pivot];
+        for k in 0..n {
+            a[pivot * n + k] *= scale;
+            inverse[pivot * n + k] *= scale;
+        }
+        for i in (0..n).filter(|i| *i != pivot) {
+            let factor = a[i * n + pivot];
+            for k in 0..n {
+                a[i * n + k] -= factor * a[pivot * n + k];
+                inverse[i * n + k] -= factor * inverse[pivot * n + k];
+            }
+        }
+    }
+    inverse
+}
+
+/// U with `matrix = U^T U`.
+fn upper_cholesky(n: usize, matrix: &[f64]) -> Vec<f64> {
+    let mut u = vec![0.0; n * n];
+    for i in 0..n {
+        for j in i..n {
+            let sum: f64 = (0..i).map(|k| u[k * n + i] * u[k * n + j]).sum();
+            let rest = matrix[i * n + j] - sum;
+            u[i * n + j] = if i == j {
+                rest.sqrt()
+            } else {
+                rest / u[i * n + i]
+            };
+        }
+    }
+    u
+}
+
+#[test]
+fn codes_are_those_of_textbook_gptq_on_the_same_grid() {
+    fn check<G: FeedbackGrid>(nearest: impl Fn(f64) -> f64) {
+        let n = 256;
+        let (rows, moments) = (weights(16, n), prepared(n));
+        let damped: Vec<f64> = (0..n * n)
+            .map(|at| f64::from(moments.matrix.at(at / n, at % n)))
+            .collect();
+        let job = Job {
+            isa: Isa::detect(),
+            moments: &moments,
+            passes: 0,
+        };
+        let rows: Vec<&[f32]> = rows.chunks(n).collect();
+        let mut halves = halves_of(&rows).map(|rows| Half::new(rows, n, G::SUB));
+        job.first_pass::<G>(&mut halves, 0..n);
+        for (lane, row) in rows.iter().enumerate() {
+            let scales = |j: usize| {
+                let [d, dmin, scale, min] = halves[0].scales[j / G::SUB].map(|part| part[lane]);
+                (f64::from(d * scale), f64::from(dmin * min))
+            };
+            let mut row: Vec<f64> = row.iter().map(|x| f64::from(*x)).collect();
+            let expected = textbook(n, &damped, &mut row, scales, &nearest);
+            let found: Vec<f64> = halves[0]
+                .values
+                .iter()
+                .map(|values| f64::from(values[lane]))
+                .collect();
+            assert_eq!(found, expected, "row {lane}");
+        }
+    }
+    let whole = |low: f64, high: f64| move |x: f64| x.clamp(low, high).round_ties_even();
+    check::<grid::Q4_0>(whole(-8.0, 7.0));
+    check::<grid::Q8_0>(whole(-127.0, 127.0));
+    check::<grid::Q4_K>(whole(0.0, 15.0));
+    check::<grid::Q6_K>(whole(-32.0, 31.0));
+}
+
+#[test]
+fn rows_give_the_same_bytes_alone_and_together_and_on_any_number_of_threads() {
+    let n = 512;
+    let (rows, moments) = (weights(70, n), prepared(n));
+    for ty in [GgmlType::Q4_0, GgmlType::Q4_K, GgmlType::IQ4_XS] {
+        let (together, _) = rounded(Isa::detect(), ty, &rows, &moments, 2);
+        let alone: Vec<u8> = rows
+            .chunks(n)
+            .flat_map(|row| rounded(Isa::detect(), ty, row, &moments, 2).0)
+            .collect();
+        assert!(alone == together, "{ty}");
+        let pool = rayon::ThreadPoolBuilder::new()
+            .num_threads(3)
+            .build()
+            .unwrap();
+        let threaded = pool.install(|| rounded(Isa::detect(), ty, &rows, &moments, 2).0);
+        assert!(threaded == together, "{ty}");
+    }
+}
+
+#[test]
+fn moments_that_say_nothing_are_refused() {
+    let n = 32;
+    let isa = Isa::detect();
+    let mut m = moments(n);
+    assert!(InputMoments::new(isa, n, &vec![0.0; n * n], Damping::default()).is_none());
+    m[5] = f64::NAN;
+    assert!(InputMoments::new(isa, n, &m, Damping::default()).is_none());
+    // Inputs that were never seen are no reason to give up.
+    let mut m = moments(n);
+    for k in 0..n {
+        m[3 * n + k] = 0.0;
+        m[k * n + 3] = 0.0;
+    }
+    let prepared = InputMoments::new(isa, n, &m, Damping::default()).unwrap();
+    assert_eq!((prepared.dead_inputs, prepared.damping), (1, 0.01));
+}

@@ -284,6 +284,27 @@ fn nothing_asked_is_nothing_done() {
     assert_eq!(rewrites, Rewrites::none());
 }
 
+#[test]
+fn what_was_applied_where_is_said() {
+    let (_, rewrites) = compare(Model::of("M-M*-"), &everything());
+    let expected = [
+        "residual stream of 20 rotated: principal axes, random signs, a Hadamard matrix, seed 5",
+        "6 norm weights folded into their readers",
+        "inputs of readers smoothed: blocks 0, 1, 2, 3, 4",
+        "input of the head smoothed",
+        "inputs of ssm_out smoothed: blocks 0, 2",
+        "inputs of ssm_out sorted by loudness: blocks 0, 2",
+        "keys and queries smoothed: block 3",
+        "values of attention heads smoothed: block 3",
+        "values of attention heads rotated: block 3",
+        "hidden units of MLPs smoothed: blocks 1, 4",
+        "hidden units of MLPs sorted by loudness: blocks 1, 4",
+    ];
+    assert_eq!(rewrites.describe().applied, expected);
+    let summary = "klt x hadamard rotation, 1 spaces rotated, 12 smoothed, 4 ordered, seed 5";
+    assert_eq!(rewrites.summary(), summary);
+}
+
 /// The model rotated, after `spoil`: how far the logits are from what they were.
 fn spoiled(spoil: impl Fn(&mut Network, &Network)) -> f64 {
     let stored = Model::of("M-").stored();

@@ -11,9 +11,12 @@ use crate::backend::cpu::{Cpu, Residence};
 use crate::forward::network::{Network, Sequence};
 use crate::forward::numerics::Numerics;
 use crate::forward::observer::{Observer, Silent};
+use crate::report::LayerDrift;
 use crate::rewrite::{
     ChannelStatistics, RewriteSettings, RewriteStatistics, Rewrites, RewrittenModel, Rotation,
 };
+use crate::validate::logits::perplexity::ChunkedText;
+use crate::validate::side_by_side::side_by_side;
 
 /// Largest difference of logits by the largest logit in f32: contract of the rewrites on real checkpoints.
 const EXACT_IN_F32: f64 = 1e-5;
@@ -25,8 +28,11 @@ struct Collect {
     hidden: usize,
     eps: f64,
     residual: Vec<Vec<f64>>,
-    inputs: BTreeMap<(String, usize), (Vec<f64>, Vec<f32>, f64)>,
+    inputs: BTreeMap<(String, usize), Sums>,
 }
+
+/// Squares, largest magnitudes and rows of one input.
+type Sums = (Vec<f64>, Vec<f32>, f64);
 
 impl Observer<Cpu> for Collect {
     fn residual(&mut self, block: usize, _: &Cpu, residual: &Vec<f32>, rows: usize) {
@@ -222,6 +228,42 @@ fn threads_change_no_bit() {
         })
     };
     assert_eq!(of(1), of(3));
+}
+
+/// Hidden values of the rewritten network are compared in the terms of the original.
+#[test]
+fn hidden_values_can_be_turned_back() {
+    let model = open(&nemoconv_fixtures::nano());
+    let (_, statistics) = observe(&model);
+    let wanted = settings(Rotation::Klt, true, true);
+    let rewrites = Arc::new(Rewrites::choose(&model, &wanted, &statistics).unwrap());
+    let rewritten = RewrittenModel::new(Arc::clone(&model), Arc::clone(&rewrites));
+    let network = |model: &Arc<StoredModel>| {
+        let backend = Cpu::new(Arc::clone(model), Residence::Mapped);
+        Network::open(model, backend, &Numerics::EXACT).unwrap()
+    };
+    let (reference, artifact) = (
+        network(&model),
+        network(&Arc::new(rewritten.materialize().unwrap())),
+    );
+    let text = ChunkedText::new((0..128).map(|i| i * 7 % 1000).collect(), 64, None, None).unwrap();
+    let compare = |rewrites: &Rewrites| {
+        let measured = side_by_side(&reference, &artifact, rewrites, &text, &|_, _| Ok(()));
+        measured.unwrap().layers
+    };
+    let error = |layer: &LayerDrift| layer.relative_error;
+    let state = |layer: &LayerDrift| {
+        let errors = layer.state.iter().flat_map(|state| &state.relative_error);
+        errors.fold(0.0_f64, |max, error| max.max(*error))
+    };
+    assert!(
+        compare(&rewrites)
+            .iter()
+            .all(|layer| error(layer) < 1e-5 && state(layer) < 1e-4)
+    );
+    let blind = compare(&Rewrites::none());
+    assert!(blind.iter().all(|layer| error(layer) > 0.5));
+    assert!(blind.iter().any(|layer| state(layer) > 0.5));
 }
 
 /// The same function with hostile scales is rewritten to the same weights.

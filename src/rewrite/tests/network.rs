@@ -86,8 +86,11 @@ impl Network {
 #[derive(Default)]
 pub struct Seen {
     residual: Vec<(Vec<f64>, f64)>,
-    inputs: BTreeMap<String, Vec<(Vec<f64>, Vec<f32>, f64)>>,
+    inputs: BTreeMap<String, Vec<Sums>>,
 }
+
+/// Squares, largest magnitudes and rows of one input.
+type Sums = (Vec<f64>, Vec<f32>, f64);
 
 impl Seen {
     fn residual(&mut self, block: usize, stream: &Rows, eps: f64) {
@@ -120,7 +123,7 @@ impl Seen {
         let mean = |sums: &[f64], count: f64| -> Vec<f64> {
             sums.iter().map(|sum| sum / count.max(1.0)).collect()
         };
-        let input = |all: &Vec<(Vec<f64>, Vec<f32>, f64)>| ChannelStatistics {
+        let input = |all: &Vec<Sums>| ChannelStatistics {
             mean_square: all
                 .iter()
                 .flat_map(|(sums, _, count)| mean(sums, *count))

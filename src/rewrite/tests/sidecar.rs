@@ -4,9 +4,8 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use crate::rewrite::orthogonal;
-use crate::rewrite::{
-    RewriteSettings, Rewrites, Rotation, Space, SquareMatrix, sha256_of, sidecar_of,
-};
+use crate::rewrite::{RewriteSettings, Rewrites, Rotation, Space, SquareMatrix, sidecar_of};
+use crate::write::whole_file::sha256_of;
 
 fn some() -> Rewrites {
     let heads = Arc::new(orthogonal::hadamard(2, 0));

@@ -6,8 +6,9 @@ use std::collections::BTreeSet;
 
 use nemoconv_formats::gguf::Value;
 
-use super::render::{Template, conversations};
+use super::conversations::conversations;
 use super::{Found, Side};
+use crate::model::tokenizer::chat_render::Template;
 use crate::report::{Rule, Severity};
 
 const KEY: &str = "tokenizer.chat_template";

@@ -3,7 +3,7 @@
 //! Enters: an artifact, and a reference in either container. Leaves: findings. Looks at no weight.
 
 mod chat_template;
-mod render;
+mod conversations;
 mod vocabulary;
 
 use nemoconv_formats::gguf::{Array, Metadata, Value};

@@ -168,6 +168,33 @@ impl Ahead {
     }
 }
 
+/// Channels of a head that are scanned together.
+pub const SCAN_CHANNELS: usize = 64;
+
+/// Channels `first..first + 64` of a head's state.
+#[derive(Debug)]
+pub struct StateRows<'a> {
+    /// `[state, channel of the head]`.
+    pub values: &'a mut [f32],
+    /// Channels of the head.
+    pub row_len: usize,
+    /// First channel.
+    pub first: usize,
+}
+
+/// What a token does to a state.
+#[derive(Debug, Clone, Copy)]
+pub struct ScanStep<'a> {
+    /// Factor on the state.
+    pub decay: f32,
+    /// Time step times x, per channel.
+    pub input: &'a [f32; SCAN_CHANNELS],
+    /// B, one value per row of the state.
+    pub b: &'a [f32],
+    /// C, the same.
+    pub c: &'a [f32],
+}
+
 /// Activations of a tile for [`SuperBlocks`].
 #[derive(Debug, Clone, Copy)]
 pub struct SuperInput<'a> {
@@ -435,4 +462,26 @@ pub fn interleave(isa: Isa, rows: [&[u32]; LANES], panel: &mut [[u32; LANES]]) {
         Isa::Avx512 => unsafe { avx512::interleave(rows, panel) },
         _ => portable::interleave(rows, panel),
     }
+}
+
+/// Writes BF16 pairs as f32, the value in the low bits first: `words[2 k]` and `words[2 k + 1]` are of `pairs[k]`.
+pub fn widen(isa: Isa, pairs: &[[u32; LANES]], words: &mut [[u32; LANES]]) {
+    assert_eq!(words.len(), 2 * pairs.len());
+    match isa {
+        #[cfg(target_arch = "x86_64")]
+        // SAFETY: `Isa::detect` has found AVX-512F.
+        Isa::Avx512 => unsafe { avx512::widen(pairs, words) },
+        _ => portable::widen(pairs, words),
+    }
+}
+
+/// Advances some channels of a head by a token: `state = decay * state + input * b`, and gives the sums of `state * c`,
+/// rows in order; `None` where this CPU has no kernel for that.
+pub fn scan_rows(
+    isa: Isa,
+    state: StateRows<'_>,
+    step: ScanStep<'_>,
+) -> Option<[f32; SCAN_CHANNELS]> {
+    assert!(state.first + SCAN_CHANNELS <= state.row_len);
+    avx512_only!(isa, scan_rows(state, step))
 }

@@ -239,6 +239,16 @@ pub fn interleave(rows: [&[u32]; LANES], panel: &mut [[u32; LANES]]) {
     }
 }
 
+pub fn widen(pairs: &[[u32; LANES]], words: &mut [[u32; LANES]]) {
+    let (words, _) = words.as_chunks_mut::<2>();
+    for (pair, words) in pairs.iter().zip(words) {
+        *words = [
+            pair.map(|word| word << 16),
+            pair.map(|word| word & 0xffff_0000),
+        ];
+    }
+}
+
 /// The same loops, compiled for AVX2 and FMA.
 #[cfg(target_arch = "x86_64")]
 pub mod avx2 {

@@ -378,3 +378,20 @@ fn interleaving_turns_rows_into_columns() {
         }
     }
 }
+
+#[test]
+fn widening_gives_both_values_of_a_pair() {
+    let values = floats(31, 4 * LANES).into_iter().map(Bf16::from_f32);
+    let values: Vec<[Bf16; 2]> = bytemuck::cast_slice(&values.collect::<Vec<_>>()).to_vec();
+    let pairs: Vec<[u32; LANES]> = bytemuck::cast_slice(&values).to_vec();
+    for isa in Isa::all() {
+        let mut words = [[0; LANES]; 4];
+        widen(isa, &pairs, &mut words);
+        for (word, lanes) in words.iter().enumerate() {
+            for (lane, bits) in lanes.iter().enumerate() {
+                let expected = values[word / 2 * LANES + lane][word % 2];
+                assert_eq!(f32::from_bits(*bits), expected.to_f32());
+            }
+        }
+    }
+}

@@ -76,6 +76,17 @@ pub fn interleave(rows: [&[u32]; LANES], panel: &mut [[u32; LANES]]) {
     }
 }
 
+#[target_feature(enable = "avx512f")]
+pub fn widen(pairs: &[[u32; LANES]], words: &mut [[u32; LANES]]) {
+    let high = _mm512_set1_epi32(0xffff_0000_u32 as i32);
+    let (words, _) = words.as_chunks_mut::<2>();
+    for (pair, [first, second]) in pairs.iter().zip(words) {
+        let pair = load_words(pair);
+        store_words(first, _mm512_slli_epi32::<16>(pair));
+        store_words(second, _mm512_and_si512(pair, high));
+    }
+}
+
 /// A 16 x 16 transpose in four rounds: words, pairs of words, quarters within halves, halves.
 #[inline]
 #[target_feature(enable = "avx512f")]

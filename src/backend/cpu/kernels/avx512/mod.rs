@@ -3,9 +3,11 @@
 mod lanes;
 mod panels;
 mod rows;
+mod scan;
 mod stored;
 
-pub use lanes::interleave;
+pub use lanes::{interleave, widen};
 pub use panels::{bf16, blocks, float, super_blocks};
 pub use rows::{bf16_rows, block_rows, float_rows, super_rows};
+pub use scan::scan_rows;
 pub use stored::{q4_k_rows, q6_k_rows, q8_0_rows};

@@ -13,12 +13,12 @@ use minijinja::{Environment, Error, ErrorKind};
 use minijinja_contrib::pycompat::unknown_method_callback;
 use regex::Regex;
 use serde::Serialize;
-use serde_json::json;
 
 /// Steps of one rendering; real templates take a few thousand.
 const FUEL: u64 = 10_000_000;
 
 /// A template that parses.
+#[derive(Debug)]
 pub struct Template {
     environment: Environment<'static>,
 }
@@ -32,6 +32,9 @@ static GENERATION: LazyLock<Regex> = LazyLock::new(|| {
 
 impl Template {
     /// Parses a template.
+    ///
+    /// # Errors
+    /// What does not parse, with its line.
     pub fn parse(source: &str) -> Result<Self, String> {
         let mut environment = Environment::new();
         let syntax = SyntaxConfig::builder()
@@ -64,7 +67,10 @@ impl Template {
         Ok(Self { environment })
     }
 
-    /// The prompt of a conversation.
+    /// The prompt of a conversation: an object with `messages` and whatever else the template asks for.
+    ///
+    /// # Errors
+    /// What the template refuses, with its line.
     pub fn render(
         &self,
         conversation: &serde_json::Value,
@@ -165,34 +171,21 @@ fn strftime_now(format: String) -> String {
         .fold(format, |text, (code, value)| text.replace(code, value))
 }
 
-/// What templates are tried on: one question, a system message and several turns, tools, reasoning off.
-pub fn conversations() -> Vec<serde_json::Value> {
-    let user =
-        json!({"role": "user", "content": "What is 2 + 2? <b>Tell me</b>, s'il vous plaît."});
-    let system = json!({"role": "system", "content": "You answer in one word."});
-    let assistant = json!({"role": "assistant", "content": "<think>\nsimple\n</think>\nFour."});
-    let tools = json!([{"type": "function", "function": {
-        "name": "weather", "description": "Weather of a place",
-        "parameters": {"type": "object", "properties": {"place": {"type": "string"}}, "required": ["place"]}}}]);
-    let call = json!({"role": "assistant", "content": "", "tool_calls": [
-        {"id": "call_1", "type": "function", "function": {"name": "weather", "arguments": {"place": "Köln"}}}]});
-    let answer = json!({"role": "tool", "name": "weather", "tool_call_id": "call_1", "content": "{\"sun\": true}"});
-    vec![
-        json!({"messages": [user], "add_generation_prompt": true}),
-        json!({"messages": [system, user, assistant, user], "add_generation_prompt": true}),
-        json!({"messages": [user, assistant], "add_generation_prompt": false}),
-        json!({"messages": [user], "add_generation_prompt": true, "enable_thinking": false}),
-        json!({"messages": [user, call, answer], "tools": tools, "add_generation_prompt": true}),
-    ]
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
+    use serde_json::json;
+
+    fn conversation() -> serde_json::Value {
+        let user = json!({"role": "user", "content": "What is 2 + 2?"});
+        let system = json!({"role": "system", "content": "You answer in one word."});
+        let assistant = json!({"role": "assistant", "content": "Four."});
+        json!({"messages": [system, user, assistant, user], "add_generation_prompt": true})
+    }
 
     fn check(template: &str, expected: Result<&str, &str>) {
         let rendered = Template::parse(template)
-            .and_then(|parsed| parsed.render(&conversations()[1], "<s>", "</s>"));
+            .and_then(|parsed| parsed.render(&conversation(), "<s>", "</s>"));
         let expected = expected.map(str::to_owned).map_err(str::to_owned);
         assert_eq!(rendered, expected, "{template}");
     }

@@ -1,0 +1,345 @@
+//! What every layer of the original network sees: the base of rewrites, of importance matrices, of sensitivities.
+//!
+//! Enters: a model, samples. Leaves: second moments of the normed residual stream per block, sizes of the inputs of every
+//! matrix, routing counts. One block is in memory at a time.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use super::capture::{Capture, Captured};
+use super::cells::{Merge, Tree};
+use super::layer::Layer;
+use super::samples::Samples;
+use super::second_moments::SecondMoments;
+use super::stream::Streams;
+use crate::artifact::StoredModel;
+use crate::backend::Backend;
+use crate::backend::cpu::kernels::Isa;
+use crate::backend::cpu::{Cpu, Residence};
+use crate::error::Result;
+use crate::rewrite::{ChannelStatistics, RewriteStatistics, RewrittenModel};
+
+/// Inputs of one matrix: sums over tokens.
+#[derive(Debug, Clone, PartialEq)]
+pub struct InputSums {
+    /// Sum of u^2 per channel.
+    pub squares: Vec<f64>,
+    /// Largest |u| per channel.
+    pub max_abs: Vec<f32>,
+    /// Tokens seen.
+    pub tokens: u64,
+    /// Sum of their squared router weights; of matrices that see every token their number.
+    pub weight: f64,
+}
+
+impl InputSums {
+    fn of(captured: &Captured) -> Self {
+        let n = captured.in_features;
+        let mut sums = Self {
+            squares: vec![0.0; n],
+            max_abs: vec![0.0; n],
+            tokens: (captured.rows.len() / n.max(1)) as u64,
+            weight: 0.0,
+        };
+        for row in captured.rows.chunks_exact(n.max(1)) {
+            for ((square, max), x) in sums.squares.iter_mut().zip(&mut sums.max_abs).zip(row) {
+                *square += f64::from(*x) * f64::from(*x);
+                *max = max.max(x.abs());
+            }
+        }
+        sums.weight = match captured.weights.is_empty() {
+            true => sums.tokens as f64,
+            false => captured
+                .weights
+                .iter()
+                .map(|weight| f64::from(*weight))
+                .sum(),
+        };
+        sums
+    }
+}
+
+impl Merge for InputSums {
+    fn merge(&mut self, later: Self) {
+        self.squares
+            .iter_mut()
+            .zip(&later.squares)
+            .for_each(|(sum, later)| *sum += later);
+        self.max_abs
+            .iter_mut()
+            .zip(&later.max_abs)
+            .for_each(|(max, later)| *max = max.max(*later));
+        self.tokens += later.tokens;
+        self.weight += later.weight;
+    }
+}
+
+/// What the layers of a network see.
+#[derive(Debug, Clone, PartialEq, Default)]
+pub struct Statistics {
+    /// Second moments of the normed residual stream before the norm's weight, per block and behind the last one.
+    pub residual: Vec<SecondMoments>,
+    /// Inputs by GGUF name, one entry per matrix of a stack; `None` where no token came.
+    pub inputs: BTreeMap<String, Vec<Option<InputSums>>>,
+}
+
+impl Statistics {
+    /// Runs the samples through the network, block after block.
+    ///
+    /// `in_file` keeps residual streams in a temporary file. `watch` is called before every cell of every block.
+    ///
+    /// # Errors
+    /// A block computes something that is not a number, a file cannot be read, whatever `watch` returns.
+    pub fn collect(
+        model: &Arc<StoredModel>,
+        samples: &Samples,
+        in_file: bool,
+        watch: &dyn Fn() -> Result<()>,
+    ) -> Result<Self> {
+        let plain = RewrittenModel::new(Arc::clone(model), Arc::default());
+        let mut walk = Walk::new(&plain, samples, in_file)?;
+        let mut statistics = Self::default();
+        for block in 0..model.config().pattern.kinds().len() {
+            walk.block(block, &mut statistics, watch)?;
+        }
+        statistics.residual.push(walk.residual_moments(watch)?);
+        if model.tensor("output.weight").is_some() {
+            let inputs = walk.head_inputs()?;
+            statistics
+                .inputs
+                .insert("output.weight".into(), vec![inputs]);
+        }
+        Ok(statistics)
+    }
+
+    /// As the choice of rewrites takes them.
+    pub fn for_rewrites(&self) -> RewriteStatistics {
+        let channels = |matrices: &Vec<Option<InputSums>>| {
+            let width = matrices
+                .iter()
+                .flatten()
+                .map(|sums| sums.squares.len())
+                .next()
+                .unwrap_or(0);
+            let mut all = ChannelStatistics::default();
+            for sums in matrices {
+                match sums {
+                    Some(sums) => {
+                        let per_token = 1.0 / sums.tokens.max(1) as f64;
+                        all.mean_square
+                            .extend(sums.squares.iter().map(|square| square * per_token));
+                        all.max_abs.extend(&sums.max_abs);
+                    }
+                    None => {
+                        all.mean_square.extend(vec![0.0; width]);
+                        all.max_abs.extend(vec![0.0; width]);
+                    }
+                }
+            }
+            all
+        };
+        RewriteStatistics {
+            residual: self.residual.iter().map(symmetric_mean).collect(),
+            inputs: self
+                .inputs
+                .iter()
+                .map(|(name, all)| (name.clone(), channels(all)))
+                .collect(),
+        }
+    }
+}
+
+/// The whole of a mean of which one half is meant.
+fn symmetric_mean(moments: &SecondMoments) -> Vec<f64> {
+    let n = moments.n;
+    let mut mean = moments.mean();
+    for i in 0..n {
+        for j in 0..i {
+            mean[i * n + j] = mean[j * n + i];
+        }
+    }
+    mean
+}
+
+/// Residual streams on their way through the blocks.
+struct Walk<'a> {
+    model: &'a RewrittenModel,
+    streams: Streams,
+    cells: Vec<Vec<usize>>,
+    backend: Cpu,
+}
+
+impl<'a> Walk<'a> {
+    fn new(model: &'a RewrittenModel, samples: &Samples, in_file: bool) -> Result<Self> {
+        let hidden = model.stored().config().hidden_size;
+        let cells: Vec<Vec<usize>> = samples
+            .cells()
+            .map(|sequences| sequences.iter().map(Vec::len).collect())
+            .collect();
+        let lengths = cells
+            .iter()
+            .map(|cell| hidden * cell.iter().sum::<usize>())
+            .collect();
+        let mut streams = Streams::new(lengths, in_file)?;
+        let embedding = model.matrix("token_embd.weight", 0)?;
+        for (cell, sequences) in samples.cells().enumerate() {
+            let rows = sequences
+                .iter()
+                .flatten()
+                .map(|token| &embedding[*token as usize * hidden..][..hidden]);
+            streams.write(cell, rows.flatten().copied().collect())?;
+        }
+        let nothing = StoredModel::in_memory(
+            model.stored().path(),
+            model.stored().config().clone(),
+            Vec::new(),
+        )?;
+        Ok(Self {
+            model,
+            streams,
+            cells,
+            backend: Cpu::new(Arc::new(nothing), Residence::Mapped),
+        })
+    }
+
+    fn block(
+        &mut self,
+        block: usize,
+        statistics: &mut Statistics,
+        watch: &dyn Fn() -> Result<()>,
+    ) -> Result<()> {
+        let stored = self.model.stored();
+        let prefix = format!("blk.{block}.");
+        let tensors: Vec<_> = stored
+            .tensors()
+            .iter()
+            .filter(|tensor| tensor.name.starts_with(&prefix))
+            .collect();
+        let in_memory = tensors
+            .iter()
+            .map(|tensor| self.model.in_memory(&tensor.name));
+        let layer = Layer::open(stored.config(), block, in_memory.collect::<Result<_>>()?)?;
+        let names: Vec<&str> = tensors.iter().map(|tensor| tensor.name.as_str()).collect();
+        let mut residual = Tree::default();
+        let mut inputs: BTreeMap<(String, usize), Tree<InputSums>> = BTreeMap::new();
+        for cell in 0..self.cells.len() {
+            watch()?;
+            let mut stream = self.streams.read(cell)?;
+            residual.push(self.normed_moments(&stream));
+            let mut capture = Capture::new(&names, None);
+            layer.run(&mut stream, &self.cells[cell], &mut capture)?;
+            self.streams.write(cell, stream)?;
+            for (key, captured) in &capture.inputs {
+                inputs
+                    .entry(key.clone())
+                    .or_default()
+                    .push(InputSums::of(captured));
+            }
+        }
+        statistics.residual.extend(residual.finish());
+        let matrices = |name: &str| {
+            tensors
+                .iter()
+                .find(|tensor| tensor.name == name)
+                .map_or(1, |tensor| tensor.matrices)
+        };
+        for ((name, matrix), tree) in inputs {
+            let count = matrices(&name);
+            let all = statistics
+                .inputs
+                .entry(name)
+                .or_insert_with(|| vec![None; count]);
+            all[matrix] = tree.finish();
+        }
+        Ok(())
+    }
+
+    fn residual_moments(&self, watch: &dyn Fn() -> Result<()>) -> Result<SecondMoments> {
+        let mut tree = Tree::default();
+        for cell in 0..self.cells.len() {
+            watch()?;
+            tree.push(self.normed_moments(&self.streams.read(cell)?));
+        }
+        Ok(tree
+            .finish()
+            .unwrap_or_else(|| SecondMoments::empty(self.hidden())))
+    }
+
+    fn normed_moments(&self, stream: &Vec<f32>) -> SecondMoments {
+        let ones = vec![1.0; self.hidden()];
+        let mut moments = SecondMoments::empty(self.hidden());
+        moments.add(Isa::detect(), &self.normed(stream, &ones), None);
+        moments
+    }
+
+    fn head_inputs(&self) -> Result<Option<InputSums>> {
+        let weight = self.model.matrix("output_norm.weight", 0)?;
+        let mut tree = Tree::default();
+        for cell in 0..self.cells.len() {
+            let rows = self.normed(&self.streams.read(cell)?, &weight);
+            tree.push(InputSums::of(&Captured {
+                rows,
+                in_features: self.hidden(),
+                weights: Vec::new(),
+            }));
+        }
+        Ok(tree.finish())
+    }
+
+    fn normed(&self, stream: &Vec<f32>, weight: &Vec<f32>) -> Vec<f32> {
+        self.backend
+            .rms_norm(stream, weight, self.model.stored().config().norm_epsilon())
+    }
+
+    fn hidden(&self) -> usize {
+        self.model.stored().config().hidden_size
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use nemoconv_fixtures::checkpoint::cases;
+
+    use super::*;
+
+    fn samples() -> Samples {
+        let token = |i: u32| (i * 7919 + 13) % 1000;
+        let sequence = |first: u32| (first * 31..first * 31 + 20 + first).map(token).collect();
+        Samples {
+            sequences: (0..9).map(sequence).collect(),
+        }
+    }
+
+    fn statistics(path: &str, threads: usize) -> Statistics {
+        let model = Arc::new(StoredModel::open(path).unwrap());
+        let pool = rayon::ThreadPoolBuilder::new().num_threads(threads);
+        pool.build()
+            .unwrap()
+            .install(|| Statistics::collect(&model, &samples(), threads == 2, &|| Ok(())).unwrap())
+    }
+
+    /// Equal values: a NaN is refused, and zeros of both signs are the same sum.
+    #[track_caller]
+    fn check(path: &str) {
+        let one = statistics(path, 1);
+        assert!(!one.inputs.is_empty() && one.residual.iter().all(|s| s.tokens == 216));
+        for threads in [2, 3] {
+            assert!(
+                statistics(path, threads) == one,
+                "{path}: {threads} threads"
+            );
+        }
+    }
+
+    #[test]
+    fn statistics_do_not_depend_on_threads_or_on_where_streams_are_kept() {
+        check(nemoconv_fixtures::nano().to_str().unwrap());
+        let with_experts = cases()
+            .into_iter()
+            .find(|case| case.checkpoint.pattern.contains('E'));
+        let case = with_experts.expect("a case has experts");
+        let folder = tempfile::tempdir().unwrap();
+        let path = case.checkpoint.write_as(folder.path(), case.name).unwrap();
+        check(path.to_str().unwrap());
+    }
+}
