@@ -4,18 +4,18 @@ use std::path::PathBuf;
 use std::str::FromStr;
 
 use clap::{Args, Parser, Subcommand};
-use nemoconv::calibrate::samples::SampleSettings;
-use nemoconv::convert::calibrated::{Method, Rounding};
+use nemoconv::convert::calibrated::Method;
 use nemoconv::eval::shard::Shard;
 use nemoconv::eval::tasks::Task;
-use nemoconv::formats::GgmlType;
 use nemoconv::formats::gguf::Value;
 use nemoconv::forward::numerics::TimeStepRule;
-use nemoconv::plan::Settings;
-use nemoconv::plan::file_type::FileType;
-use nemoconv::plan::types::{TensorTypeRule, TypeSettings};
+use nemoconv::plan::phase::Phase;
+use nemoconv::plan::recipe::{
+    CalibrationEntries, OutType, RecipeEntries, RewriteEntries, parse_size,
+};
+use nemoconv::plan::types::{TensorTypeRule, WantedType};
 use nemoconv::report::{FailOn, Gates};
-use nemoconv::rewrite::{Balance, Magnitude, RewriteSettings, Rotation};
+use nemoconv::rewrite::Rotation;
 use nemoconv::write::gguf::parts::SplitLimits;
 use regex::Regex;
 
@@ -232,7 +232,7 @@ pub struct Validate {
     #[arg(long, value_name = "N", help_heading = "Output", value_parser = clap::value_parser!(u32).range(1..))]
     pub top_k: Option<u32>,
     /// Memory to stay under, such as 16G; weights that do not fit are streamed
-    #[arg(long, value_name = "SIZE", value_parser = size)]
+    #[arg(long, value_name = "SIZE", value_parser = parse_size)]
     pub max_ram: Option<u64>,
     /// Worker threads; results do not depend on it. Default: all cores
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..))]
@@ -290,9 +290,25 @@ pub struct ToGguf {
     /// Where to write; `{ftype}` stands for the type. Default: a name made from the model, in this folder
     #[arg(short, long, value_name = "FILE")]
     pub outfile: Option<PathBuf>,
-    /// f32, f16, bf16, q8_0, q4_k_m, ... ; auto = the checkpoint's own float type
-    #[arg(short = 't', long, default_value = "auto", value_name = "TYPE", value_parser = OutType::from_str)]
-    pub outtype: OutType,
+    /// f32, f16, bf16, q8_0, q4_k_m, ... ; auto = the checkpoint's own float type. Default: auto
+    #[arg(short = 't', long, value_name = "TYPE", value_parser = OutType::from_str, group = "aim")]
+    pub outtype: Option<OutType>,
+    /// 1: 8-bit weights; 2: 4-bit weights; 3: 4 bits in Mamba-2 mixers, 8 in MLP, MoE and attention. Activations are taken
+    /// as 8 bits by the runtime
+    #[arg(long, value_name = "1|2|3", value_parser = Phase::from_str, group = "aim")]
+    pub phase: Option<Phase>,
+    /// Allocate types by measured sensitivity: bits per weight over all weights. Needs --calibration
+    #[arg(long, value_name = "B", group = "aim")]
+    pub target_bpw: Option<f64>,
+    /// The same: bytes of the whole artifact at most (K, M, G: powers of 1000)
+    #[arg(long, value_name = "SIZE", value_parser = parse_size, group = "aim")]
+    pub target_size: Option<u64>,
+    /// Settings as YAML; keys are flags without dashes, and flags override them
+    #[arg(long, value_name = "FILE")]
+    pub recipe: Option<PathBuf>,
+    /// Print the resolved recipe on stdout and write nothing
+    #[arg(long)]
+    pub print_recipe: bool,
     /// Importance matrix of llama-imatrix (GGUF or .dat): steers the rounding
     #[arg(long, value_name = "FILE")]
     pub imatrix: Option<PathBuf>,
@@ -304,14 +320,14 @@ pub struct ToGguf {
     /// File with one REGEX=TYPE per line, after the rules given by flag
     #[arg(long, value_name = "FILE")]
     pub tensor_type_file: Option<PathBuf>,
-    /// Type of output.weight
-    #[arg(long, value_name = "TYPE")]
-    pub output_tensor_type: Option<GgmlType>,
-    /// Type of token_embd.weight
-    #[arg(long, value_name = "TYPE")]
-    pub token_embedding_type: Option<GgmlType>,
-    /// Keep output.weight in the checkpoint's type
-    #[arg(long)]
+    /// Type of output.weight; keep = the checkpoint's
+    #[arg(long, value_name = "TYPE", value_parser = WantedType::from_str)]
+    pub output_tensor_type: Option<WantedType>,
+    /// Type of token_embd.weight; keep = the checkpoint's
+    #[arg(long, value_name = "TYPE", value_parser = WantedType::from_str)]
+    pub token_embedding_type: Option<WantedType>,
+    /// The same as --output-tensor-type keep
+    #[arg(long, conflicts_with = "output_tensor_type")]
     pub leave_output_tensor: bool,
     /// Give every matrix the base type instead of the named mix
     #[arg(long)]
@@ -335,7 +351,7 @@ pub struct ToGguf {
     #[arg(long, value_name = "KEY=TYPE:VALUE", value_parser = key_override)]
     pub override_kv: Vec<KeyOverride>,
     /// Start a new file before this many bytes of tensors (K, M, G: powers of 1000)
-    #[arg(long, value_name = "N(M|G)", value_parser = size)]
+    #[arg(long, value_name = "N(M|G)", value_parser = parse_size)]
     pub split_max_size: Option<u64>,
     /// Start a new file after this many tensors
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
@@ -367,27 +383,27 @@ pub struct CalibrationArgs {
     /// Statistics that `calibrate` wrote of this model and these samples: rewrites are chosen without reading again
     #[arg(long, value_name = "FILE", requires = "calibration")]
     pub statistics: Option<PathBuf>,
-    /// Tokens per sequence of the calibration
-    #[arg(long, default_value_t = 512, value_name = "N", value_parser = clap::value_parser!(u32).range(8..=1 << 20))]
-    pub calibration_context: u32,
-    /// Sequences at most; of more a seeded choice is read
-    #[arg(long, default_value_t = 512, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
-    pub calibration_sequences: u32,
-    /// Seed of every choice
-    #[arg(long, default_value_t = 0, value_name = "N")]
-    pub seed: u64,
-    /// How weights are rounded: with error feedback, by the search that weighs inputs, or to the nearest
-    #[arg(long, default_value = "gptq", value_enum)]
-    pub method: MethodArg,
-    /// Passes of coordinate descent over scales and codes after the first
-    #[arg(long, default_value_t = 3, value_name = "N")]
-    pub passes: u8,
-    /// Share of the correction towards the original outputs on the inputs of the rounded network, 0 to 1
-    #[arg(long, default_value_t = 0.0, value_name = "BETA")]
-    pub target_correction: f64,
-    /// Rotate the residual stream: principal axes and Hadamard, Hadamard alone, or not
-    #[arg(long, default_value = "none", value_name = "HOW")]
-    pub rotate: RotationArg,
+    /// Tokens per sequence of the calibration. Default: 512
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(8..=1 << 20))]
+    pub calibration_context: Option<u32>,
+    /// Sequences at most; of more a seeded choice is read. Default: 512
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    pub calibration_sequences: Option<u32>,
+    /// Seed of every choice. Default: 0
+    #[arg(long, value_name = "N")]
+    pub seed: Option<u64>,
+    /// How weights are rounded: with error feedback, by the search that weighs inputs, or to the nearest. Default: gptq
+    #[arg(long, value_enum)]
+    pub method: Option<MethodArg>,
+    /// Passes of coordinate descent over scales and codes after the first. Default: 3
+    #[arg(long, value_name = "N")]
+    pub passes: Option<u8>,
+    /// Share of the correction towards the original outputs on the inputs of the rounded network, 0 to 1. Default: 0
+    #[arg(long, value_name = "BETA")]
+    pub target_correction: Option<f64>,
+    /// Rotate the residual stream: principal axes and Hadamard, Hadamard alone, or not. Default: none
+    #[arg(long, value_name = "HOW")]
+    pub rotate: Option<RotationArg>,
     /// Leave all other exact rewrites out too: scales, folded norms, order
     #[arg(long)]
     pub no_rewrites: bool,
@@ -397,12 +413,12 @@ pub struct CalibrationArgs {
     /// Order hidden units and head channels by their mean square
     #[arg(long)]
     pub sort: bool,
-    /// Quarters of a channel's size that go to its activation
-    #[arg(long, default_value_t = 2, value_name = "N", value_parser = clap::value_parser!(u8).range(..=4))]
-    pub balance: u8,
-    /// Added to the diagonal of second moments, as a share of its mean
-    #[arg(long, default_value_t = 0.01, value_name = "SHARE")]
-    pub damp_percent: f64,
+    /// Quarters of a channel's size that go to its activation. Default: 2
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u8).range(..=4))]
+    pub balance: Option<u8>,
+    /// Added to the diagonal of second moments, as a share of its mean. Default: 0.01
+    #[arg(long, value_name = "SHARE")]
+    pub damp_percent: Option<f64>,
 }
 
 /// `--rotate`.
@@ -421,66 +437,22 @@ pub enum MethodArg {
     Gptq,
 }
 
-impl CalibrationArgs {
-    /// How weights are rounded.
-    pub fn rounding(&self) -> Rounding {
-        Rounding {
-            method: match self.method {
-                MethodArg::Rtn => Method::Rtn,
-                MethodArg::Imatrix => Method::Imatrix,
-                MethodArg::Gptq => Method::Gptq,
-            },
-            passes: usize::from(self.passes),
-            target_correction: self.target_correction,
-            damp_percent: self.damp_percent,
-        }
-    }
-
-    /// How the network is rewritten; `None` where it stays as it is.
-    pub fn rewrites(&self, with_mtp: bool) -> Option<RewriteSettings> {
-        let settings = RewriteSettings {
-            rotation: match self.rotate {
-                RotationArg::None => Rotation::None,
-                RotationArg::Hadamard => Rotation::Hadamard,
-                RotationArg::Klt => Rotation::Klt,
-            },
-            smoothing: !self.no_smoothing,
-            balance: Balance::quarters(self.balance).unwrap_or_default(),
-            magnitude: Magnitude::RootMeanSquare,
-            sort: self.sort,
-            seed: self.seed,
-            with_mtp,
-        };
-        (!self.no_rewrites).then_some(settings)
-    }
-
-    /// How much is read.
-    pub fn samples(&self) -> SampleSettings {
-        SampleSettings {
-            context_tokens: self.calibration_context as usize,
-            max_sequences: self.calibration_sequences as usize,
-            seed: self.seed,
+impl From<RotationArg> for Rotation {
+    fn from(rotation: RotationArg) -> Self {
+        match rotation {
+            RotationArg::None => Self::None,
+            RotationArg::Hadamard => Self::Hadamard,
+            RotationArg::Klt => Self::Klt,
         }
     }
 }
 
-/// `--outtype`.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum OutType {
-    /// The float type of the checkpoint's first matrix.
-    Auto,
-    /// A named type.
-    Named(FileType),
-}
-
-impl FromStr for OutType {
-    type Err = String;
-
-    fn from_str(text: &str) -> Result<Self, String> {
-        if text.eq_ignore_ascii_case("auto") {
-            Ok(Self::Auto)
-        } else {
-            text.parse().map(Self::Named)
+impl From<MethodArg> for Method {
+    fn from(method: MethodArg) -> Self {
+        match method {
+            MethodArg::Rtn => Self::Rtn,
+            MethodArg::Imatrix => Self::Imatrix,
+            MethodArg::Gptq => Self::Gptq,
         }
     }
 }
@@ -493,21 +465,40 @@ pub struct KeyOverride {
 }
 
 impl ToGguf {
-    /// Settings of the plan; `rules` are those of the file, after those of the flags.
-    pub fn settings(&self, file_type: FileType, rules: Vec<TensorTypeRule>) -> Settings {
-        Settings {
-            types: TypeSettings {
-                file_type,
-                pure: self.pure,
-                leave_output: self.leave_output_tensor,
-                output: self.output_tensor_type,
-                token_embedding: self.token_embedding_type,
-                rules: self.tensor_type.iter().cloned().chain(rules).collect(),
-                allow_fallback: self.allow_fallback,
+    /// The flags as a recipe; `rules` are those of the file, after those of the flags.
+    pub fn entries(&self, rules: Vec<TensorTypeRule>) -> RecipeEntries {
+        let given = |flag: bool| flag.then_some(true);
+        let calibration = &self.calibration;
+        RecipeEntries {
+            phase: self.phase,
+            outtype: self.outtype,
+            target_bpw: self.target_bpw,
+            target_size: self.target_size,
+            rules: self.tensor_type.iter().cloned().chain(rules).collect(),
+            output_tensor_type: self
+                .output_tensor_type
+                .or(self.leave_output_tensor.then_some(WantedType::Keep)),
+            token_embedding_type: self.token_embedding_type,
+            pure: given(self.pure),
+            allow_fallback: given(self.allow_fallback),
+            widen: given(self.widen),
+            mtp: self.no_mtp.then_some(false),
+            method: calibration.method.map(Method::from),
+            passes: calibration.passes,
+            target_correction: calibration.target_correction,
+            damp_percent: calibration.damp_percent,
+            calibration: CalibrationEntries {
+                context: calibration.calibration_context,
+                sequences: calibration.calibration_sequences,
+                seed: calibration.seed,
             },
-            widen: self.widen,
-            calibrated: self.calibration.calibration.is_some(),
-            with_mtp: !self.no_mtp,
+            rewrite: RewriteEntries {
+                apply: calibration.no_rewrites.then_some(false),
+                rotation: calibration.rotate.map(Rotation::from),
+                smoothing: calibration.no_smoothing.then_some(false),
+                balance: calibration.balance,
+                sort: given(calibration.sort),
+            },
         }
     }
 
@@ -530,11 +521,10 @@ impl ToGguf {
 pub fn tensor_type_rule(text: &str) -> Result<TensorTypeRule, String> {
     let (pattern, ty) = text.rsplit_once('=').ok_or("expected REGEX=TYPE")?;
     let pattern = Regex::new(pattern).map_err(|error| error.to_string())?;
-    let ty = ty.parse()?;
-    if !nemoconv::quantize::can_quantize(ty) {
-        return Err(format!("{ty} cannot be written"));
-    }
-    Ok(TensorTypeRule { pattern, ty })
+    Ok(TensorTypeRule {
+        pattern,
+        ty: ty.parse()?,
+    })
 }
 
 fn key_override(text: &str) -> Result<KeyOverride, String> {
@@ -555,23 +545,6 @@ fn key_override(text: &str) -> Result<KeyOverride, String> {
     })
 }
 
-/// A size with K, M or G, powers of 1000 as in llama.cpp.
-fn size(text: &str) -> Result<u64, String> {
-    let (digits, unit) = match text.char_indices().last() {
-        Some((at, 'K' | 'k')) => (&text[..at], 1_000),
-        Some((at, 'M' | 'm')) => (&text[..at], 1_000_000),
-        Some((at, 'G' | 'g')) => (&text[..at], 1_000_000_000),
-        _ => (text, 1),
-    };
-    let number: u64 = digits
-        .parse()
-        .map_err(|_| format!("`{text}` is not a size such as 500M or 4G"))?;
-    number
-        .checked_mul(unit)
-        .filter(|size| *size > 0)
-        .ok_or_else(|| format!("`{text}` is out of range"))
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -580,18 +553,6 @@ mod tests {
     #[test]
     fn the_parser_is_consistent() {
         Cli::command().debug_assert();
-    }
-
-    #[test]
-    fn sizes_are_powers_of_1000() {
-        let check = |text, expected| assert_eq!(size(text).ok(), expected, "{text}");
-        check("500M", Some(500_000_000));
-        check("4G", Some(4_000_000_000));
-        check("17", Some(17));
-        check("0", None);
-        check("M", None);
-        check("99999999999G", None);
-        check("é", None);
     }
 
     #[test]

@@ -13,6 +13,7 @@ use nemoconv::error::{Error, Result};
 use nemoconv::formats::checkpoint::Checkpoint;
 use nemoconv::formats::gguf::Value;
 use nemoconv::plan::Plan;
+use nemoconv::plan::recipe::Recipe;
 use nemoconv::rewrite::{Rewrites, RewrittenModel, SHA256_KEY, SUMMARY_KEY, sidecar_of};
 use nemoconv::write::whole_file::sha256_of;
 use serde_json::json;
@@ -67,16 +68,17 @@ impl Calibration {
     pub fn begin(
         args: &ToGguf,
         text: &Path,
+        recipe: &Recipe,
         checkpoint: &Checkpoint,
         talk: &Talk,
         stop: &AtomicBool,
     ) -> Result<Self> {
-        let stored = match args.widen {
+        let stored = match recipe.widen {
             true => StoredModel::open_widened(&args.model)?,
             false => StoredModel::open(&args.model)?,
         };
         let stored = Arc::new(stored);
-        let samples = read_samples(&stored, text, args.calibration.samples())?;
+        let samples = read_samples(&stored, text, recipe.samples)?;
         talk.say(format_args!(
             "calibrating on {} tokens in {} sequences",
             samples.tokens(),
@@ -91,9 +93,7 @@ impl Calibration {
             Some(path) => Some(GivenStatistics::open(path, &stored, &shards, &samples)?),
             None => None,
         };
-        let settings = args
-            .calibration
-            .rewrites(!args.no_mtp && stored.config().nextn_predict_layers > 0);
+        let settings = recipe.rewrites(stored.config().nextn_predict_layers > 0);
         let rewrites = match settings {
             None => Rewrites::none(),
             Some(settings) => on_workers(args.threads, || {
@@ -119,7 +119,7 @@ impl Calibration {
         Ok(Self {
             weights: RewrittenModel::new(stored, Arc::new(rewrites)),
             samples,
-            rounding: args.calibration.rounding(),
+            rounding: recipe.rounding,
             shards,
             sidecar,
             statistics: given.map(|given| given.sha256),

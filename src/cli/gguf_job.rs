@@ -7,45 +7,48 @@ use std::sync::atomic::AtomicBool;
 use nemoconv::artifact::locate;
 use nemoconv::convert::{self, Conduct};
 use nemoconv::error::{Error, Fault, Result};
+use nemoconv::formats::Imatrix;
 use nemoconv::formats::checkpoint::Checkpoint;
 use nemoconv::formats::gguf::NewTensor;
-use nemoconv::formats::{Dtype, Imatrix};
 use nemoconv::model::config::NemotronHConfig;
 use nemoconv::model::description::{DescriptionSources, ModelDescription, ParameterCounts};
 use nemoconv::model::tokenizer::{TokenType, Tokenizer};
 use nemoconv::plan::Plan;
-use nemoconv::plan::file_type::FileType;
 use nemoconv::plan::sources::Fate;
-use nemoconv::plan::types::TensorTypeRule;
 use nemoconv::write::gguf::artifact::{Artifact, create_sibling};
 use nemoconv::write::gguf::parts::Parts;
 use nemoconv::write::gguf::{self, NamedImatrix};
 use serde_json::Value;
 
-use super::args::{OutType, ToGguf, tensor_type_rule};
+use super::args::ToGguf;
 use super::calibration_job::Calibration;
 use super::output::{Talk, human_bytes, print_stdout, shape, table};
 use super::progress::Report;
 use super::receipt;
+use super::recipe_job::{self, Chosen};
 
 /// Everything known before a weight is read.
-struct Prepared {
-    checkpoint: Checkpoint,
-    plan: Plan,
-    parts: Parts,
+pub struct Prepared {
+    pub checkpoint: Checkpoint,
+    pub plan: Plan,
+    pub parts: Parts,
     peak_bytes: u64,
 }
 
 /// Writes the artifact, or shows the plan with `--dry-run`.
 pub fn to_gguf(args: &ToGguf, talk: &Talk, stop: &AtomicBool) -> Result<()> {
     if args.dry_run {
-        return plan(args, talk);
+        return plan(args, talk, stop);
     }
-    let mut prepared = prepare(args, &[])?;
+    let Some(chosen) = recipe_job::choose(args, talk, stop)? else {
+        return Ok(());
+    };
+    let mut prepared = prepare(args, &chosen, &[])?;
     let calibration = match &args.calibration.calibration {
         Some(text) => Some(Calibration::begin(
             args,
             text,
+            &chosen.recipe,
             &prepared.checkpoint,
             talk,
             stop,
@@ -53,7 +56,7 @@ pub fn to_gguf(args: &ToGguf, talk: &Talk, stop: &AtomicBool) -> Result<()> {
         None => None,
     };
     if let Some(calibration) = &calibration {
-        prepared = prepare(args, &calibration.keys())?;
+        prepared = prepare(args, &chosen, &calibration.keys())?;
     }
     let Prepared {
         checkpoint,
@@ -91,7 +94,13 @@ pub fn to_gguf(args: &ToGguf, talk: &Talk, stop: &AtomicBool) -> Result<()> {
             odd.tensor, odd.nonfinite, odd.overflows
         ));
     }
-    let planned = receipt::plan_json(checkpoint, plan, parts, *peak_bytes);
+    let planned = receipt::plan_json(
+        checkpoint,
+        plan,
+        parts,
+        *peak_bytes,
+        chosen.allocation.as_ref(),
+    );
     let mut receipt = receipt::with_summary(planned, &summary, finished.as_ref());
     if let Some(calibration) = &calibration {
         receipt["calibration"] = calibration.receipt();
@@ -111,8 +120,11 @@ pub fn to_gguf(args: &ToGguf, talk: &Talk, stop: &AtomicBool) -> Result<()> {
 }
 
 /// Shows what would be written.
-pub fn plan(args: &ToGguf, talk: &Talk) -> Result<()> {
-    let prepared = prepare(args, &[])?;
+pub fn plan(args: &ToGguf, talk: &Talk, stop: &AtomicBool) -> Result<()> {
+    let Some(chosen) = recipe_job::choose(args, talk, stop)? else {
+        return Ok(());
+    };
+    let prepared = prepare(args, &chosen, &[])?;
     if args.json {
         let Prepared {
             checkpoint,
@@ -120,7 +132,13 @@ pub fn plan(args: &ToGguf, talk: &Talk) -> Result<()> {
             parts,
             peak_bytes,
         } = &prepared;
-        let json = receipt::plan_json(checkpoint, plan, parts, *peak_bytes);
+        let json = receipt::plan_json(
+            checkpoint,
+            plan,
+            parts,
+            *peak_bytes,
+            chosen.allocation.as_ref(),
+        );
         print_stdout(format_args!("{json:#}"));
         return Ok(());
     }
@@ -130,19 +148,19 @@ pub fn plan(args: &ToGguf, talk: &Talk) -> Result<()> {
     Ok(())
 }
 
-fn prepare(
+/// Plans the artifact of a choice, headers and all.
+pub fn prepare(
     args: &ToGguf,
+    chosen: &Chosen,
     keys: &[(&'static str, nemoconv::formats::gguf::Value)],
 ) -> Result<Prepared> {
     let checkpoint = Checkpoint::open(&locate(&args.model)?)?;
     let (json, config) = NemotronHConfig::open(&checkpoint)?;
     let vocab_size = config.vocab_size;
-    let file_type = match args.outtype {
-        OutType::Named(file_type) => file_type,
-        OutType::Auto => auto_type(&checkpoint),
-    };
     let imatrix = args.imatrix.as_deref().map(Imatrix::open).transpose()?;
-    let settings = args.settings(file_type, rules_of(args)?);
+    let settings = chosen
+        .recipe
+        .settings(chosen.scheme, args.calibration.calibration.is_some());
     let plan = Plan::new(&checkpoint, config, &settings, imatrix.as_ref())?;
 
     let mut tokenizer = Tokenizer::read(
@@ -175,7 +193,7 @@ fn prepare(
         dims: tensor.dims.clone(),
         ty: tensor.ty,
     });
-    let outfile = outfile(args, &description, file_type);
+    let outfile = outfile(args, &description, &chosen.name);
     let parts = Parts::new(&outfile, &metadata, tensors.collect(), args.split_limits())?;
     let fixed = parts
         .parts
@@ -210,39 +228,6 @@ fn drop_padding(tokenizer: &mut Tokenizer, vocab_size: usize) -> Result<()> {
 
 /// The program itself and the mapped pages that are in use at a time.
 const BASE_MEMORY_BYTES: u64 = 32 << 20;
-
-/// The converter's rule: BF16 or F16 by the first tensor with two dimensions, F32 checkpoints become F16.
-fn auto_type(checkpoint: &Checkpoint) -> FileType {
-    let first = checkpoint
-        .tensors()
-        .iter()
-        .find(|entry| entry.shape.len() >= 2);
-    match first.map(|entry| entry.dtype) {
-        Some(Dtype::Bf16 | Dtype::F8E4M3) => FileType::BF16,
-        _ => FileType::F16,
-    }
-}
-
-/// The rules of `--tensor-type-file`: one per line, blank lines and `#` comments aside.
-fn rules_of(args: &ToGguf) -> Result<Vec<TensorTypeRule>> {
-    let Some(path) = &args.tensor_type_file else {
-        return Ok(Vec::new());
-    };
-    let text = std::fs::read_to_string(path)
-        .map_err(|error| nemoconv::formats::Error::from(error).in_file(path))?;
-    let lines = text
-        .lines()
-        .enumerate()
-        .map(|(number, line)| (number + 1, line.trim()));
-    lines
-        .filter(|(_, line)| !line.is_empty() && !line.starts_with('#'))
-        .map(|(number, line)| {
-            tensor_type_rule(line).map_err(|what| {
-                Error::Plan(Fault::new(format!("line {number}: {what}")).in_file(path))
-            })
-        })
-        .collect()
-}
 
 fn describe(
     args: &ToGguf,
@@ -311,10 +296,10 @@ fn wrong_override(key: &str) -> Error {
     )))
 }
 
-fn outfile(args: &ToGguf, description: &ModelDescription, file_type: FileType) -> PathBuf {
+fn outfile(args: &ToGguf, description: &ModelDescription, name: &str) -> PathBuf {
     match &args.outfile {
-        Some(path) => PathBuf::from(path.to_string_lossy().replace("{ftype}", file_type.name())),
-        None => PathBuf::from(format!("{}.gguf", description.file_stem(file_type.name()))),
+        Some(path) => PathBuf::from(path.to_string_lossy().replace("{ftype}", name)),
+        None => PathBuf::from(format!("{}.gguf", description.file_stem(name))),
     }
 }
 

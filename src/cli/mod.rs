@@ -1,5 +1,6 @@
 //! The command line: the only room that prints, reads flags and chooses exit codes.
 
+mod allocation_job;
 mod args;
 mod calibrate_args;
 mod calibrate_job;
@@ -13,6 +14,7 @@ mod inspect;
 mod output;
 mod progress;
 mod receipt;
+mod recipe_job;
 mod validate_job;
 mod workers;
 
@@ -49,7 +51,7 @@ pub fn main() -> ExitCode {
     let talk = Talk::new(cli.quiet, cli.verbose);
     let result = match &cli.command {
         Command::ToGguf(args) => gguf_job::to_gguf(args, &talk, &STOP).map(done),
-        Command::Plan(args) => gguf_job::plan(args, &talk).map(done),
+        Command::Plan(args) => gguf_job::plan(args, &talk, &STOP).map(done),
         Command::Inspect(args) => inspect::inspect(args).map(done),
         Command::Calibrate(args) => calibrate_job::calibrate(args, &talk, &STOP).map(done),
         Command::Eval(args) => {

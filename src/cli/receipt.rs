@@ -7,8 +7,14 @@ use nemoconv::plan::Plan;
 use nemoconv::write::gguf::parts::Parts;
 use serde_json::{Value, json};
 
-/// The plan as JSON; the receipt of a conversion adds its [`Summary`].
-pub fn plan_json(checkpoint: &Checkpoint, plan: &Plan, parts: &Parts, peak_bytes: u64) -> Value {
+/// The plan as JSON, with how its types were allocated if they were; the receipt of a conversion adds its [`Summary`].
+pub fn plan_json(
+    checkpoint: &Checkpoint,
+    plan: &Plan,
+    parts: &Parts,
+    peak_bytes: u64,
+    allocation: Option<&Value>,
+) -> Value {
     let files: Vec<_> = parts
         .parts
         .iter()
@@ -43,7 +49,7 @@ pub fn plan_json(checkpoint: &Checkpoint, plan: &Plan, parts: &Parts, peak_bytes
         .into_iter()
         .map(|(field, from, to)| json!({ "field": field, "from": from, "to": to }))
         .collect();
-    json!({
+    let mut json = json!({
         "nemoconv": env!("CARGO_PKG_VERSION"),
         "file_type": plan.file_type.name(),
         "file_bytes": parts.file_bytes(),
@@ -54,7 +60,11 @@ pub fn plan_json(checkpoint: &Checkpoint, plan: &Plan, parts: &Parts, peak_bytes
         "widened": widened,
         "files": files,
         "tensors": tensors,
-    })
+    });
+    if let Some(allocation) = allocation {
+        json["allocation"] = allocation.clone();
+    }
+    json
 }
 
 fn sources_json(checkpoint: &Checkpoint, plan: &Plan) -> Value {

@@ -4,7 +4,7 @@ use super::block::Block;
 use super::linear::{Linear, required};
 use super::mixers::{Turn, scan_shape};
 use super::numerics::Numerics;
-use super::observer::Observer;
+use super::observer::{Observer, Silent};
 use super::state::State;
 use crate::artifact::StoredModel;
 use crate::backend::{Backend, ScanShape};
@@ -100,6 +100,40 @@ impl<B: Backend> Network<B> {
         observer: &mut dyn Observer<B>,
     ) -> Result<B::Buffer> {
         self.run_blocks(sequences, Some(wanted), observer)
+    }
+
+    /// The residual stream before the first block, `[tokens, hidden]`.
+    ///
+    /// # Errors
+    /// A file that cannot be read.
+    pub fn embed(&self, tokens: &[u32]) -> Result<B::Buffer> {
+        self.embedding.rows(&self.backend, tokens)
+    }
+
+    /// Runs fresh sequences of `lengths` tokens each from block `first` on; their residual streams before it lie one after
+    /// the other in `residual`. Gives the normed stream.
+    ///
+    /// # Errors
+    /// As [`Self::run`].
+    pub fn run_from(
+        &self,
+        first: usize,
+        mut residual: B::Buffer,
+        lengths: &[usize],
+    ) -> Result<B::Buffer> {
+        let mut states: Vec<State<B>> = lengths.iter().map(|_| self.empty_state()).collect();
+        let mut rows = 0;
+        let turns = states.iter_mut().zip(lengths).map(|(state, length)| {
+            let own = rows..rows + length;
+            rows = own.end;
+            Turn { rows: own, state }
+        });
+        let mut turns: Vec<_> = turns.collect();
+        for block in first..self.blocks.len() {
+            self.add_block(block, &mut residual, rows, &mut turns, &mut Silent)?;
+        }
+        let eps = self.config.norm_epsilon();
+        Ok(self.backend.rms_norm(&residual, &self.norm, eps))
     }
 
     fn run_blocks(

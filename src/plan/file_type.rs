@@ -104,6 +104,26 @@ impl FileType {
         TABLE.iter().find(|row| row.2 == id).map(|row| row.0)
     }
 
+    /// The file type of a file without a name of its own: that of the tensor type which most weights have; of several the
+    /// middle one.
+    pub fn of_most(tensors: impl Iterator<Item = (GgmlType, u64)>) -> Self {
+        let mut weights: Vec<(GgmlType, u64)> = Vec::new();
+        for (ty, count) in tensors {
+            match weights.iter_mut().find(|(seen, _)| *seen == ty) {
+                Some((_, sum)) => *sum += count,
+                None => weights.push((ty, count)),
+            }
+        }
+        let most = weights.iter().rev().max_by_key(|(_, sum)| *sum);
+        let named = |ty: GgmlType| {
+            let alias = ALIASES.iter().find(|row| row.0 == ty.name());
+            let exact = || Self::all().find(|file_type| file_type.name() == ty.name());
+            let base = || Self::all().find(|file_type| file_type.base() == ty);
+            alias.map(|row| row.1).or_else(exact).or_else(base)
+        };
+        most.and_then(|(ty, _)| named(*ty)).unwrap_or(Self::F32)
+    }
+
     /// The tensor type that most weights take.
     pub fn base(self) -> GgmlType {
         self.row().3
@@ -146,6 +166,22 @@ impl FromStr for FileType {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_file_without_a_name_is_called_after_most_of_its_weights() {
+        let check = |tensors: &[(GgmlType, u64)], expected| {
+            assert_eq!(FileType::of_most(tensors.iter().copied()), expected);
+        };
+        use GgmlType as T;
+        check(
+            &[(T::Q4_K, 5), (T::Q8_0, 8), (T::Q4_K, 4)],
+            FileType::Q4_K_M,
+        );
+        check(&[(T::IQ4_NL, 5), (T::F32, 1)], FileType::IQ4_NL);
+        check(&[(T::Q2_K, 1)], FileType::Q2_K);
+        check(&[(T::MXFP4, 1)], FileType::MXFP4_MOE);
+        check(&[], FileType::F32);
+    }
 
     #[test]
     fn names_are_case_insensitive_and_aliases_mean_medium() {

@@ -3,9 +3,12 @@
 //! Enters: a checkpoint's headers, [`Settings`], an importance matrix. Leaves: [`Plan`], from which all output
 //! offsets follow, so that writers stream. Reads no weights and runs anywhere.
 
+pub mod allocation;
 pub mod file_type;
 pub mod fp8;
 pub mod mixes;
+pub mod phase;
+pub mod recipe;
 pub mod sources;
 pub mod types;
 pub mod widen;
@@ -94,7 +97,7 @@ impl PlannedTensor {
 pub struct Plan {
     /// Sizes of the network.
     pub config: NemotronHConfig,
-    /// The named mix.
+    /// The named mix, or the one that comes closest.
     pub file_type: file_type::FileType,
     /// Widths before and after.
     pub widening: Widening,
@@ -145,7 +148,10 @@ impl Plan {
             None => 0,
         };
         Ok(Self {
-            file_type: settings.types.file_type,
+            file_type: {
+                let weights = tensors.iter().map(|tensor| (tensor.ty, tensor.weights()));
+                settings.types.scheme.file_type(weights)
+            },
             config,
             widening,
             with_mtp,

@@ -1,15 +1,67 @@
-//! The type of every tensor: the named mix, the user's overrides, and whether the row fits.
+//! The type of every tensor: the scheme, the user's overrides, and whether the row fits.
 //!
 //! Enters: names and stored shapes, [`TypeSettings`]. Leaves: one type per tensor; a type that cannot hold
 //! its row is an error unless llama.cpp's substitution is allowed. Reads no weights.
+
+use std::fmt;
+use std::str::FromStr;
 
 use nemoconv_formats::{Dtype, GgmlType};
 use regex::Regex;
 
 use super::file_type::FileType;
 use super::mixes::{Mix, ModelTraits, is_quantizable, quantizer_order};
+use super::phase::Phase;
 use crate::error::{Error, Fault, Result};
 use crate::model::nemotron_h::Storage;
+
+/// What the user wants a tensor stored as.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum WantedType {
+    /// The float type that holds the checkpoint's without loss.
+    Keep,
+    /// This type.
+    As(GgmlType),
+}
+
+impl WantedType {
+    fn of(self, source: Dtype) -> GgmlType {
+        match self {
+            Self::Keep => float_of(source),
+            Self::As(ty) => ty,
+        }
+    }
+}
+
+impl From<GgmlType> for WantedType {
+    fn from(ty: GgmlType) -> Self {
+        Self::As(ty)
+    }
+}
+
+impl fmt::Display for WantedType {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Keep => f.pad("keep"),
+            Self::As(ty) => f.pad(ty.name()),
+        }
+    }
+}
+
+impl FromStr for WantedType {
+    type Err = String;
+
+    fn from_str(text: &str) -> std::result::Result<Self, String> {
+        if text.eq_ignore_ascii_case("keep") {
+            return Ok(Self::Keep);
+        }
+        let ty = text.parse()?;
+        match crate::quantize::can_quantize(ty) {
+            true => Ok(Self::As(ty)),
+            false => Err(format!("{ty} cannot be written")),
+        }
+    }
+}
 
 /// `--tensor-type REGEX=TYPE`: the first rule whose pattern is found in the name wins.
 #[derive(Debug, Clone)]
@@ -17,22 +69,47 @@ pub struct TensorTypeRule {
     /// Searched for anywhere in the GGUF name.
     pub pattern: Regex,
     /// What matching tensors become.
-    pub ty: GgmlType,
+    pub ty: WantedType,
+}
+
+/// The types of tensors that no override names.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Scheme {
+    /// llama.cpp's named mix.
+    Mix(FileType),
+    /// A phase.
+    Phase(Phase),
+}
+
+impl Scheme {
+    /// As it stands in file names.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Mix(file_type) => file_type.name(),
+            Self::Phase(phase) => phase.name(),
+        }
+    }
+
+    /// The file type that the tensors make, each with its type and weights: the mix, or that of most weights.
+    pub fn file_type(self, tensors: impl Iterator<Item = (GgmlType, u64)>) -> FileType {
+        match self {
+            Self::Mix(file_type) => file_type,
+            Self::Phase(_) => FileType::of_most(tensors),
+        }
+    }
 }
 
 /// What the user decided about types.
 #[derive(Debug, Clone)]
 pub struct TypeSettings {
-    /// The named mix.
-    pub file_type: FileType,
-    /// Every quantizable tensor takes the base type.
+    /// Types of the tensors that nothing below names.
+    pub scheme: Scheme,
+    /// Every quantizable tensor takes the base type of the mix.
     pub pure: bool,
-    /// `output.weight` keeps the checkpoint's type.
-    pub leave_output: bool,
     /// Type of `output.weight`.
-    pub output: Option<GgmlType>,
+    pub output: Option<WantedType>,
     /// Type of `token_embd.weight`.
-    pub token_embedding: Option<GgmlType>,
+    pub token_embedding: Option<WantedType>,
     /// Overrides by name.
     pub rules: Vec<TensorTypeRule>,
     /// Whether llama.cpp's substitute may stand in for a type that does not fit.
@@ -43,14 +120,24 @@ impl TypeSettings {
     /// The named mix and no wish beyond it.
     pub fn of(file_type: FileType) -> Self {
         Self {
-            file_type,
+            scheme: Scheme::Mix(file_type),
             pure: false,
-            leave_output: false,
             output: None,
             token_embedding: None,
             rules: Vec::new(),
             allow_fallback: false,
         }
+    }
+
+    /// What the user wants of the tensor of this name, if anything.
+    pub fn override_of(&self, name: &str) -> Option<WantedType> {
+        let explicit = match name {
+            "output.weight" => self.output,
+            "token_embd.weight" => self.token_embedding,
+            _ => None,
+        };
+        let by_rule = || self.rules.iter().find(|rule| rule.pattern.is_match(name));
+        explicit.or_else(|| by_rule().map(|rule| rule.ty))
     }
 }
 
@@ -119,45 +206,41 @@ fn wanted_types(
         .iter()
         .filter(|c| c.name.contains("attn_v.weight"))
         .count();
-    let mut mix = Mix::new(settings.file_type, traits, attn_v);
+    let mut mix = match settings.scheme {
+        Scheme::Mix(file_type) => Some(Mix::new(file_type, traits, attn_v)),
+        Scheme::Phase(_) => None,
+    };
     let mut order: Vec<_> = (0..candidates.len()).collect();
     order.sort_by_key(|&index| quantizer_order(candidates[index].name));
     let mut types = vec![GgmlType::F32; candidates.len()];
     for index in order {
-        types[index] = wanted_type(&candidates[index], settings, &mut mix);
+        types[index] = wanted_type(&candidates[index], settings, mix.as_mut());
     }
     types
 }
 
-fn wanted_type(candidate: &Candidate, settings: &TypeSettings, mix: &mut Mix) -> GgmlType {
+fn wanted_type(candidate: &Candidate, settings: &TypeSettings, mix: Option<&mut Mix>) -> GgmlType {
     if candidate.storage == Storage::F32 {
         return GgmlType::F32;
     }
-    let explicit = match candidate.name {
-        "output.weight" if settings.leave_output => return float_of(candidate.source),
-        "output.weight" => settings.output,
-        "token_embd.weight" => settings.token_embedding,
-        _ => None,
-    };
-    let by_rule = || {
-        settings
-            .rules
-            .iter()
-            .find(|rule| rule.pattern.is_match(candidate.name))
-            .map(|r| r.ty)
-    };
-    if let Some(ty) = explicit.or_else(by_rule) {
-        return ty;
-    }
-    let base = settings.file_type.base();
-    if settings.pure
-        || settings.file_type.is_float()
-        || !is_quantizable(candidate.name, candidate.dims)
-    {
-        return base;
+    if let Some(wanted) = settings.override_of(candidate.name) {
+        return wanted.of(candidate.source);
     }
     let columns = usize::try_from(candidate.dims[0]).unwrap_or(usize::MAX);
-    mix.next(candidate.name, columns, candidate.dims.len() > 2)
+    let file_type = match settings.scheme {
+        Scheme::Phase(phase) => return phase.type_of(candidate.name, columns),
+        Scheme::Mix(file_type) => file_type,
+    };
+    match mix {
+        Some(mix)
+            if !settings.pure
+                && !file_type.is_float()
+                && is_quantizable(candidate.name, candidate.dims) =>
+        {
+            mix.next(candidate.name, columns, candidate.dims.len() > 2)
+        }
+        _ => file_type.base(),
+    }
 }
 
 /// The float type that holds a checkpoint type without loss.
@@ -190,7 +273,8 @@ fn check_rules(candidates: &[Candidate], settings: &TypeSettings) -> Result<()> 
     Ok(())
 }
 
-fn fits(ty: GgmlType, columns: u64) -> bool {
+/// Whether rows of this length are whole blocks of the type.
+pub fn fits(ty: GgmlType, columns: u64) -> bool {
     columns.is_multiple_of(ty.block_elements() as u64)
 }
 
@@ -281,7 +365,7 @@ mod tests {
     fn rule(pattern: &str, ty: GgmlType) -> TensorTypeRule {
         TensorTypeRule {
             pattern: Regex::new(pattern).unwrap(),
-            ty,
+            ty: ty.into(),
         }
     }
 

@@ -112,7 +112,7 @@ impl From<Balance> for u8 {
 
 /// What the user asked for.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
+#[serde(deny_unknown_fields, default)]
 pub struct RewriteSettings {
     /// Rotation of the residual stream; with one, values and latent spaces are rotated too.
     pub rotation: Rotation,

@@ -6,4 +6,5 @@ mod calibration;
 mod eval;
 mod hostile;
 mod inspect;
+mod recipe;
 mod validate;

@@ -79,16 +79,12 @@ fn differences(case: &Case, file_type: &str, has_imatrix: bool, answer: &Answer)
             source: Dtype::F32,
         })
         .collect();
+    let file_type = file_type
+        .parse::<FileType>()
+        .expect("the fixture names file types");
     let settings = TypeSettings {
-        file_type: file_type
-            .parse::<FileType>()
-            .expect("the fixture names file types"),
-        pure: false,
-        leave_output: false,
-        output: None,
-        token_embedding: None,
-        rules: Vec::new(),
         allow_fallback: true,
+        ..TypeSettings::of(file_type)
     };
     let choices =
         choose(&candidates, &settings, traits(&case.model, has_imatrix)).expect("types are chosen");

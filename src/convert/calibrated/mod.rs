@@ -7,6 +7,7 @@
 mod ledger;
 mod moments;
 mod rounding;
+pub mod sensitivity;
 mod stages;
 pub mod workspace;
 
@@ -35,7 +36,7 @@ use moments::StageMoments;
 use workspace::Workspace;
 
 /// How weights are rounded when there are samples.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Method {
     /// To the nearest point of the grid that the data-free search finds.

@@ -1,0 +1,476 @@
+//! `--target-bpw` and `--target-size`: types by measured sensitivity, so that the artifact has the size asked for.
+
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
+
+use nemoconv::artifact::StoredModel;
+use nemoconv::convert::calibrated::sensitivity::{Group, Measurement, Sensitivity};
+use nemoconv::error::{Error, Fault, Result};
+use nemoconv::formats::GgmlType;
+use nemoconv::formats::gguf::DEFAULT_ALIGNMENT;
+use nemoconv::model::nemotron_h::Storage;
+use nemoconv::plan::allocation::{self, Price};
+use nemoconv::plan::file_type::FileType;
+use nemoconv::plan::recipe::{Aim, Recipe};
+use nemoconv::plan::types::{Scheme, TensorTypeRule};
+use nemoconv::plan::{Plan, PlannedTensor};
+use regex::Regex;
+use serde_json::{Value, json};
+
+use super::args::ToGguf;
+use super::calibrate_job::read_samples;
+use super::gguf_job::{Prepared, prepare};
+use super::output::{Talk, table};
+use super::progress::Report;
+use super::recipe_job::Chosen;
+use super::workers::on_workers;
+
+/// Measures every tensor and chooses types for the recipe's target: a recipe that names a type for each.
+pub fn allocate(args: &ToGguf, recipe: Recipe, talk: &Talk, stop: &AtomicBool) -> Result<Chosen> {
+    let Some(text) = &args.calibration.calibration else {
+        let fault = Fault::new("a target needs a text to measure sensitivities on");
+        return Err(Error::Plan(fault.hint(
+            "give one with `--calibration FILE`, or name a type with `--outtype`",
+        )));
+    };
+    let weights = Arc::new(match recipe.widen {
+        true => StoredModel::open_widened(&args.model)?,
+        false => StoredModel::open(&args.model)?,
+    });
+    let base = Chosen::of_scheme(recipe.clone(), Scheme::Mix(FileType::Q8_0));
+    let allocator = Allocator::new(args, prepare(args, &base, &[])?, recipe, &weights);
+    allocator.choose(&vec![None; allocator.groups.len()], allocator.budget())?;
+    let samples = read_samples(&weights, text, allocator.recipe.samples)?;
+    let measurement = Measurement {
+        weights: &weights,
+        samples: &samples,
+        rounding: allocator.recipe.rounding,
+        groups: &allocator.groups,
+        progress: &Report::new(*talk),
+        stop,
+    };
+    let measured = on_workers(args.threads, || measurement.run())?;
+    let allocation = allocator.fit(measured)?;
+    talk.say(allocation.table(&allocator));
+    talk.say(allocation.summary(&allocator));
+    Ok(allocation.chosen(&allocator))
+}
+
+/// What is allocated, and what it may take.
+struct Allocator<'a> {
+    args: &'a ToGguf,
+    /// With every tensor that is allocated at 8 bits.
+    base: Prepared,
+    recipe: Recipe,
+    groups: Vec<Group>,
+}
+
+/// A budget in bytes and how tensors are counted against it.
+#[derive(Clone, Copy)]
+struct Budget {
+    bytes: u64,
+    /// What a tensor's bytes are rounded up to.
+    alignment: u64,
+    /// What everything that is not allocated takes.
+    fixed: u64,
+}
+
+impl<'a> Allocator<'a> {
+    fn new(args: &'a ToGguf, base: Prepared, recipe: Recipe, weights: &StoredModel) -> Self {
+        let types = recipe.settings(Scheme::Mix(FileType::Q8_0), true).types;
+        let mut groups: Vec<Group> = Vec::new();
+        for tensor in &base.plan.tensors {
+            let is_run = weights.tensor(&tensor.name).is_some();
+            let candidates: Vec<_> = allocation::candidates(tensor.dims[0]).collect();
+            let is_open = tensor.rule.storage == Storage::OutType
+                && types.override_of(&tensor.name).is_none();
+            if !is_open || !is_run || candidates.is_empty() {
+                continue;
+            }
+            let name = allocation::group_of(&tensor.name);
+            match groups.iter_mut().find(|group| group.name == name) {
+                Some(group) => group.tensors.push(tensor.name.clone()),
+                None => groups.push(Group {
+                    name,
+                    tensors: vec![tensor.name.clone()],
+                    types: candidates,
+                }),
+            }
+        }
+        Self {
+            args,
+            base,
+            recipe,
+            groups,
+        }
+    }
+
+    fn tensor(&self, name: &str) -> &PlannedTensor {
+        let tensors = &self.base.plan.tensors;
+        tensors
+            .iter()
+            .find(|tensor| tensor.name == name)
+            .expect("groups are made of planned tensors")
+    }
+
+    fn budget(&self) -> Budget {
+        let plan = &self.base.plan;
+        let (bytes, alignment, all) = match self.recipe.aim {
+            Aim::FileBytes(bytes) => (
+                bytes,
+                u64::from(DEFAULT_ALIGNMENT),
+                self.base.parts.file_bytes(),
+            ),
+            Aim::BitsPerWeight(bits) => (
+                (bits * plan.weights() as f64 / 8.0) as u64,
+                1,
+                plan.tensor_bytes(),
+            ),
+            Aim::OwnType | Aim::Scheme(_) => unreachable!("only a target is allocated"),
+        };
+        let allocated = self
+            .groups
+            .iter()
+            .map(|group| self.bytes_of(group, |tensor| tensor.ty, alignment));
+        Budget {
+            bytes,
+            alignment,
+            fixed: all - allocated.sum::<u64>(),
+        }
+    }
+
+    fn bytes_of(
+        &self,
+        group: &Group,
+        ty: impl Fn(&PlannedTensor) -> GgmlType,
+        alignment: u64,
+    ) -> u64 {
+        let tensors = group.tensors.iter().map(|name| self.tensor(name));
+        let bytes = tensors.map(|tensor| bytes_in(tensor, ty(tensor)).next_multiple_of(alignment));
+        bytes.sum()
+    }
+
+    /// Whether all tensors of a group may take a type.
+    fn is_allowed(group: &Group, ty: GgmlType) -> bool {
+        group
+            .tensors
+            .iter()
+            .all(|name| allocation::is_allowed(name, ty))
+    }
+
+    /// One type per group, within the budget.
+    fn choose(&self, measured: &[Option<Sensitivity>], budget: Budget) -> Result<Vec<GgmlType>> {
+        let groups = self.groups.iter().zip(measured);
+        let priced = groups.map(|(group, measured)| {
+            let allowed = group
+                .types
+                .iter()
+                .filter(|ty| Self::is_allowed(group, **ty));
+            let price = |ty: &GgmlType| {
+                let bytes = self.bytes_of(group, |_| *ty, budget.alignment);
+                (
+                    *ty,
+                    Price {
+                        bytes,
+                        loss: measured
+                            .as_ref()
+                            .map_or(0.0, |measured| divergence(measured, *ty)),
+                    },
+                )
+            };
+            allowed.map(price).unzip()
+        });
+        let (types, prices): (Vec<Vec<GgmlType>>, Vec<Vec<Price>>) = priced.unzip();
+        let chosen = allocation::allocate(&prices, budget.bytes.saturating_sub(budget.fixed));
+        match chosen {
+            Ok(chosen) => Ok(types
+                .iter()
+                .zip(chosen)
+                .map(|(types, index)| types[index])
+                .collect()),
+            Err(smallest) => Err(self.too_small(smallest + budget.fixed)),
+        }
+    }
+
+    fn too_small(&self, smallest: u64) -> Error {
+        let weights = self.base.plan.weights() as f64;
+        let (what, hint) = match self.recipe.aim {
+            Aim::BitsPerWeight(bits) => {
+                // Rounded up, so that what is suggested is possible.
+                let smallest = (smallest as f64 * 8000.0 / weights).ceil() / 1000.0;
+                let what = format!(
+                    "{bits} bits per weight are not possible: the smallest are {smallest:.3}"
+                );
+                (
+                    what,
+                    format!("ask for `--target-bpw {smallest:.3}` or more"),
+                )
+            }
+            _ => {
+                let wanted = self.budget().bytes;
+                let what = format!("{wanted} bytes are not possible: the smallest are {smallest}");
+                (what, format!("ask for `--target-size {smallest}` or more"))
+            }
+        };
+        Error::Plan(Fault::new(what).hint(format!(
+            "{hint}; attention keeps 4 bits unless `--tensor-type` says less"
+        )))
+    }
+
+    /// Chooses types until the artifact, laid out, is within the target: a split set has headers that depend on them.
+    fn fit(&self, measured: Vec<Sensitivity>) -> Result<Allocation> {
+        let measured: Vec<_> = measured.into_iter().map(Some).collect();
+        let mut budget = self.budget();
+        loop {
+            let types = self.choose(&measured, budget)?;
+            let (recipe, scheme) = self.recipe_of(&types)?;
+            let prepared = prepare(self.args, &Chosen::of_scheme(recipe.clone(), scheme), &[])?;
+            let file_bytes = prepared.parts.file_bytes();
+            let excess = match self.recipe.aim {
+                Aim::FileBytes(bytes) => file_bytes.saturating_sub(bytes),
+                _ => 0,
+            };
+            if excess == 0 {
+                let measured = measured.into_iter().flatten().collect();
+                let plan = prepared.plan;
+                return Ok(Allocation {
+                    recipe,
+                    scheme,
+                    types,
+                    measured,
+                    file_bytes,
+                    plan,
+                });
+            }
+            budget.bytes = budget.bytes.saturating_sub(excess);
+        }
+    }
+
+    /// The recipe that names every type.
+    fn recipe_of(&self, types: &[GgmlType]) -> Result<(Recipe, Scheme)> {
+        let mut recipe = self.recipe.clone();
+        let settings = recipe.settings(Scheme::Mix(FileType::Q8_0), true).types;
+        let allocated = |tensor: &PlannedTensor| {
+            let group = self
+                .groups
+                .iter()
+                .position(|group| group.tensors.contains(&tensor.name));
+            group.map_or(tensor.ty, |group| types[group])
+        };
+        for tensor in &self.base.plan.tensors {
+            if tensor.rule.storage == Storage::F32 || settings.override_of(&tensor.name).is_some() {
+                continue;
+            }
+            let ty = allocated(tensor).into();
+            match tensor.name.as_str() {
+                "output.weight" => recipe.output = Some(ty),
+                "token_embd.weight" => recipe.token_embedding = Some(ty),
+                name => {
+                    let pattern = Regex::new(&format!("^{}$", regex::escape(name)));
+                    let pattern =
+                        pattern.map_err(|error| Error::Plan(Fault::new(error.to_string())))?;
+                    recipe.rules.push(TensorTypeRule { pattern, ty });
+                }
+            }
+        }
+        let weights = self
+            .base
+            .plan
+            .tensors
+            .iter()
+            .map(|tensor| (allocated(tensor), tensor.weights()));
+        let scheme = Scheme::Mix(FileType::of_most(weights));
+        recipe.aim = Aim::Scheme(scheme);
+        Ok((recipe, scheme))
+    }
+
+    /// The largest named mix that is no larger than the allocation, with its size and its predicted divergence.
+    fn named_mix(&self, file_bytes: u64, measured: &[Sensitivity]) -> Option<(FileType, u64, f64)> {
+        let header = self.base.parts.file_bytes() - aligned_bytes(&self.base.plan);
+        let mixes = FileType::all()
+            .filter(|file_type| !file_type.is_float())
+            .filter_map(|file_type| {
+                let mut recipe = self.recipe.clone();
+                recipe.allow_fallback = true;
+                let settings = recipe.settings(Scheme::Mix(file_type), true);
+                let plan = Plan::new(
+                    &self.base.checkpoint,
+                    self.base.plan.config.clone(),
+                    &settings,
+                    None,
+                )
+                .ok()?;
+                let divergences = self
+                    .groups
+                    .iter()
+                    .zip(measured)
+                    .map(|(group, measured)| of_plan(&plan, group, measured));
+                Some((
+                    file_type,
+                    header + aligned_bytes(&plan),
+                    divergences.sum::<Option<f64>>()?,
+                ))
+            });
+        // The header of a mix may be some bytes longer.
+        mixes
+            .filter(|mix| mix.1 <= file_bytes + file_bytes / 100)
+            .max_by_key(|mix| mix.1)
+    }
+}
+
+/// Types and what they were chosen from.
+struct Allocation {
+    recipe: Recipe,
+    scheme: Scheme,
+    /// One per group.
+    types: Vec<GgmlType>,
+    measured: Vec<Sensitivity>,
+    file_bytes: u64,
+    plan: Plan,
+}
+
+impl Allocation {
+    fn predicted(&self) -> f64 {
+        self.measured
+            .iter()
+            .zip(&self.types)
+            .map(|(measured, ty)| divergence(measured, *ty))
+            .sum()
+    }
+
+    fn table(&self, allocator: &Allocator) -> String {
+        let header = [
+            "tensor",
+            "type",
+            "bits",
+            "sensitivity",
+            "loss",
+            "predicted KL",
+        ]
+        .map(String::from)
+        .to_vec();
+        let groups = allocator.groups.iter().zip(&self.measured).zip(&self.types);
+        let rows = groups.map(|((group, measured), ty)| {
+            let found = measured.types.iter().find(|found| found.ty == *ty);
+            vec![
+                group.name.clone(),
+                ty.to_string(),
+                format!("{:.2}", ty.bits_per_weight()),
+                format!("{:.3e}", measured.gain),
+                found.map_or(String::new(), |found| format!("{:.3e}", found.loss)),
+                found.map_or(String::new(), |found| {
+                    format!("{:.3e}", found.kl_divergence)
+                }),
+            ]
+        });
+        let rows: Vec<_> = std::iter::once(header).chain(rows).collect();
+        table(&rows, &[false, false, true, true, true, true])
+    }
+
+    fn summary(&self, allocator: &Allocator) -> String {
+        let target = match allocator.recipe.aim {
+            Aim::FileBytes(bytes) => format!("{} of {bytes} bytes", self.file_bytes),
+            _ => format!("{} bytes", self.file_bytes),
+        };
+        let bits = self.plan.bits_per_weight();
+        let beside = match allocator.named_mix(self.file_bytes, &self.measured) {
+            Some((mix, bytes, divergence)) => format!("; {mix} of {bytes} bytes: {divergence:.6}"),
+            None => String::new(),
+        };
+        format!(
+            "allocated {bits:.3} bits per weight, {target}, predicted KL divergence {:.6}{beside}",
+            self.predicted()
+        )
+    }
+
+    fn json(&self, allocator: &Allocator) -> Value {
+        let groups = allocator.groups.iter().zip(&self.measured).zip(&self.types);
+        let groups: Vec<_> = groups
+            .map(|((group, measured), ty)| {
+                let types = measured.types.iter().map(|found| {
+                    json!({
+                        "type": found.ty.name(),
+                        "bytes": allocator.bytes_of(group, |_| found.ty, 1),
+                        "loss": found.loss,
+                        "kl_divergence": found.kl_divergence,
+                    })
+                });
+                json!({
+                    "tensors": group.tensors,
+                    "type": ty.name(),
+                    "sensitivity": measured.gain,
+                    "predicted_kl": divergence(measured, *ty),
+                    "types": types.collect::<Vec<_>>(),
+                })
+            })
+            .collect();
+        let target = match allocator.recipe.aim {
+            Aim::FileBytes(bytes) => json!({ "file_bytes": bytes }),
+            Aim::BitsPerWeight(bits) => json!({ "bits_per_weight": bits }),
+            Aim::OwnType | Aim::Scheme(_) => Value::Null,
+        };
+        let mix = allocator.named_mix(self.file_bytes, &self.measured).map(|(mix, bytes, divergence)| {
+            json!({ "file_type": mix.name(), "file_bytes": bytes, "predicted_kl": divergence })
+        });
+        json!({
+            "target": target,
+            "file_bytes": self.file_bytes,
+            "bits_per_weight": self.plan.bits_per_weight(),
+            "predicted_kl": self.predicted(),
+            "named_mix": mix,
+            "groups": groups,
+        })
+    }
+
+    fn chosen(self, allocator: &Allocator) -> Chosen {
+        Chosen {
+            allocation: Some(self.json(allocator)),
+            name: format!("{:.2}bpw", self.plan.bits_per_weight()),
+            recipe: self.recipe,
+            scheme: self.scheme,
+        }
+    }
+}
+
+/// What a type adds to the divergence; a type that was not looked at is a float, or nothing reads the tensor.
+fn divergence(measured: &Sensitivity, ty: GgmlType) -> f64 {
+    measured
+        .types
+        .iter()
+        .find(|found| found.ty == ty)
+        .map_or(0.0, |found| found.kl_divergence)
+}
+
+/// What a group adds with the types of a plan, its tensors by their weights; `None` where one was not looked at.
+fn of_plan(plan: &Plan, group: &Group, measured: &Sensitivity) -> Option<f64> {
+    let tensors = plan
+        .tensors
+        .iter()
+        .filter(|tensor| group.tensors.contains(&tensor.name));
+    let (mut sum, mut weights) = (0.0, 0.0);
+    for tensor in tensors {
+        let is_float = matches!(tensor.ty, GgmlType::F32 | GgmlType::F16 | GgmlType::BF16);
+        if !is_float && !group.types.contains(&tensor.ty) {
+            return None;
+        }
+        sum += divergence(measured, tensor.ty) * tensor.weights() as f64;
+        weights += tensor.weights() as f64;
+    }
+    Some(sum / f64::max(weights, 1.0))
+}
+
+fn bytes_in(tensor: &PlannedTensor, ty: GgmlType) -> u64 {
+    ty.bytes_for(tensor.weights())
+        .expect("candidates fit the rows")
+}
+
+fn aligned_bytes(plan: &Plan) -> u64 {
+    plan.tensors
+        .iter()
+        .map(|tensor| {
+            tensor
+                .bytes()
+                .next_multiple_of(u64::from(DEFAULT_ALIGNMENT))
+        })
+        .sum()
+}

@@ -1,0 +1,105 @@
+//! From flags and a recipe file to the recipe that is in force, its types chosen.
+
+use std::sync::atomic::AtomicBool;
+
+use nemoconv::artifact::locate;
+use nemoconv::error::{Error, Fault, Result};
+use nemoconv::formats::Dtype;
+use nemoconv::formats::checkpoint::Checkpoint;
+use nemoconv::plan::file_type::FileType;
+use nemoconv::plan::recipe::{Aim, Recipe, RecipeEntries};
+use nemoconv::plan::types::{Scheme, TensorTypeRule};
+use serde_json::Value;
+
+use super::allocation_job;
+use super::args::{ToGguf, tensor_type_rule};
+use super::output::{Talk, print_stdout};
+
+/// A recipe whose types are known.
+pub struct Chosen {
+    pub recipe: Recipe,
+    pub scheme: Scheme,
+    /// As it stands in the artifact's name.
+    pub name: String,
+    /// How types were allocated, where they were.
+    pub allocation: Option<Value>,
+}
+
+impl Chosen {
+    /// The types of `scheme`, but for what the recipe says by name.
+    pub fn of_scheme(recipe: Recipe, scheme: Scheme) -> Self {
+        Self {
+            recipe,
+            scheme,
+            name: scheme.name().to_string(),
+            allocation: None,
+        }
+    }
+}
+
+/// The recipe in force; `None` where it was only to be printed.
+pub fn choose(args: &ToGguf, talk: &Talk, stop: &AtomicBool) -> Result<Option<Chosen>> {
+    let file = args
+        .recipe
+        .as_deref()
+        .map(RecipeEntries::open)
+        .transpose()?;
+    let recipe = args
+        .entries(rules_of(args)?)
+        .or(file.unwrap_or_default())
+        .resolve()?;
+    let chosen = match recipe.aim {
+        Aim::Scheme(scheme) => Chosen::of_scheme(recipe, scheme),
+        Aim::OwnType => {
+            let own = Scheme::Mix(auto_type(&Checkpoint::open(&locate(&args.model)?)?));
+            Chosen::of_scheme(
+                Recipe {
+                    aim: Aim::Scheme(own),
+                    ..recipe
+                },
+                own,
+            )
+        }
+        Aim::BitsPerWeight(_) | Aim::FileBytes(_) => {
+            allocation_job::allocate(args, recipe, talk, stop)?
+        }
+    };
+    if args.print_recipe {
+        print_stdout(chosen.recipe.to_yaml().trim_end());
+        return Ok(None);
+    }
+    Ok(Some(chosen))
+}
+
+/// The converter's rule: BF16 or F16 by the first tensor with two dimensions, F32 checkpoints become F16.
+fn auto_type(checkpoint: &Checkpoint) -> FileType {
+    let first = checkpoint
+        .tensors()
+        .iter()
+        .find(|entry| entry.shape.len() >= 2);
+    match first.map(|entry| entry.dtype) {
+        Some(Dtype::Bf16 | Dtype::F8E4M3) => FileType::BF16,
+        _ => FileType::F16,
+    }
+}
+
+/// The rules of `--tensor-type-file`: one per line, blank lines and `#` comments aside.
+fn rules_of(args: &ToGguf) -> Result<Vec<TensorTypeRule>> {
+    let Some(path) = &args.tensor_type_file else {
+        return Ok(Vec::new());
+    };
+    let text = std::fs::read_to_string(path)
+        .map_err(|error| nemoconv::formats::Error::from(error).in_file(path))?;
+    let lines = text
+        .lines()
+        .enumerate()
+        .map(|(number, line)| (number + 1, line.trim()));
+    lines
+        .filter(|(_, line)| !line.is_empty() && !line.starts_with('#'))
+        .map(|(number, line)| {
+            tensor_type_rule(line).map_err(|what| {
+                Error::Plan(Fault::new(format!("line {number}: {what}")).in_file(path))
+            })
+        })
+        .collect()
+}
