@@ -21,7 +21,7 @@ const ROUTED_TOLERANCE: f64 = 5e-3;
 /// win, and with it all codes of a block. Most often so where scales are hostile.
 const BYTES_TOLERANCE: f64 = 2e-2;
 /// Some dozens of chunks.
-const TEXT_BYTES: usize = 60_000;
+const TEXT_CHARACTERS: usize = 60_000;
 
 struct Peer {
     bin: PathBuf,
@@ -37,10 +37,9 @@ impl Peer {
             return None;
         };
         let text = std::fs::read_to_string(shared.join("text/calib.txt")).ok()?;
-        let end = text.floor_char_boundary(TEXT_BYTES);
         Some(Self {
             bin,
-            text: text[..end].to_owned(),
+            text: text.chars().take(TEXT_CHARACTERS).collect(),
         })
     }
 
