@@ -82,6 +82,10 @@ pub fn peak_bytes(plan: &Plan, threads: usize) -> u64 {
 /// # Errors
 /// Weights that are refused (all of them are counted first), writes that fail, bytes that do not read back,
 /// a raised `stop`.
+#[allow(
+    clippy::too_many_arguments,
+    reason = "what goes in, what comes out, and who looks on"
+)]
 pub fn convert(
     checkpoint: &Checkpoint,
     plan: &Plan,

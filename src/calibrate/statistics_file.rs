@@ -111,10 +111,11 @@ impl Origin {
     }
 
     fn parse(texts: &BTreeMap<String, String>) -> Parsed<Self> {
+        let hint = "`nemoconv calibrate MODEL --text FILE` writes statistics";
         let text = |key: &str| {
             texts.get(key).map(String::as_str).ok_or_else(|| {
-                FormatError::missing(format!("key `{key}` is missing: these are no statistics"))
-                    .hint("`nemoconv calibrate MODEL --text FILE` writes statistics")
+                FormatError::missing(format!("these are no statistics: key `{key}` is missing"))
+                    .hint(hint)
             })
         };
         let number = |key: &str| {
@@ -124,7 +125,7 @@ impl Origin {
         for (key, expected) in [("format", FORMAT), ("format.version", VERSION)] {
             if text(key)? != expected {
                 let what = format!("must be `{expected}`, found `{}`", text(key)?);
-                return Err(FormatError::malformed(what).in_tensor(key));
+                return Err(FormatError::malformed(what).in_tensor(key).hint(hint));
             }
         }
         let model_sha256 = text("model.sha256")?.split(',');

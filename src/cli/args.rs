@@ -398,7 +398,7 @@ pub struct CalibrationArgs {
     /// Passes of coordinate descent over scales and codes after the first. Default: 3
     #[arg(long, value_name = "N")]
     pub passes: Option<u8>,
-    /// Share of the correction towards the original outputs on the inputs of the rounded network, 0 to 1. Default: 0
+    /// Share of the correction towards the original outputs on the inputs of the rounded network, 0 to 1. Default: 1
     #[arg(long, value_name = "BETA")]
     pub target_correction: Option<f64>,
     /// Rotate the residual stream: principal axes and Hadamard, Hadamard alone, or not. Default: none
@@ -410,9 +410,9 @@ pub struct CalibrationArgs {
     /// Leave scales out
     #[arg(long)]
     pub no_smoothing: bool,
-    /// Order hidden units and head channels by their mean square
+    /// Keep the order of hidden units and head channels; by default they are sorted by their mean square for error feedback
     #[arg(long)]
-    pub sort: bool,
+    pub no_sort: bool,
     /// Quarters of a channel's size that go to its activation. Default: 2
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u8).range(..=4))]
     pub balance: Option<u8>,
@@ -497,7 +497,7 @@ impl ToGguf {
                 rotation: calibration.rotate.map(Rotation::from),
                 smoothing: calibration.no_smoothing.then_some(false),
                 balance: calibration.balance,
-                sort: given(calibration.sort),
+                sort: calibration.no_sort.then_some(false),
             },
         }
     }

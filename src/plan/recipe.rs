@@ -292,12 +292,13 @@ impl RewriteEntries {
         }
     }
 
-    fn resolve(self) -> Option<RewriteRecipe> {
+    /// Order helps error feedback and harms rounding without it.
+    fn resolve(self, method: Method) -> Option<RewriteRecipe> {
         let rewrite = RewriteRecipe {
             rotation: self.rotation.unwrap_or_default(),
             smoothing: self.smoothing.unwrap_or(true),
             balance: self.balance.and_then(Balance::quarters).unwrap_or_default(),
-            sort: self.sort.unwrap_or(false),
+            sort: self.sort.unwrap_or(method == Method::Gptq),
         };
         self.apply.unwrap_or(true).then_some(rewrite)
     }
@@ -384,6 +385,7 @@ impl RecipeEntries {
         self.check().map_err(|what| Error::Plan(Fault::new(what)))?;
         let rounding = Rounding::default();
         let samples = SampleSettings::default();
+        let method = self.method.unwrap_or(rounding.method);
         let count = |given: Option<u32>, default: usize| given.map_or(default, |n| n as usize);
         Ok(Recipe {
             aim: self.aim(),
@@ -395,7 +397,7 @@ impl RecipeEntries {
             widen: self.widen.unwrap_or(false),
             mtp: self.mtp.unwrap_or(true),
             rounding: Rounding {
-                method: self.method.unwrap_or(rounding.method),
+                method,
                 passes: self.passes.map_or(rounding.passes, usize::from),
                 target_correction: self.target_correction.unwrap_or(rounding.target_correction),
                 damp_percent: self.damp_percent.unwrap_or(rounding.damp_percent),
@@ -405,7 +407,7 @@ impl RecipeEntries {
                 max_sequences: count(self.calibration.sequences, samples.max_sequences),
                 seed: self.calibration.seed.unwrap_or(samples.seed),
             },
-            rewrite: self.rewrite.resolve(),
+            rewrite: self.rewrite.resolve(method),
         })
     }
 

@@ -4,7 +4,8 @@ python3 tests/bench/eval_peers.py NEMOCONV LM_EVAL_PYTHON LLAMA_PERPLEXITY MODEL
     [--limit 50] [--batch 16] [--threads 2] [--runs 3]
 
 Whole commands for nemoconv and llama-perplexity; of lm-eval only its own time in `loglikelihood`, without imports, loading
-and reading. Prints medians and the median of the ratios of pairs.
+and reading. Prints medians and the median of the ratios of pairs. Where other programs run too, OMP_WAIT_POLICY=passive keeps
+torch's threads from spinning while they wait.
 """
 import argparse
 import json

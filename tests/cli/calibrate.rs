@@ -296,7 +296,10 @@ fn given_statistics_change_no_byte_and_must_belong_to_model_and_samples() {
     refused(
         &other,
         1,
-        &["these are no statistics", "nemoconv calibrate"],
+        &[
+            "must be `nemoconv.statistics`, found `pt`",
+            "nemoconv calibrate",
+        ],
     );
     assert!(
         !scratch

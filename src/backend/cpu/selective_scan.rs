@@ -118,16 +118,15 @@ impl Scan<'_> {
         let heads = self.shape.heads;
         let (low, high) = self.shape.time_step;
         let (a, bias) = (self.weights.a[head], self.weights.dt_bias[head]);
-        let mut raw = [0.0; TIMES];
-        for (raw, row) in raw.iter_mut().zip(rows) {
+        let mut times = Times::default();
+        for (raw, row) in times.dt.iter_mut().zip(rows) {
             *raw = self.dt[(row + 1) * self.dt_stride - heads + head];
         }
-        let mut times = Times::default();
-        for lane in 0..TIMES {
-            let dt = softplus(raw[lane] + bias).max(low).min(high);
-            times.decay[lane] = exp(dt * a);
+        for (dt, decay) in times.dt.iter_mut().zip(&mut times.decay) {
+            let clamped = softplus(*dt + bias).max(low).min(high);
+            *decay = exp(clamped * a);
             // `max` and `min` drop a NaN; a NaN must come out.
-            times.dt[lane] = if raw[lane].is_nan() { raw[lane] } else { dt };
+            *dt = if dt.is_nan() { *dt } else { clamped };
         }
         times
     }

@@ -70,12 +70,21 @@ fn bits(values: &[f32]) -> Vec<u32> {
     values.iter().map(|value| value.to_bits()).collect()
 }
 
+/// With weights as they are stored, and as F32.
 #[track_caller]
 fn check(name: &str, model: &Arc<StoredModel>) {
     let plain = RewrittenModel::new(Arc::clone(model), Arc::default());
-    let model = Arc::new(plain.materialize().unwrap());
+    compare(
+        &format!("{name} in F32"),
+        &Arc::new(plain.materialize().unwrap()),
+    );
+    compare(name, model);
+}
+
+#[track_caller]
+fn compare(name: &str, model: &Arc<StoredModel>) {
     let machines = fused();
-    let runs: Vec<_> = machines.iter().map(|isa| run(&model, *isa)).collect();
+    let runs: Vec<_> = machines.iter().map(|isa| run(model, *isa)).collect();
     for (isa, other) in machines.iter().zip(&runs).skip(1) {
         assert_eq!(runs[0].len(), other.len());
         for ((what, a), (_, b)) in runs[0].iter().zip(other) {

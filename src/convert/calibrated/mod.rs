@@ -65,7 +65,7 @@ impl Default for Rounding {
         Self {
             method: Method::Gptq,
             passes: 3,
-            target_correction: 0.0,
+            target_correction: 1.0,
             damp_percent: 0.01,
         }
     }

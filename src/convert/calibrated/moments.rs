@@ -18,17 +18,13 @@ pub struct Seen {
     pub moments: SecondMoments,
     /// Inputs of the original network with them.
     pub cross: Option<CrossMoments>,
-    /// What the residual stream lacks where it enters the block, with them: `x_original - x_rounded`.
-    pub lack: Option<CrossMoments>,
 }
 
 impl Merge for Seen {
     fn merge(&mut self, later: Self) {
         self.moments.merge(later.moments);
-        for (sum, later) in [(&mut self.cross, later.cross), (&mut self.lack, later.lack)] {
-            if let (Some(sum), Some(later)) = (sum, later) {
-                sum.merge(later);
-            }
+        if let (Some(cross), Some(later)) = (&mut self.cross, later.cross) {
+            cross.merge(later);
         }
     }
 }
@@ -105,33 +101,15 @@ impl StageMoments<'_> {
     fn cell(&self, cell: usize, inputs: &[&str]) -> Result<SeenInputs> {
         let (lengths, routing) = (&self.streams.cells[cell], routing_of(self.routes, cell));
         let mut capture = Capture::new(inputs, routing);
-        let stream = self.streams.rounded.read(cell)?;
-        self.current
-            .run(&mut stream.clone(), lengths, &mut capture)?;
+        let mut stream = self.streams.rounded.read(cell)?;
+        self.show(self.current, &mut stream, lengths, routing, &mut capture)?;
         let mut originals = Capture::new(inputs, routing);
-        let mut lack = Vec::new();
         if self.job.rounding.target_correction > 0.0 {
-            let mut original = self.streams.original.read(cell)?;
-            let pairs = original.iter().zip(&stream);
-            lack = pairs
-                .map(|(original, rounded)| original - rounded)
-                .collect();
-            self.show(
-                self.original,
-                &mut original,
-                lengths,
-                routing,
-                &mut originals,
-            )?;
+            let mut stream = self.streams.original.read(cell)?;
+            self.show(self.original, &mut stream, lengths, routing, &mut originals)?;
         }
-        let isa = self.job.isa();
-        let seen = |(key, captured): ((String, usize), Captured)| {
-            let mut found = seen(isa, &captured, originals.inputs.get(&key));
-            if stages::closes(&key.0) && !lack.is_empty() {
-                let width = self.job.weights.stored().config().hidden_size;
-                let rows = (&captured.rows[..], captured.in_features);
-                found.lack = Some(CrossMoments::of(isa, (&lack, width), rows));
-            }
+        let seen = |(key, captured)| {
+            let found = seen(self.job.isa(), &captured, originals.inputs.get(&key));
             (key, found)
         };
         Ok(capture.inputs.into_iter().map(seen).collect())
@@ -147,11 +125,7 @@ fn seen(isa: Isa, captured: &Captured, original: Option<&Captured>) -> Seen {
     let original = original.filter(|_| weights.is_none());
     let cross =
         original.map(|original| CrossMoments::of(isa, (&original.rows, n), (&captured.rows, n)));
-    Seen {
-        moments,
-        cross,
-        lack: None,
-    }
+    Seen { moments, cross }
 }
 
 /// Rounds the head, whose inputs are the normed streams behind the last block.

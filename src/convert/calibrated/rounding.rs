@@ -245,7 +245,6 @@ impl Rows<'_> {
             let correction = Correction {
                 cross,
                 seen: &seen.moments,
-                lack: seen.lack.as_ref(),
                 share: beta,
             };
             correction.apply(self.job.isa(), self.values, moments)

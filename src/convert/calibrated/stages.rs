@@ -48,12 +48,6 @@ pub fn input_of(name: &str) -> String {
     name.to_string()
 }
 
-/// Whether a tensor writes to the residual stream for every token: it can make up for what the stream lacks.
-pub fn closes(name: &str) -> bool {
-    let writers = ["ssm_out.", "attn_output.", "ffn_down.", "ffn_down_shexp."];
-    writers.iter().any(|writer| name.contains(writer))
-}
-
 /// Whether a tensor's input is the normed stream itself.
 pub fn reads_stream(name: &str, is_latent: bool) -> bool {
     let readers = ["ssm_in.", "attn_q.", "ffn_up.", "ffn_up_shexp."];

@@ -1,11 +1,11 @@
 //! Targets that make up for what the rounded network feeds a layer instead of its original inputs.
 //!
-//! Enters: weights W, moments `M = E[u^T u]` of present inputs u, their cross moments `C = E[v^T u]` with original inputs v
-//! and `K = E[r^T u]` with r, what the residual stream lacks. Leaves: `W + share (W (C - M) + K) (M + damping)^-1`: with
-//! share 1 the weights that, unrounded, come closest to the original outputs, and stream, on present inputs.
+//! Enters: weights W, moments `M = E[u^T u]` of present inputs u, their cross moments `C = E[v^T u]` with original inputs
+//! v. Leaves: `W + share W (C - M) (M + damping)^-1`: with share 1 the weights that, unrounded, come closest to the original
+//! outputs on present inputs.
 //!
-//! Source: GPTAQ (ICML 2025), which applies a share of it column by column; here it is solved for at once, and writers make
-//! up for the stream too.
+//! Source: GPTAQ (ICML 2025), which applies a share of it column by column; here it is solved for at once. Writers that
+//! also make up for what the residual stream lacks where it enters their block were tried and gained nothing.
 
 use rayon::prelude::*;
 
@@ -22,8 +22,6 @@ pub struct Correction<'a> {
     pub cross: &'a CrossMoments,
     /// M.
     pub seen: &'a SecondMoments,
-    /// K, of layers that write to the residual stream.
-    pub lack: Option<&'a CrossMoments>,
     /// How much of the correction is applied (beta).
     pub share: f64,
 }
@@ -34,14 +32,6 @@ impl Correction<'_> {
         let n = moments.in_features();
         let differences = differences(self.cross, self.seen, moments.unit);
         let mut pulls = pulls(isa, rows, &differences, n);
-        if let Some(lack) = self.lack {
-            let per_pair = 1.0 / (lack.tokens as f64 * moments.unit);
-            let sums = lack.sums.iter().map(|sum| (sum * per_pair) as f32);
-            pulls
-                .iter_mut()
-                .zip(sums)
-                .for_each(|(pull, lack)| *pull += lack);
-        }
         pulls
             .par_chunks_mut(n)
             .for_each(|row| solve(row, &moments.factor));

@@ -216,9 +216,9 @@ impl<S: Simd> Sub<'_, S> {
             min: better.select(scales.min, self.scales.min),
         };
         let (step, offset) = (self.scales.step(), self.scales.offset());
-        for j in 0..self.len {
+        for (j, bend) in bends.iter().enumerate().take(self.len) {
             self.errors[j] = self.wanted[j] - (step * self.values[j] - offset);
-            self.gradient[j] = change.mul_add(bends[j], self.gradient[j]);
+            self.gradient[j] = change.mul_add(*bend, self.gradient[j]);
         }
     }
 

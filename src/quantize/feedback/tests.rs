@@ -108,12 +108,6 @@ fn feedback_loses_less_than_the_search_and_passes_lose_less_still() {
         let losses: Vec<f64> = [0, 1, 3]
             .map(|passes| rounded(Isa::detect(), ty, &rows, &moments, passes).1.loss)
             .to_vec();
-        eprintln!(
-            "{ty}: {:.3} {:.3} {:.3}",
-            losses[0] / searched,
-            losses[1] / searched,
-            losses[2] / searched
-        );
         assert!(
             losses[0] < 0.8 * searched,
             "{ty}: {losses:?} and {searched}"
