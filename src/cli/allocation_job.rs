@@ -7,7 +7,7 @@ use nemoconv::artifact::StoredModel;
 use nemoconv::convert::calibrated::sensitivity::{Group, Measurement, Sensitivity};
 use nemoconv::error::{Error, Fault, Result};
 use nemoconv::formats::GgmlType;
-use nemoconv::formats::gguf::DEFAULT_ALIGNMENT;
+use nemoconv::formats::gguf::{DEFAULT_ALIGNMENT, Value as GgufValue};
 use nemoconv::model::nemotron_h::Storage;
 use nemoconv::plan::allocation::{self, Price};
 use nemoconv::plan::file_type::FileType;
@@ -18,7 +18,7 @@ use regex::Regex;
 use serde_json::{Value, json};
 
 use super::args::ToGguf;
-use super::calibrate_job::read_samples;
+use super::calibration_job::Calibration;
 use super::gguf_job::{Prepared, prepare};
 use super::output::{Talk, table};
 use super::progress::Report;
@@ -37,13 +37,15 @@ pub fn allocate(args: &ToGguf, recipe: Recipe, talk: &Talk, stop: &AtomicBool) -
         true => StoredModel::open_widened(&args.model)?,
         false => StoredModel::open(&args.model)?,
     });
-    let base = Chosen::of_scheme(recipe.clone(), Scheme::Mix(FileType::Q8_0));
-    let allocator = Allocator::new(args, prepare(args, &base, &[])?, recipe, &weights);
+    // What cannot be is refused before the model reads anything.
+    let allocator = Allocator::new(args, recipe.clone(), &weights, Vec::new())?;
     allocator.choose(&vec![None; allocator.groups.len()], allocator.budget())?;
-    let samples = read_samples(&weights, text, allocator.recipe.samples)?;
+    let checkpoint = &allocator.base.checkpoint;
+    let calibration = Calibration::begin(args, text, &recipe, checkpoint, talk, stop)?;
+    let allocator = Allocator::new(args, recipe, &weights, calibration.keys())?;
     let measurement = Measurement {
         weights: &weights,
-        samples: &samples,
+        samples: calibration.samples(),
         rounding: allocator.recipe.rounding,
         groups: &allocator.groups,
         progress: &Report::new(*talk),
@@ -53,12 +55,17 @@ pub fn allocate(args: &ToGguf, recipe: Recipe, talk: &Talk, stop: &AtomicBool) -
     let allocation = allocator.fit(measured)?;
     talk.say(allocation.table(&allocator));
     talk.say(allocation.summary(&allocator));
-    Ok(allocation.chosen(&allocator))
+    Ok(Chosen {
+        calibration: Some(calibration),
+        ..allocation.chosen(&allocator)
+    })
 }
 
 /// What is allocated, and what it may take.
 struct Allocator<'a> {
     args: &'a ToGguf,
+    /// What the artifact says of its calibration: bytes that count.
+    keys: Vec<(&'static str, GgufValue)>,
     /// With every tensor that is allocated at 8 bits.
     base: Prepared,
     recipe: Recipe,
@@ -76,8 +83,16 @@ struct Budget {
 }
 
 impl<'a> Allocator<'a> {
-    fn new(args: &'a ToGguf, base: Prepared, recipe: Recipe, weights: &StoredModel) -> Self {
-        let types = recipe.settings(Scheme::Mix(FileType::Q8_0), true).types;
+    fn new(
+        args: &'a ToGguf,
+        recipe: Recipe,
+        weights: &StoredModel,
+        keys: Vec<(&'static str, GgufValue)>,
+    ) -> Result<Self> {
+        let eight_bits = Scheme::Mix(FileType::Q8_0);
+        let chosen = Chosen::of_scheme(recipe.clone(), eight_bits);
+        let base = prepare(args, &chosen, &keys)?;
+        let types = recipe.settings(eight_bits, true).types;
         let mut groups: Vec<Group> = Vec::new();
         for tensor in &base.plan.tensors {
             let is_run = weights.tensor(&tensor.name).is_some();
@@ -97,12 +112,13 @@ impl<'a> Allocator<'a> {
                 }),
             }
         }
-        Self {
+        Ok(Self {
             args,
+            keys,
             base,
             recipe,
             groups,
-        }
+        })
     }
 
     fn tensor(&self, name: &str) -> &PlannedTensor {
@@ -224,7 +240,11 @@ impl<'a> Allocator<'a> {
         loop {
             let types = self.choose(&measured, budget)?;
             let (recipe, scheme) = self.recipe_of(&types)?;
-            let prepared = prepare(self.args, &Chosen::of_scheme(recipe.clone(), scheme), &[])?;
+            let prepared = prepare(
+                self.args,
+                &Chosen::of_scheme(recipe.clone(), scheme),
+                &self.keys,
+            )?;
             let file_bytes = prepared.parts.file_bytes();
             let excess = match self.recipe.aim {
                 Aim::FileBytes(bytes) => file_bytes.saturating_sub(bytes),
@@ -428,6 +448,7 @@ impl Allocation {
             name: format!("{:.2}bpw", self.plan.bits_per_weight()),
             recipe: self.recipe,
             scheme: self.scheme,
+            calibration: None,
         }
     }
 }

@@ -126,6 +126,11 @@ impl Calibration {
         })
     }
 
+    /// What the model reads.
+    pub fn samples(&self) -> &Samples {
+        &self.samples
+    }
+
     /// What the artifact says of it.
     pub fn keys(&self) -> Vec<(&'static str, Value)> {
         let mut keys = vec![

@@ -40,12 +40,12 @@ pub fn to_gguf(args: &ToGguf, talk: &Talk, stop: &AtomicBool) -> Result<()> {
     if args.dry_run {
         return plan(args, talk, stop);
     }
-    let Some(chosen) = recipe_job::choose(args, talk, stop)? else {
+    let Some(mut chosen) = recipe_job::choose(args, talk, stop)? else {
         return Ok(());
     };
     let mut prepared = prepare(args, &chosen, &[])?;
-    let calibration = match &args.calibration.calibration {
-        Some(text) => Some(Calibration::begin(
+    let calibration = match (chosen.calibration.take(), &args.calibration.calibration) {
+        (None, Some(text)) => Some(Calibration::begin(
             args,
             text,
             &chosen.recipe,
@@ -53,7 +53,7 @@ pub fn to_gguf(args: &ToGguf, talk: &Talk, stop: &AtomicBool) -> Result<()> {
             talk,
             stop,
         )?),
-        None => None,
+        (begun, _) => begun,
     };
     if let Some(calibration) = &calibration {
         prepared = prepare(args, &chosen, &calibration.keys())?;
@@ -124,7 +124,8 @@ pub fn plan(args: &ToGguf, talk: &Talk, stop: &AtomicBool) -> Result<()> {
     let Some(chosen) = recipe_job::choose(args, talk, stop)? else {
         return Ok(());
     };
-    let prepared = prepare(args, &chosen, &[])?;
+    let keys = chosen.calibration.as_ref().map(Calibration::keys);
+    let prepared = prepare(args, &chosen, &keys.unwrap_or_default())?;
     if args.json {
         let Prepared {
             checkpoint,

@@ -13,6 +13,7 @@ use serde_json::Value;
 
 use super::allocation_job;
 use super::args::{ToGguf, tensor_type_rule};
+use super::calibration_job::Calibration;
 use super::output::{Talk, print_stdout};
 
 /// A recipe whose types are known.
@@ -23,6 +24,8 @@ pub struct Chosen {
     pub name: String,
     /// How types were allocated, where they were.
     pub allocation: Option<Value>,
+    /// The model with its samples read, where that was needed to choose types.
+    pub calibration: Option<Calibration>,
 }
 
 impl Chosen {
@@ -33,6 +36,7 @@ impl Chosen {
             scheme,
             name: scheme.name().to_string(),
             allocation: None,
+            calibration: None,
         }
     }
 }

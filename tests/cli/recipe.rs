@@ -256,5 +256,5 @@ fn what_cannot_be_is_refused_with_a_way_out() {
         "phase: 1\nouttype: q8_0\n",
         &["`phase` and `outtype` exclude each other"],
     );
-    file("rewrite: {rotation: some}\n", &["rotation", "line 1"]);
+    file("rewrite: {rotation: some}\n", &["`rewrite`", "line 1"]);
 }
