@@ -22,7 +22,8 @@ use crate::error::Result;
 use crate::report::{Finding, Rule, TensorError};
 use crate::rewrite::{Rewrites, Rewritten};
 use block_facts::BlockFacts;
-use expectation::Expectation;
+use expectation::{Expectation, Rounding};
+use nemoconv_formats::gguf::Value;
 use statistics::{At, Measure, Statistics};
 use undo::{View, Views, whole};
 
@@ -85,10 +86,10 @@ fn compare(
         weights.found.push(finding);
         return Ok(weights);
     }
-    let steered = is_steered(artifact);
+    let rounding = rounding_of(artifact);
     let mut judge = judge::Judge::new(artifact, pairing.as_ref());
     for tensor in artifact.tensors().iter().filter(|t| t.weights() > 0) {
-        let Some(expectation) = expectation::of(tensor.ty, steered) else {
+        let Some(expectation) = expectation::of(tensor.ty, rounding) else {
             let message = format!("{} cannot be decoded here", tensor.ty);
             let mut finding = Finding::new(Rule::NotComparable, message).in_tensor(&tensor.name);
             finding.place.layer = layer_of(&tensor.name);
@@ -129,11 +130,30 @@ fn compare(
     Ok(weights)
 }
 
-/// Whether an importance matrix steered the rounding, as llama-quantize and the converter record it.
-fn is_steered(model: &StoredModel) -> bool {
-    let keys = model.metadata().into_iter().flat_map(|m| m.iter());
-    keys.into_iter()
-        .any(|(key, _)| key.starts_with("quantize.imatrix."))
+/// How the artifact was rounded: as llama-quantize and the converter record an importance matrix, as a calibrated
+/// conversion records itself.
+fn rounding_of(model: &StoredModel) -> Rounding {
+    let Some(keys) = model.metadata() else {
+        return Rounding::Nearest;
+    };
+    let calibrated = match keys.get("nemoconv.rounding") {
+        Some(Value::String(rounding)) => serde_json::from_str::<serde_json::Value>(rounding).ok(),
+        _ => None,
+    };
+    let method = calibrated
+        .as_ref()
+        .and_then(|rounding| rounding["method"].as_str());
+    match method {
+        Some("gptq") => Rounding::FedBack,
+        Some("imatrix") => Rounding::Steered,
+        _ if keys
+            .iter()
+            .any(|(key, _)| key.starts_with("quantize.imatrix.")) =>
+        {
+            Rounding::Steered
+        }
+        _ => Rounding::Nearest,
+    }
 }
 
 fn tensor_error(tensor: &StoredTensor, measure: &Measure, statistics: &Statistics) -> TensorError {
@@ -236,7 +256,7 @@ impl<'a> Pairing<'a> {
         let (ours, theirs) = self.views_of(tensor, other);
         let is_float = matches!(stored.ty, GgmlType::F32 | GgmlType::F16 | GgmlType::BF16);
         Some(Pair {
-            expectation: expectation::of(stored.ty, is_steered(self.reference))?,
+            expectation: expectation::of(stored.ty, rounding_of(self.reference))?,
             reference,
             tensor: other,
             is_exact: rewritten.is_none() || is_float,
