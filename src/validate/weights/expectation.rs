@@ -102,11 +102,17 @@ fn ceilings(rounding: Rounding, is_float: bool, nearest: [f64; 4], steered: [f64
             unit_gain: (1.0 - unit_gain, 1.0 + unit_gain),
             block_gain: (1.0 - block_gain, 1.0 + block_gain),
         },
-        _ => Ceilings {
+        Rounding::Steered => Ceilings {
             unit,
             tensor,
             unit_gain: (-0.05, 1.0 + unit_gain.max(0.6)),
             block_gain: (-0.05, 1.0 + block_gain.max(0.3)),
+        },
+        Rounding::FedBack => Ceilings {
+            unit,
+            tensor,
+            unit_gain: (-0.2, 1.0 + unit_gain.max(1.2)),
+            block_gain: (-0.2, 1.0 + block_gain.max(0.6)),
         },
     }
 }
