@@ -84,16 +84,15 @@ pub enum Rounding {
     FedBack,
 }
 
-/// `is_float`: the type has one nearest value for everything.
-fn ceilings(rounding: Rounding, is_float: bool, nearest: [f64; 4], steered: [f64; 2]) -> Ceilings {
+fn ceilings(rounding: Rounding, nearest: [f64; 4], steered: [f64; 2]) -> Ceilings {
     let [unit, tensor, unit_gain, block_gain] = nearest;
     let (unit, tensor) = match rounding {
-        Rounding::FedBack if !is_float => (
+        Rounding::Nearest => (unit, tensor),
+        Rounding::Steered => (steered[0], steered[1]),
+        Rounding::FedBack => (
             (2.0 * steered[0]).max(MOVED[0]),
             (2.0 * steered[1]).max(MOVED[1]),
         ),
-        Rounding::Nearest => (unit, tensor),
-        _ => (steered[0], steered[1]),
     };
     match rounding {
         Rounding::Nearest => Ceilings {
@@ -219,8 +218,12 @@ pub fn of(ty: GgmlType, rounding: Rounding) -> Option<Expectation> {
         T::Q1_0 => row(32, 0.6, 1.0, 1.0, [0.9, 0.6, 1.5, 1.2], [0.9, 0.6]),
         _ => None,
     }?;
-    let is_float = matches!(ty, T::F32 | T::F16 | T::BF16);
-    let ceilings = ceilings(rounding, is_float, nearest, searched);
+    // Floats have one nearest value for everything, and nothing moves them.
+    let rounding = match (ty, rounding) {
+        (T::F32 | T::F16 | T::BF16, Rounding::FedBack) => Rounding::Nearest,
+        (_, rounding) => rounding,
+    };
+    let ceilings = ceilings(rounding, nearest, searched);
     Some(Expectation {
         block: ty.block_elements().max(FLOAT_BLOCK),
         unit,
