@@ -4,8 +4,8 @@
 //! calibration. Rows are independent of each other, so threads change nothing.
 //!
 //! Source: GPTQ, arXiv:2210.17323. We depart from it: one factorization without an inverse ([`cholesky`]); scales are
-//! chosen when their sub-block is reached, by simulated feedback ([`sweep`]); passes of coordinate descent follow over
-//! scales and codes ([`descent`]).
+//! chosen when their sub-block is reached, by simulated feedback (`sweep`); passes of coordinate descent follow over
+//! scales and codes (`descent`).
 
 pub mod cholesky;
 mod correction;
