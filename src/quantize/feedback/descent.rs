@@ -209,12 +209,7 @@ impl<S: Simd> Sub<'_, S> {
         let zero = change.like(0.0);
         let better = (change * (slope + slope + change * curvature)).lt(zero);
         let change = better.select(change, zero);
-        self.scales = Scales {
-            d: better.select(scales.d, self.scales.d),
-            dmin: better.select(scales.dmin, self.scales.dmin),
-            scale: better.select(scales.scale, self.scales.scale),
-            min: better.select(scales.min, self.scales.min),
-        };
+        self.scales = self.scales.or_where(better, &scales);
         let (step, offset) = (self.scales.step(), self.scales.offset());
         for (j, bend) in bends.iter().enumerate().take(self.len) {
             self.errors[j] = self.wanted[j] - (step * self.values[j] - offset);

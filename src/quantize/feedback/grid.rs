@@ -9,7 +9,7 @@ use pulp::Simd;
 
 use super::super::affine::{self, AffineGrid};
 use super::super::iq4_xs::{self, Iq4Values};
-use super::super::lanes::{F16_MAX, Lanes};
+use super::super::lanes::{F16_MAX, Lanes, Mask};
 use super::super::searched_block::Problem as BlockProblem;
 use super::super::super_block::{Problem, SUPER_BLOCK, Sweep};
 use super::super::symmetric::{self, Codebook, SymmetricGrid, Whole, largest};
@@ -45,6 +45,17 @@ impl<S: Simd> Scales<S> {
     #[inline(always)]
     pub fn offset(&self) -> Lanes<S> {
         self.dmin * self.min
+    }
+
+    /// `other` where the mask holds.
+    #[inline(always)]
+    pub fn or_where(self, mask: Mask<S>, other: &Self) -> Self {
+        Self {
+            d: mask.select(other.d, self.d),
+            dmin: mask.select(other.dmin, self.dmin),
+            scale: mask.select(other.scale, self.scale),
+            min: mask.select(other.min, self.min),
+        }
     }
 
     /// Both factors fixed, no multiples chosen yet.

@@ -253,12 +253,7 @@ impl<S: Simd> SubProblem<'_, S> {
             for (scales, loss) in group.iter().zip(losses) {
                 let better = loss.lt(least);
                 least = better.select(loss, least);
-                best = Scales {
-                    d: better.select(scales.d, best.d),
-                    dmin: better.select(scales.dmin, best.dmin),
-                    scale: better.select(scales.scale, best.scale),
-                    min: better.select(scales.min, best.min),
-                };
+                best = best.or_where(better, scales);
             }
         }
         best
