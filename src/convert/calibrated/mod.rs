@@ -90,7 +90,7 @@ pub struct Calibrated<'a> {
     pub samples: &'a Samples,
     /// How weights are rounded.
     pub rounding: Rounding,
-    /// Bytes of memory that second moments and streams may take together.
+    /// Residual streams that would take more than half of so many bytes go to a temporary file.
     pub memory_bytes: u64,
     /// Told how far the work is.
     pub progress: &'a dyn Progress,
@@ -224,6 +224,7 @@ impl Calibrated<'_> {
             self.check_stop()?;
             let open = stage.iter().filter(|name| !workspace.is_finished(name));
             let open: Vec<&str> = open.copied().collect();
+            self.skip(stage.iter().filter(|name| !open.contains(name)));
             if open.is_empty() {
                 continue;
             }
@@ -239,6 +240,12 @@ impl Calibrated<'_> {
         }
         let current = self.current_layer(block, &names, &originals, workspace)?;
         self.advance(&original, &current, streams, &routes)
+    }
+
+    /// Counts tensors that an earlier run finished.
+    fn skip<'n>(&self, names: impl Iterator<Item = &'n &'n str>) {
+        let tensors = names.filter_map(|name| self.tensor(name));
+        tensors.for_each(|tensor| self.progress.advance(tensor.bytes()));
     }
 
     /// The block with what is rounded so far, and the rest as it was.
@@ -315,6 +322,7 @@ impl Calibrated<'_> {
         self.round_plainly(norm, workspace)?;
         let head = "output.weight";
         if self.tensor(head).is_none() || workspace.is_finished(head) {
+            self.skip([&head].into_iter());
             return Ok(());
         }
         let norm = self.weights.matrix(norm, 0)?;
