@@ -1,5 +1,6 @@
 //! The calibrated part of `to-gguf`: from a text to rewrites, and to rounded tensors in a workspace beside the artifact.
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -192,6 +193,7 @@ impl Calibration {
         let job = Calibrated {
             weights: &self.weights,
             plan,
+            integers: &BTreeMap::new(),
             samples: &self.samples,
             rounding: self.rounding,
             memory_bytes: 4 << 30,

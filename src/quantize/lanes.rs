@@ -161,6 +161,14 @@ impl<S: Simd> Lanes<S> {
         (clamped + magic) - magic
     }
 
+    /// The nearest BF16, ties to even, of a value below 2^110 in magnitude.
+    #[inline(always)]
+    pub fn round_to_bf16(self) -> Self {
+        let step = self.power_of_two().max(self.like(f32::MIN_POSITIVE));
+        let magic = step * self.like(1.5 * 65536.0);
+        (self + magic) - magic
+    }
+
     /// Where `self < other`.
     #[inline(always)]
     pub fn lt(self, other: Self) -> Mask<S> {

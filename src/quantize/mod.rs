@@ -6,6 +6,8 @@ mod affine;
 mod affine_block;
 pub mod feedback;
 mod float;
+pub mod form;
+pub mod integer;
 mod iq4_nl;
 mod iq4_xs;
 pub mod lanes;

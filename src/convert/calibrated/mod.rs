@@ -11,12 +11,10 @@ pub mod sensitivity;
 mod stages;
 pub mod workspace;
 
+use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-
-use nemoconv_formats::GgmlType;
-use nemoconv_formats::block::dequantize;
 
 use super::Progress;
 use crate::artifact::{MemoryTensor, StoredModel};
@@ -30,6 +28,8 @@ use crate::calibrate::stream::Streams;
 use crate::error::{Error, Result};
 use crate::plan::{Plan, PlannedTensor};
 use crate::quantize::feedback::Damping;
+use crate::quantize::form::Form;
+use crate::quantize::integer::IntegerGrid;
 use crate::rewrite::RewrittenModel;
 pub use ledger::{ExpertTokens, TensorOutcome, Treatment};
 use moments::StageMoments;
@@ -86,6 +86,8 @@ pub struct Calibrated<'a> {
     pub weights: &'a RewrittenModel,
     /// What each tensor becomes.
     pub plan: &'a Plan,
+    /// By tensor: grids of those that become integer rows instead.
+    pub integers: &'a BTreeMap<String, IntegerGrid>,
     /// What the network reads.
     pub samples: &'a Samples,
     /// How weights are rounded.
@@ -133,23 +135,36 @@ impl Calibrated<'_> {
         }
     }
 
-    /// A tensor with bytes of type `ty`.
-    fn memory_tensor(&self, name: &str, ty: GgmlType, bytes: Arc<[u8]>) -> Result<MemoryTensor> {
-        let tensor = crate::forward::required(self.weights.stored(), name)?;
-        Ok(MemoryTensor {
-            name: name.to_string(),
-            ty,
-            matrices: tensor.matrices,
-            rows: tensor.rows,
-            columns: tensor.columns,
-            bytes,
-        })
+    /// How a tensor is stored.
+    fn form(&self, tensor: &PlannedTensor) -> Form {
+        match self.integers.get(&tensor.name) {
+            Some(grid) => Form::Integer(*grid),
+            None => Form::Block(tensor.ty),
+        }
     }
 
-    /// A tensor as the workspace holds it.
-    fn rounded(&self, name: &str, workspace: &Workspace) -> Result<MemoryTensor> {
-        let ty = self.tensor(name).map_or(GgmlType::F32, |tensor| tensor.ty);
-        self.memory_tensor(name, ty, workspace.read(name)?.into())
+    /// A tensor as the workspace holds it; integer rows as the weights they stand for.
+    fn rounded(&self, tensor: &PlannedTensor, workspace: &Workspace) -> Result<MemoryTensor> {
+        let stored = crate::forward::required(self.weights.stored(), &tensor.name)?;
+        let shape = [stored.matrices, stored.rows, stored.columns];
+        let bytes = workspace.read(&tensor.name)?;
+        let ty = match self.form(tensor) {
+            Form::Block(ty) => ty,
+            form @ Form::Integer(_) => {
+                let mut values = vec![0.0; shape.iter().product()];
+                form.dequantize(stored.columns, &bytes, &mut values)?;
+                return Ok(MemoryTensor::of_f32(&tensor.name, shape, &values));
+            }
+        };
+        let [matrices, rows, columns] = shape;
+        Ok(MemoryTensor {
+            name: tensor.name.clone(),
+            ty,
+            matrices,
+            rows,
+            columns,
+            bytes: bytes.into(),
+        })
     }
 
     /// Rounds the embedding, whose inputs are one-hot, and looks up every token in both versions.
@@ -158,9 +173,11 @@ impl Calibrated<'_> {
         self.round_plainly(name, workspace)?;
         let hidden = self.weights.stored().config().hidden_size;
         let original = self.weights.matrix(name, 0)?;
-        let stored = self.rounded(name, workspace)?;
         let mut rounded = vec![0.0; original.len()];
-        dequantize(stored.ty, &stored.bytes, &mut rounded)?;
+        if let Some(tensor) = self.tensor(name) {
+            let bytes = workspace.read(name)?;
+            self.form(tensor).dequantize(hidden, &bytes, &mut rounded)?;
+        }
         let cells: Vec<Vec<usize>> = self
             .samples
             .cells()
@@ -256,14 +273,13 @@ impl Calibrated<'_> {
         originals: &[MemoryTensor],
         workspace: &Workspace,
     ) -> Result<Layer> {
-        let tensors =
-            names
-                .iter()
-                .zip(originals)
-                .map(|(name, original)| match workspace.is_finished(name) {
-                    true => self.rounded(name, workspace),
-                    false => Ok(original.clone()),
-                });
+        let tensors = names
+            .iter()
+            .zip(originals)
+            .map(|(name, original)| match self.tensor(name) {
+                Some(tensor) if workspace.is_finished(name) => self.rounded(tensor, workspace),
+                _ => Ok(original.clone()),
+            });
         Layer::open(
             self.weights.stored().config(),
             block,

@@ -1,27 +1,25 @@
 //! One tensor to its stored bytes, by the method that fits what is known of its inputs.
 
-use nemoconv_formats::GgmlType;
-use nemoconv_formats::block::dequantize;
-
 use super::moments::{Seen, SeenInputs};
 use super::{Calibrated, ExpertTokens, Method, TensorOutcome, Treatment};
 use crate::calibrate::experts::own_share;
 use crate::calibrate::second_moments::SecondMoments;
 use crate::error::Result;
 use crate::plan::PlannedTensor;
-use crate::quantize::feedback::{self, Correction, InputMoments, can_feed_back};
-use crate::quantize::quantize_rows;
+use crate::quantize::feedback::{self, Correction, InputMoments};
+use crate::quantize::form::Form;
 
 /// Rounds a tensor whose inputs are not known.
 pub fn plain(job: &Calibrated, tensor: &PlannedTensor) -> Result<(Vec<u8>, TensorOutcome)> {
     let shape = crate::forward::required(job.weights.stored(), &tensor.name)?.clone();
-    let mut outcome = empty_outcome(tensor);
+    let form = job.form(tensor);
+    let mut outcome = empty_outcome(tensor, form, shape.columns);
     let mut bytes = Vec::new();
     for matrix in 0..shape.matrices {
         let values = job.weights.matrix(&tensor.name, matrix)?;
         outcome.nonfinite += nonfinite(&values);
-        let (stored, overflows) = nearest(tensor.ty, shape.columns, &values, None);
-        outcome.overflows += overflows;
+        let (stored, overflows) = form.nearest(shape.columns, &values, None);
+        outcome.overflows += overflows.0;
         bytes.extend(stored);
     }
     Ok((bytes, outcome))
@@ -37,7 +35,8 @@ pub fn with_inputs(
     let shape = crate::forward::required(job.weights.stored(), &tensor.name)?.clone();
     let pool = (shape.matrices > 1).then(|| pool(input, seen)).flatten();
     let mut sums = Sums::default();
-    let mut outcome = empty_outcome(tensor);
+    let form = job.form(tensor);
+    let mut outcome = empty_outcome(tensor, form, shape.columns);
     let mut bytes = Vec::new();
     for matrix in 0..shape.matrices {
         let values = job.weights.matrix(&tensor.name, matrix)?;
@@ -45,7 +44,7 @@ pub fn with_inputs(
         let seen = seen.get(&(input.to_string(), matrix));
         let rows = Rows {
             job,
-            ty: tensor.ty,
+            form,
             columns: shape.columns,
             values: &values,
         };
@@ -69,14 +68,14 @@ pub fn with_inputs(
     Ok((bytes, outcome))
 }
 
-fn empty_outcome(tensor: &PlannedTensor) -> TensorOutcome {
+fn empty_outcome(tensor: &PlannedTensor, form: Form, columns: usize) -> TensorOutcome {
     TensorOutcome {
         tensor: tensor.name.clone(),
-        ty: tensor.ty.name().to_string(),
-        bits_per_weight: tensor.ty.bits_per_weight(),
-        treatment: match tensor.ty {
-            GgmlType::F32 | GgmlType::F16 | GgmlType::BF16 => Treatment::Kept,
-            _ => Treatment::Rtn,
+        ty: form.to_string(),
+        bits_per_weight: form.bits_per_weight(columns),
+        treatment: match form.is_searched() {
+            false => Treatment::Kept,
+            true => Treatment::Rtn,
         },
         rtn_loss: None,
         loss: None,
@@ -110,17 +109,6 @@ fn pool(input: &str, seen: &SeenInputs) -> Option<SecondMoments> {
         }
     }
     pool
-}
-
-fn nearest(
-    ty: GgmlType,
-    columns: usize,
-    values: &[f32],
-    importance: Option<&[f32]>,
-) -> (Vec<u8>, u64) {
-    let mut bytes = vec![0; ty.bytes_for(values.len() as u64).unwrap_or(0) as usize];
-    let overflows = quantize_rows(ty, columns, values, importance, &mut bytes).0;
-    (bytes, overflows)
 }
 
 /// Losses of all matrices of a tensor.
@@ -179,7 +167,7 @@ struct RoundedMatrix {
 /// One matrix about to be rounded.
 struct Rows<'a> {
     job: &'a Calibrated<'a>,
-    ty: GgmlType,
+    form: Form,
     columns: usize,
     values: &'a [f32],
 }
@@ -191,7 +179,8 @@ impl Rows<'_> {
         pool: Option<&SecondMoments>,
         is_writer: bool,
     ) -> RoundedMatrix {
-        let (rtn, rtn_overflows) = nearest(self.ty, self.columns, self.values, None);
+        let (rtn, rtn_overflows) = self.form.nearest(self.columns, self.values, None);
+        let rtn_overflows = rtn_overflows.0;
         let unknown = |bytes, treatment, overflows| RoundedMatrix {
             bytes,
             treatment,
@@ -202,7 +191,7 @@ impl Rows<'_> {
             dead_inputs: 0,
             overflows,
         };
-        if !crate::quantize::is_searched(self.ty) {
+        if !self.form.is_searched() {
             return unknown(rtn, Treatment::Kept, rtn_overflows);
         }
         let Some(seen) = seen else {
@@ -216,15 +205,16 @@ impl Rows<'_> {
         };
         let (bytes, treatment, overflows) = match self.job.rounding.method {
             Method::Rtn => (rtn.clone(), Treatment::Rtn, rtn_overflows),
-            Method::Gptq if can_feed_back(self.ty) => {
+            Method::Gptq if self.form.can_feed_back(self.columns) => {
                 let (bytes, overflows) = self.feed_back(seen, &moments);
                 (bytes, Treatment::Gptq, overflows)
             }
             _ => {
                 let importance = seen.moments.mean_squares();
                 let (bytes, overflows) =
-                    nearest(self.ty, self.columns, self.values, Some(&importance));
-                (bytes, Treatment::Imatrix, overflows)
+                    self.form
+                        .nearest(self.columns, self.values, Some(&importance));
+                (bytes, Treatment::Imatrix, overflows.0)
             }
         };
         RoundedMatrix {
@@ -250,17 +240,17 @@ impl Rows<'_> {
             correction.apply(self.job.isa(), self.values, moments)
         });
         let rows = corrected.as_deref().unwrap_or(self.values);
-        let mut bytes = vec![0; self.ty.bytes_for(rows.len() as u64).unwrap_or(0) as usize];
         let passes = self.job.rounding.passes;
-        let rounded =
-            feedback::quantize_rows(self.job.isa(), self.ty, rows, moments, passes, &mut bytes);
+        let (bytes, rounded) = self.form.feed_back(self.job.isa(), rows, moments, passes);
         (bytes, rounded.overflow)
     }
 
     /// Of stored bytes against the original weights.
     fn loss(&self, bytes: &[u8], moments: &InputMoments) -> f64 {
         let mut stored = vec![0.0; self.values.len()];
-        dequantize(self.ty, bytes, &mut stored).expect("the type was written just now");
+        self.form
+            .dequantize(self.columns, bytes, &mut stored)
+            .expect("the form was written just now");
         stored
             .iter_mut()
             .zip(self.values)

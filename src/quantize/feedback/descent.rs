@@ -3,22 +3,22 @@
 //! Enters: rounded rows, the gradient of a chunk of columns, the second moments. Leaves: rows with no more loss. One row per
 //! lane, sums in order of columns.
 
-use std::marker::PhantomData;
 use std::ops::Range;
 
 use pulp::{Simd, WithSimd};
 
+use super::super::integer::ScaleFloat;
 use super::super::lanes::Lanes;
 use super::super::symmetric::Codebook;
 use super::cholesky::Strips;
-use super::grid::{FeedbackGrid, Lattice, MAX_SUB, Scales};
+use super::grid::{FeedbackGrid, Lattice, Scales};
 use super::sweep::{Half, ROWS, Row, gather, spread, write};
 
 /// One pass over a chunk of columns.
 ///
 /// The loss is `tr(E M E^T)`; with `g = E M`, an error that changes by `c` in column j changes it by
 /// `c (2 g[j] + c M[j][j])`.
-pub struct Pass<'a, G> {
+pub struct Pass<'a, G, const SUB: usize> {
     /// The rows.
     pub half: &'a mut Half,
     /// Columns of the chunk: whole sub-blocks.
@@ -30,10 +30,10 @@ pub struct Pass<'a, G> {
     /// M.
     pub moments: &'a Strips,
     /// The type.
-    pub grid: PhantomData<G>,
+    pub grid: &'a G,
 }
 
-impl<G: FeedbackGrid> WithSimd for Pass<'_, G> {
+impl<G: FeedbackGrid, const SUB: usize> WithSimd for Pass<'_, G, SUB> {
     type Output = ();
 
     #[inline(always)]
@@ -44,17 +44,17 @@ impl<G: FeedbackGrid> WithSimd for Pass<'_, G> {
     }
 }
 
-impl<G: FeedbackGrid> Pass<'_, G> {
+impl<G: FeedbackGrid, const SUB: usize> Pass<'_, G, SUB> {
     #[inline(always)]
     fn lanes<S: Simd>(&mut self, simd: S, lane: usize) {
-        let mut inner = [0.0; MAX_SUB * MAX_SUB];
-        for first in self.chunk.clone().step_by(G::SUB) {
-            gather(self.moments, first, G::SUB, &mut inner);
+        let mut inner = [[0.0; SUB]; SUB];
+        for first in self.chunk.clone().step_by(SUB) {
+            gather(self.moments, first, &mut inner);
             let mut sub = self.open(simd, lane, first, &inner);
-            sub.refit_scales(G::LATTICE);
+            sub.refit_scales(self.grid.lattice());
             sub.move_codes::<G::Codebook>();
             self.close(lane, first, &sub);
-            let done = first..first + G::SUB;
+            let done = first..first + SUB;
             spread(
                 simd,
                 lane,
@@ -73,20 +73,19 @@ impl<G: FeedbackGrid> Pass<'_, G> {
         simd: S,
         lane: usize,
         first: usize,
-        inner: &'i [f32],
-    ) -> Sub<'i, S> {
+        inner: &'i [[f32; SUB]; SUB],
+    ) -> Sub<'i, S, SUB> {
         let zero = Lanes::zero(simd);
         let mut sub = Sub {
-            wanted: [zero; MAX_SUB],
-            errors: [zero; MAX_SUB],
-            before: [zero; MAX_SUB],
-            values: [zero; MAX_SUB],
-            gradient: [zero; MAX_SUB],
-            scales: self.half.scales_at(simd, first / G::SUB, lane),
-            len: G::SUB,
+            wanted: [zero; SUB],
+            errors: [zero; SUB],
+            before: [zero; SUB],
+            values: [zero; SUB],
+            gradient: [zero; SUB],
+            scales: self.half.scales_at(simd, first / SUB, lane),
             inner,
         };
-        for j in 0..G::SUB {
+        for j in 0..SUB {
             sub.wanted[j] = Lanes::read(simd, &self.half.wanted[first + j][lane..]);
             sub.errors[j] = Lanes::read(simd, &self.half.errors[first + j][lane..]);
             sub.values[j] = Lanes::read(simd, &self.half.values[first + j][lane..]);
@@ -98,8 +97,8 @@ impl<G: FeedbackGrid> Pass<'_, G> {
     }
 
     #[inline(always)]
-    fn close<S: Simd>(&mut self, lane: usize, first: usize, sub: &Sub<S>) {
-        for j in 0..G::SUB {
+    fn close<S: Simd>(&mut self, lane: usize, first: usize, sub: &Sub<S, SUB>) {
+        for j in 0..SUB {
             write(&mut self.half.errors[first + j][lane..], sub.errors[j]);
             write(&mut self.half.values[first + j][lane..], sub.values[j]);
             write(
@@ -107,33 +106,39 @@ impl<G: FeedbackGrid> Pass<'_, G> {
                 sub.errors[j] - sub.before[j],
             );
         }
-        self.half.set_scales(first / G::SUB, lane, &sub.scales);
+        self.half.set_scales(first / SUB, lane, &sub.scales);
     }
 }
 
 /// A sub-block while it moves.
-struct Sub<'a, S: Simd> {
-    wanted: [Lanes<S>; MAX_SUB],
-    errors: [Lanes<S>; MAX_SUB],
-    before: [Lanes<S>; MAX_SUB],
-    values: [Lanes<S>; MAX_SUB],
-    gradient: [Lanes<S>; MAX_SUB],
+struct Sub<'a, S: Simd, const SUB: usize> {
+    wanted: [Lanes<S>; SUB],
+    errors: [Lanes<S>; SUB],
+    before: [Lanes<S>; SUB],
+    values: [Lanes<S>; SUB],
+    gradient: [Lanes<S>; SUB],
     scales: Scales<S>,
-    len: usize,
     /// M inside the sub-block, see [`gather`].
-    inner: &'a [f32],
+    inner: &'a [[f32; SUB]; SUB],
 }
 
-impl<S: Simd> Sub<'_, S> {
+impl<S: Simd, const SUB: usize> Sub<'_, S, SUB> {
     /// Moves scale and minimum, codes held, to the best the type can store.
     #[inline(always)]
     fn refit_scales(&mut self, lattice: Lattice) {
         match lattice {
             Lattice::Fixed => {}
-            Lattice::Half => self.move_step(|scales, change| Scales {
-                d: (scales.d + change).round_to_f16(),
+            Lattice::Own(float) => self.move_step(|scales, change| Scales {
+                d: float.nearest(scales.d + change),
                 ..scales
             }),
+            Lattice::ZeroPoint(float, low, high) => {
+                self.move_step_and_offset(float);
+                self.move_offset(|scales, change| Scales {
+                    min: whole(scales.min + change * scales.d.recip_or_zero(), low, high),
+                    ..scales
+                });
+            }
             Lattice::HalfWithMin => {
                 self.move_step(|scales, change| Scales {
                     d: (scales.d + change).round_to_f16(),
@@ -169,9 +174,26 @@ impl<S: Simd> Sub<'_, S> {
         self.accept(scales, change, slope, curvature, &bends);
     }
 
+    /// Moves a scale that the minimum is a multiple of.
+    #[inline(always)]
+    fn move_step_and_offset(&mut self, float: ScaleFloat) {
+        let direction = self.values.map(|value| value - self.scales.min);
+        let (slope, curvature, bends) = self.along(&direction);
+        let moved = float.nearest(self.scales.d + slope * curvature.recip_or_zero());
+        let positive = moved.gt(moved.like(0.0));
+        let d = positive.select(moved, self.scales.d);
+        let change = self.scales.d - d;
+        let scales = Scales {
+            d,
+            dmin: d,
+            ..self.scales
+        };
+        self.accept(scales, change, slope, curvature, &bends);
+    }
+
     #[inline(always)]
     fn move_offset(&mut self, moved: impl Fn(Scales<S>, Lanes<S>) -> Scales<S>) {
-        let direction = [self.gradient[0].like(1.0); MAX_SUB];
+        let direction = [self.gradient[0].like(1.0); SUB];
         let (slope, curvature, bends) = self.along(&direction);
         let scales = moved(self.scales, -(slope * curvature.recip_or_zero()));
         let change = scales.offset() - self.scales.offset();
@@ -180,13 +202,13 @@ impl<S: Simd> Sub<'_, S> {
 
     /// For errors that change along a direction v: `g v`, `v M v` and `v M`.
     #[inline(always)]
-    fn along(&self, direction: &[Lanes<S>; MAX_SUB]) -> (Lanes<S>, Lanes<S>, [Lanes<S>; MAX_SUB]) {
+    fn along(&self, direction: &[Lanes<S>; SUB]) -> (Lanes<S>, Lanes<S>, [Lanes<S>; SUB]) {
         let zero = self.gradient[0].like(0.0);
-        let (mut slope, mut curvature, mut bends) = (zero, zero, [zero; MAX_SUB]);
-        for j in 0..self.len {
-            let row = &self.inner[j * MAX_SUB..][..MAX_SUB];
+        let (mut slope, mut curvature, mut bends) = (zero, zero, [zero; SUB]);
+        for j in 0..SUB {
+            let row = &self.inner[j];
             let mut bend = zero;
-            for i in 0..self.len {
+            for i in 0..SUB {
                 bend = direction[i].mul_add(zero.like(row[i]), bend);
             }
             bends[j] = bend;
@@ -204,14 +226,14 @@ impl<S: Simd> Sub<'_, S> {
         change: Lanes<S>,
         slope: Lanes<S>,
         curvature: Lanes<S>,
-        bends: &[Lanes<S>; MAX_SUB],
+        bends: &[Lanes<S>; SUB],
     ) {
         let zero = change.like(0.0);
         let better = (change * (slope + slope + change * curvature)).lt(zero);
         let change = better.select(change, zero);
         self.scales = self.scales.or_where(better, &scales);
         let (step, offset) = (self.scales.step(), self.scales.offset());
-        for (j, bend) in bends.iter().enumerate().take(self.len) {
+        for (j, bend) in bends.iter().enumerate() {
             self.errors[j] = self.wanted[j] - (step * self.values[j] - offset);
             self.gradient[j] = change.mul_add(*bend, self.gradient[j]);
         }
@@ -223,9 +245,9 @@ impl<S: Simd> Sub<'_, S> {
         let zero = self.gradient[0].like(0.0);
         let (step, offset) = (self.scales.step(), self.scales.offset());
         let inverse = step.recip_or_zero();
-        let mut changes = [zero; MAX_SUB];
-        for j in 0..self.len {
-            let row = &self.inner[j * MAX_SUB..][..MAX_SUB];
+        let mut changes = [zero; SUB];
+        for j in 0..SUB {
+            let row = &self.inner[j];
             let mut gradient = self.gradient[j];
             for (change, moment) in changes[..j].iter().zip(row) {
                 gradient = change.mul_add(zero.like(*moment), gradient);

@@ -7,17 +7,18 @@ use bytemuck::Pod;
 use half::f16;
 use pulp::Simd;
 
+use super::super::ScaleOverflow;
 use super::super::affine::{self, AffineGrid};
+use super::super::integer::ScaleFloat;
 use super::super::iq4_xs::{self, Iq4Values};
 use super::super::lanes::{F16_MAX, Lanes, Mask};
 use super::super::searched_block::Problem as BlockProblem;
 use super::super::super_block::{Problem, SUPER_BLOCK, Sweep};
 use super::super::symmetric::{self, Codebook, SymmetricGrid, Whole, largest};
 use super::super::{affine_block, mxfp4, q2_k, q3_k, q4_k, q5_k, q6_k};
+use super::sweep::Half;
 use crate::formats::block::*;
 
-/// Most weights of a sub-block.
-pub const MAX_SUB: usize = 32;
 /// Most candidates of a sub-block.
 pub const MAX_CANDIDATES: usize = 40;
 
@@ -60,7 +61,7 @@ impl<S: Simd> Scales<S> {
 
     /// Both factors fixed, no multiples chosen yet.
     #[inline(always)]
-    fn head(d: Lanes<S>, dmin: Lanes<S>) -> Self {
+    pub fn head(d: Lanes<S>, dmin: Lanes<S>) -> Self {
         let zero = d.like(0.0);
         Self {
             d,
@@ -72,7 +73,7 @@ impl<S: Simd> Scales<S> {
 
     /// A block with a scale and minimum of its own.
     #[inline(always)]
-    fn of_block(d: Lanes<S>, dmin: Lanes<S>) -> Self {
+    pub fn of_block(d: Lanes<S>, dmin: Lanes<S>) -> Self {
         let one = d.like(1.0);
         Self {
             d,
@@ -100,8 +101,9 @@ impl<S: Simd> Candidates<S> {
         }
     }
 
+    /// One more.
     #[inline(always)]
-    fn push(&mut self, scales: Scales<S>) {
+    pub fn push(&mut self, scales: Scales<S>) {
         self.all[self.count] = scales;
         self.count += 1;
     }
@@ -120,13 +122,15 @@ impl<S: Simd> Candidates<S> {
 /// How the scales of a type may move once its codes are known.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Lattice {
-    /// The scale is an f16 of its own.
-    Half,
+    /// The scale is a float of its own.
+    Own(ScaleFloat),
     /// The scale is an f16 of its own, and so is the minimum.
     HalfWithMin,
+    /// The scale is a float of its own, the minimum a whole multiple of it within these bounds.
+    ZeroPoint(ScaleFloat, f32, f32),
     /// Whole multiples of the super-block's factors, within these bounds; the second pair for minima.
     Whole(f32, f32, Option<f32>),
-    /// Powers of two: no refit.
+    /// No refit: powers of two, or scales that were chosen beforehand.
     Fixed,
 }
 
@@ -134,34 +138,105 @@ pub enum Lattice {
 ///
 /// Everything is inlined by force, to be compiled for the CPU at hand.
 pub trait FeedbackGrid: Sync + Send {
-    /// The packed block.
-    type Block: Pod;
     /// The values of codes.
     type Codebook: Codebook;
     /// Weights of a block.
     const BLOCK: usize;
     /// Weights that share scales.
     const SUB: usize;
-    /// How scales may be refitted.
-    const LATTICE: Lattice;
 
-    /// What is fixed when a block begins, given its targets and what an error in each column counts.
+    /// How scales may be refitted.
+    fn lattice(&self) -> Lattice;
+
+    /// Scales that are chosen before the first pass, on the weights themselves: `pivots` is what an error in each column
+    /// counts.
+    fn preset(&self, half: &mut Half, pivots: &[f32]) {
+        let _ = (half, pivots);
+    }
+
+    /// What is fixed when a block begins, given its targets, what an error in each column counts, and scales chosen
+    /// beforehand.
     #[inline(always)]
-    fn begin<S: Simd>(simd: S, targets: &[Lanes<S>], weights: &[f32]) -> Scales<S> {
-        let _ = (targets, weights);
-        Scales::head(Lanes::zero(simd), Lanes::zero(simd))
+    fn begin<S: Simd>(
+        &self,
+        simd: S,
+        targets: &[Lanes<S>],
+        weights: &[f32],
+        preset: Scales<S>,
+    ) -> Scales<S> {
+        let _ = (simd, targets, weights);
+        preset
     }
 
     /// Scales to try for a sub-block, at least one.
     fn candidates<S: Simd>(
+        &self,
         head: &Scales<S>,
         targets: &[Lanes<S>],
         weights: &[Lanes<S>],
         out: &mut Candidates<S>,
     );
 
-    /// Packs one block: `scales` of every sub-block as `[d, dmin, scale, min]`, codes in order.
-    fn pack(scales: &[[f32; 4]], codes: &[u8]) -> Self::Block;
+    /// Bytes of a packed row.
+    fn row_bytes(&self, columns: usize) -> usize;
+
+    /// Packs one row.
+    fn pack_row(&self, row: RoundedRow, out: &mut [u8]) -> ScaleOverflow;
+}
+
+/// One finished row.
+#[derive(Clone, Copy)]
+pub struct RoundedRow<'a> {
+    /// The rows it is one of.
+    pub half: &'a Half,
+    /// Which.
+    pub lane: usize,
+}
+
+impl RoundedRow<'_> {
+    /// `[d, dmin, scale, min]` of a sub-block.
+    pub fn scales(&self, sub: usize) -> [f32; 4] {
+        self.half.scales[sub].map(|row| row[self.lane])
+    }
+
+    /// The value of a column's code.
+    pub fn value(&self, column: usize) -> f32 {
+        self.half.values[column][self.lane]
+    }
+}
+
+/// Bytes of a row of blocks.
+fn bytes_of_blocks<G: FeedbackGrid, B: Pod>(columns: usize) -> usize {
+    columns / G::BLOCK * size_of::<B>()
+}
+
+/// Packs a row block by block: `pack` gets the scales of every sub-block of one as `[d, dmin, scale, min]`, and its codes in
+/// order.
+fn pack_blocks<G: FeedbackGrid, B: Pod>(
+    row: RoundedRow,
+    out: &mut [u8],
+    pack: impl Fn(&[[f32; 4]], &[u8]) -> B,
+) -> ScaleOverflow {
+    let subs = G::BLOCK / G::SUB;
+    let mut overflow = 0;
+    let blocks: &mut [B] = bytemuck::cast_slice_mut(out);
+    for (index, block) in blocks.iter_mut().enumerate() {
+        let scales = index * subs..(index + 1) * subs;
+        let scales: Vec<[f32; 4]> = scales.map(|sub| row.scales(sub)).collect();
+        let columns = index * G::BLOCK..(index + 1) * G::BLOCK;
+        let codes: Vec<u8> = columns
+            .map(|column| code_of::<G::Codebook>(row.value(column)))
+            .collect();
+        overflow += u64::from(is_saturated(scales[0][0])) + u64::from(is_saturated(scales[0][1]));
+        *block = pack(&scales, &codes);
+    }
+    ScaleOverflow(overflow)
+}
+
+/// The stored code of a value of the codebook.
+fn code_of<C: Codebook>(value: f32) -> u8 {
+    let code = C::code(Lanes::splat(pulp::Scalar, value));
+    code.as_slice()[0] as i32 as u8
 }
 
 /// Puts the largest weight at values around both ends, as f16 scales.
@@ -188,24 +263,32 @@ macro_rules! symmetric_block {
         pub struct $name;
 
         impl FeedbackGrid for $name {
-            type Block = $block;
             type Codebook = $codebook;
             const BLOCK: usize = 32;
             const SUB: usize = 32;
-            const LATTICE: Lattice = Lattice::Half;
 
             #[inline(always)]
-            fn candidates<S: Simd>(_: &Scales<S>, targets: &[Lanes<S>], _: &[Lanes<S>], out: &mut Candidates<S>) {
+            fn lattice(&self) -> Lattice {
+                Lattice::Own(ScaleFloat::F16)
+            }
+
+            #[inline(always)]
+            fn candidates<S: Simd>(&self, _: &Scales<S>, targets: &[Lanes<S>], _: &[Lanes<S>], out: &mut Candidates<S>) {
                 const FIRST: Sweep = $first;
                 const LAST: Sweep = $last;
                 push_ends::<S, $codebook>(targets, &FIRST, &LAST, out);
             }
 
-            #[inline(always)]
-            fn pack(scales: &[[f32; 4]], codes: &[u8]) -> $block {
+            fn row_bytes(&self, columns: usize) -> usize {
+                bytes_of_blocks::<Self, $block>(columns)
+            }
+
+            fn pack_row(&self, row: RoundedRow, out: &mut [u8]) -> ScaleOverflow {
+                pack_blocks::<Self, $block>(row, out, |scales, codes| {
                 let $d = f16::from_f32(scales[0][0]);
                 let $codes: &[u8; 32] = codes.try_into().expect("a block has 32 codes");
                 $pack
+            })
             }
         }
     };
@@ -280,14 +363,17 @@ macro_rules! affine_block {
         pub struct $name;
 
         impl FeedbackGrid for $name {
-            type Block = $block;
             type Codebook = Unsigned<$last>;
             const BLOCK: usize = 32;
             const SUB: usize = 32;
-            const LATTICE: Lattice = Lattice::HalfWithMin;
 
             #[inline(always)]
-            fn candidates<S: Simd>(_: &Scales<S>, targets: &[Lanes<S>], weights: &[Lanes<S>], out: &mut Candidates<S>) {
+            fn lattice(&self) -> Lattice {
+                Lattice::HalfWithMin
+            }
+
+            #[inline(always)]
+            fn candidates<S: Simd>(&self, _: &Scales<S>, targets: &[Lanes<S>], weights: &[Lanes<S>], out: &mut Candidates<S>) {
                 let problem = BlockProblem::of_lanes(targets, weights);
                 let found = affine_block::search(&problem, $last as f32);
                 let (scale, low) = (problem.in_original_units(found.d), problem.in_original_units(found.m));
@@ -300,11 +386,16 @@ macro_rules! affine_block {
                 }
             }
 
-            #[inline(always)]
-            fn pack(scales: &[[f32; 4]], codes: &[u8]) -> $block {
+            fn row_bytes(&self, columns: usize) -> usize {
+                bytes_of_blocks::<Self, $block>(columns)
+            }
+
+            fn pack_row(&self, row: RoundedRow, out: &mut [u8]) -> ScaleOverflow {
+                pack_blocks::<Self, $block>(row, out, |scales, codes| {
                 let [d, dmin, ..] = scales[0];
                 let codes: &[u8; 32] = codes.try_into().expect("a block has 32 codes");
                 $block::pack(f16::from_f32(d), f16::from_f32(-dmin), codes)
+            })
             }
         }
     };
@@ -356,14 +447,18 @@ impl Codebook for E2M1 {
 }
 
 impl FeedbackGrid for MXFP4 {
-    type Block = BlockMXFP4;
     type Codebook = E2M1;
     const BLOCK: usize = 32;
     const SUB: usize = 32;
-    const LATTICE: Lattice = Lattice::Fixed;
+
+    #[inline(always)]
+    fn lattice(&self) -> Lattice {
+        Lattice::Fixed
+    }
 
     #[inline(always)]
     fn candidates<S: Simd>(
+        &self,
         _: &Scales<S>,
         targets: &[Lanes<S>],
         _: &[Lanes<S>],
@@ -376,12 +471,17 @@ impl FeedbackGrid for MXFP4 {
         }
     }
 
-    #[inline(always)]
-    fn pack(scales: &[[f32; 4]], codes: &[u8]) -> BlockMXFP4 {
-        // The inverse of `mxfp4_scale` for normal powers of two.
-        let exponent = (scales[0][0].to_bits() >> 23) as u8;
-        let codes: &[u8; 32] = codes.try_into().expect("a block has 32 codes");
-        BlockMXFP4::pack(exponent.saturating_add(1), codes)
+    fn row_bytes(&self, columns: usize) -> usize {
+        bytes_of_blocks::<Self, BlockMXFP4>(columns)
+    }
+
+    fn pack_row(&self, row: RoundedRow, out: &mut [u8]) -> ScaleOverflow {
+        pack_blocks::<Self, BlockMXFP4>(row, out, |scales, codes| {
+            // The inverse of `mxfp4_scale` for normal powers of two.
+            let exponent = (scales[0][0].to_bits() >> 23) as u8;
+            let codes: &[u8; 32] = codes.try_into().expect("a block has 32 codes");
+            BlockMXFP4::pack(exponent.saturating_add(1), codes)
+        })
     }
 }
 
@@ -438,30 +538,38 @@ macro_rules! affine_super_block {
         pub struct $name;
 
         impl FeedbackGrid for $name {
-            type Block = $block;
             type Codebook = Unsigned<$last>;
             const BLOCK: usize = SUPER_BLOCK;
             const SUB: usize = SUPER_BLOCK / $subs;
-            const LATTICE: Lattice = Lattice::Whole(0.0, $room::GRID.scales, Some($room::GRID.scales));
 
             #[inline(always)]
-            fn begin<S: Simd>(simd: S, targets: &[Lanes<S>], weights: &[f32]) -> Scales<S> {
+            fn lattice(&self) -> Lattice {
+                Lattice::Whole(0.0, $room::GRID.scales, Some($room::GRID.scales))
+            }
+
+            #[inline(always)]
+            fn begin<S: Simd>(&self, simd: S, targets: &[Lanes<S>], weights: &[f32], _: Scales<S>) -> Scales<S> {
                 let problem = Problem::of_lanes(simd, targets, weights);
                 let (d, dmin) = affine::factors::<S, $subs>(simd, &problem, &$room::GRID);
                 Scales::head(d, dmin)
             }
 
             #[inline(always)]
-            fn candidates<S: Simd>(head: &Scales<S>, targets: &[Lanes<S>], weights: &[Lanes<S>], out: &mut Candidates<S>) {
+            fn candidates<S: Simd>(&self, head: &Scales<S>, targets: &[Lanes<S>], weights: &[Lanes<S>], out: &mut Candidates<S>) {
                 push_affine(head, targets, weights, &$room::GRID, out);
             }
 
-            #[inline(always)]
-            fn pack(scales: &[[f32; 4]], codes: &[u8]) -> $block {
+            fn row_bytes(&self, columns: usize) -> usize {
+                bytes_of_blocks::<Self, $block>(columns)
+            }
+
+            fn pack_row(&self, row: RoundedRow, out: &mut [u8]) -> ScaleOverflow {
+                pack_blocks::<Self, $block>(row, out, |scales, codes| {
                 let [d, dmin, ..] = scales[0];
                 let whole = |part: usize| std::array::from_fn(|sub| scales[sub][part] as u8);
                 let codes = codes.try_into().expect("a super-block has 256 codes");
                 $block::pack(f16::from_f32(d), f16::from_f32(dmin), &whole(2), &whole(3), codes)
+            })
             }
         }
     };
@@ -487,29 +595,37 @@ macro_rules! symmetric_super_block {
         pub struct $name;
 
         impl FeedbackGrid for $name {
-            type Block = $block;
             type Codebook = $codebook;
             const BLOCK: usize = SUPER_BLOCK;
             const SUB: usize = SUPER_BLOCK / $subs;
-            const LATTICE: Lattice = Lattice::Whole(-$room::GRID.scales, $room::GRID.scales - 1.0, None);
 
             #[inline(always)]
-            fn begin<S: Simd>(simd: S, targets: &[Lanes<S>], weights: &[f32]) -> Scales<S> {
+            fn lattice(&self) -> Lattice {
+                Lattice::Whole(-$room::GRID.scales, $room::GRID.scales - 1.0, None)
+            }
+
+            #[inline(always)]
+            fn begin<S: Simd>(&self, simd: S, targets: &[Lanes<S>], weights: &[f32], _: Scales<S>) -> Scales<S> {
                 let problem = Problem::of_lanes(simd, targets, weights);
                 let d = symmetric::factor::<S, $codebook, $subs>(simd, &problem, &$room::GRID);
                 Scales::head(d, d.like(0.0))
             }
 
             #[inline(always)]
-            fn candidates<S: Simd>(head: &Scales<S>, targets: &[Lanes<S>], weights: &[Lanes<S>], out: &mut Candidates<S>) {
+            fn candidates<S: Simd>(&self, head: &Scales<S>, targets: &[Lanes<S>], weights: &[Lanes<S>], out: &mut Candidates<S>) {
                 push_symmetric::<S, $codebook>(head, targets, weights, &$room::GRID, $reach, out);
             }
 
-            #[inline(always)]
-            fn pack(scales: &[[f32; 4]], codes: &[u8]) -> $block {
+            fn row_bytes(&self, columns: usize) -> usize {
+                bytes_of_blocks::<Self, $block>(columns)
+            }
+
+            fn pack_row(&self, row: RoundedRow, out: &mut [u8]) -> ScaleOverflow {
+                pack_blocks::<Self, $block>(row, out, |scales, codes| {
                 let whole = std::array::from_fn(|sub| scales[sub][2] as i8);
                 let codes = codes.try_into().expect("a super-block has 256 codes");
                 $block::pack(f16::from_f32(scales[0][0]), &whole, codes)
+            })
             }
         }
     };
@@ -529,6 +645,6 @@ symmetric_super_block!(
 );
 
 /// Whether a scale is as large as f16 can hold, and so may have been cut.
-pub fn is_saturated(scale: f32) -> bool {
+fn is_saturated(scale: f32) -> bool {
     scale.abs() >= F16_MAX
 }

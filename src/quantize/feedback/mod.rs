@@ -11,26 +11,25 @@ pub mod cholesky;
 mod correction;
 mod descent;
 mod grid;
+mod integer_grid;
 mod moments;
 mod sweep;
 #[cfg(test)]
 mod tests;
 
-use std::marker::PhantomData;
 use std::ops::Range;
 
 use pulp::Arch;
 use rayon::prelude::*;
 
-use super::ScaleOverflow;
-use super::symmetric::Codebook;
+use super::integer::{Bits, IntegerGrid};
 use crate::backend::cpu::gram::CHUNK_ROWS;
 use crate::backend::cpu::kernels::{self, FLOAT_ROWS, Isa, MAX_TOKENS};
 use crate::formats::GgmlType;
 use cholesky::{STRIP, Strips};
 pub use correction::Correction;
 use descent::Pass;
-use grid::FeedbackGrid;
+use grid::{FeedbackGrid, RoundedRow};
 pub use moments::{Damping, InputMoments};
 use sweep::{FirstPass, Half, ROWS, Row};
 
@@ -46,23 +45,23 @@ pub struct Rounded {
     pub overflow: u64,
 }
 
-/// Calls `$run::<Grid>` for the grid of `$ty`, or evaluates `$otherwise`.
+/// Calls `$run::<Grid, Sub>` with the grid of `$ty`, or evaluates `$otherwise`.
 macro_rules! with_grid {
     ($ty:expr, $run:ident($($argument:expr),*), $otherwise:expr) => {
         match $ty {
-            GgmlType::Q4_0 => $run::<grid::Q4_0>($($argument),*),
-            GgmlType::Q4_1 => $run::<grid::Q4_1>($($argument),*),
-            GgmlType::Q5_0 => $run::<grid::Q5_0>($($argument),*),
-            GgmlType::Q5_1 => $run::<grid::Q5_1>($($argument),*),
-            GgmlType::Q8_0 => $run::<grid::Q8_0>($($argument),*),
-            GgmlType::IQ4_NL => $run::<grid::IQ4_NL>($($argument),*),
-            GgmlType::MXFP4 => $run::<grid::MXFP4>($($argument),*),
-            GgmlType::Q2_K => $run::<grid::Q2_K>($($argument),*),
-            GgmlType::Q3_K => $run::<grid::Q3_K>($($argument),*),
-            GgmlType::Q4_K => $run::<grid::Q4_K>($($argument),*),
-            GgmlType::Q5_K => $run::<grid::Q5_K>($($argument),*),
-            GgmlType::Q6_K => $run::<grid::Q6_K>($($argument),*),
-            GgmlType::IQ4_XS => $run::<grid::IQ4_XS>($($argument),*),
+            GgmlType::Q4_0 => $run::<_, 32>(grid::Q4_0, $($argument),*),
+            GgmlType::Q4_1 => $run::<_, 32>(grid::Q4_1, $($argument),*),
+            GgmlType::Q5_0 => $run::<_, 32>(grid::Q5_0, $($argument),*),
+            GgmlType::Q5_1 => $run::<_, 32>(grid::Q5_1, $($argument),*),
+            GgmlType::Q8_0 => $run::<_, 32>(grid::Q8_0, $($argument),*),
+            GgmlType::IQ4_NL => $run::<_, 32>(grid::IQ4_NL, $($argument),*),
+            GgmlType::MXFP4 => $run::<_, 32>(grid::MXFP4, $($argument),*),
+            GgmlType::Q2_K => $run::<_, 16>(grid::Q2_K, $($argument),*),
+            GgmlType::Q3_K => $run::<_, 16>(grid::Q3_K, $($argument),*),
+            GgmlType::Q4_K => $run::<_, 32>(grid::Q4_K, $($argument),*),
+            GgmlType::Q5_K => $run::<_, 32>(grid::Q5_K, $($argument),*),
+            GgmlType::Q6_K => $run::<_, 16>(grid::Q6_K, $($argument),*),
+            GgmlType::IQ4_XS => $run::<_, 32>(grid::IQ4_XS, $($argument),*),
             _ => $otherwise,
         }
     };
@@ -70,10 +69,10 @@ macro_rules! with_grid {
 
 /// Whether a type can be rounded to with feedback.
 pub fn can_feed_back(ty: GgmlType) -> bool {
-    fn yes<G: FeedbackGrid>() -> bool {
+    fn yes<G: FeedbackGrid, const SUB: usize>(_: G, (): ()) -> bool {
         true
     }
-    with_grid!(ty, yes(), false)
+    with_grid!(ty, yes(()), false)
 }
 
 /// Rounds whole rows.
@@ -102,6 +101,46 @@ pub fn quantize_rows(
     with_grid!(ty, run(job, rows, out), panic!("{ty} has no feedback"))
 }
 
+/// Whether rows of so many columns can be rounded to an integer grid with feedback.
+pub fn can_feed_back_integers(grid: &IntegerGrid, columns: usize) -> bool {
+    let size = grid.group_columns(columns);
+    let is_known = match grid.bits {
+        Bits::Four => matches!(grid.group_size, Some(32 | 64 | 128)),
+        Bits::Eight => !grid.has_zero_point && size.is_multiple_of(integer_grid::ROWS_SUB),
+    };
+    is_known && grid.fits(columns)
+}
+
+/// Rounds whole rows to an integer grid; see [`quantize_rows`]. `out` takes integer rows.
+///
+/// # Panics
+/// The lengths do not belong together, or the grid has no feedback (see [`can_feed_back_integers`]).
+pub fn quantize_integers(
+    isa: Isa,
+    grid: IntegerGrid,
+    rows: &[f32],
+    moments: &InputMoments,
+    passes: usize,
+    out: &mut [u8],
+) -> Rounded {
+    let columns = moments.in_features();
+    assert!(can_feed_back_integers(&grid, columns) && rows.len().is_multiple_of(columns));
+    assert_eq!(out.len(), rows.len() / columns * grid.row_bytes(columns));
+    let job = Job {
+        isa,
+        moments,
+        passes,
+    };
+    match (grid.bits, grid.group_size) {
+        (Bits::Eight, _) => {
+            run::<_, { integer_grid::ROWS_SUB }>(integer_grid::Rows(grid), job, rows, out)
+        }
+        (Bits::Four, Some(32)) => run::<_, 32>(integer_grid::Groups::<32>(grid), job, rows, out),
+        (Bits::Four, Some(64)) => run::<_, 64>(integer_grid::Groups::<64>(grid), job, rows, out),
+        _ => run::<_, 128>(integer_grid::Groups::<128>(grid), job, rows, out),
+    }
+}
+
 /// `tr(E M E^T)` for errors of whole rows, `[n, in_features]`.
 pub fn loss(isa: Isa, errors: &[f32], moments: &InputMoments) -> f64 {
     let columns = moments.in_features();
@@ -123,14 +162,19 @@ struct Job<'a> {
     passes: usize,
 }
 
-fn run<G: FeedbackGrid>(job: Job, rows: &[f32], out: &mut [u8]) -> Rounded {
+fn run<G: FeedbackGrid, const SUB: usize>(
+    grid: G,
+    job: Job,
+    rows: &[f32],
+    out: &mut [u8],
+) -> Rounded {
     let columns = job.moments.in_features();
-    let row_bytes = columns / G::BLOCK * size_of::<G::Block>();
+    let row_bytes = grid.row_bytes(columns);
     let panels = rows
         .par_chunks(FLOAT_ROWS * columns)
         .zip(out.par_chunks_mut(FLOAT_ROWS * row_bytes));
     let rounded: Vec<Rounded> = panels
-        .map(|(rows, out)| job.panel::<G>(rows, out))
+        .map(|(rows, out)| job.panel::<G, SUB>(&grid, rows, out))
         .collect();
     // In the order of rows, whoever was first.
     rounded
@@ -148,29 +192,42 @@ fn halves_of<'r, 'a>(rows: &'r [&'a [f32]]) -> [&'r [&'a [f32]]; 2] {
 }
 
 impl Job<'_> {
-    fn panel<G: FeedbackGrid>(&self, rows: &[f32], out: &mut [u8]) -> Rounded {
+    fn panel<G: FeedbackGrid, const SUB: usize>(
+        &self,
+        grid: &G,
+        rows: &[f32],
+        out: &mut [u8],
+    ) -> Rounded {
         let columns = self.moments.in_features();
         let rows: Vec<&[f32]> = rows.chunks_exact(columns).collect();
-        let mut halves = halves_of(&rows).map(|rows| Half::new(rows, columns, G::SUB));
+        let mut halves = halves_of(&rows).map(|rows| Half::new(rows, columns, SUB));
+        for half in &mut halves {
+            grid.preset(half, &self.moments.factor.pivots);
+        }
         for chunk in chunks(columns) {
-            self.first_pass::<G>(&mut halves, chunk);
+            self.first_pass::<G, SUB>(grid, &mut halves, chunk);
         }
         let mut changes = vec![[0.0; ROWS]; columns];
         for _ in 0..self.passes {
             for chunk in chunks(columns) {
-                self.descend::<G>(&mut halves, chunk, &mut changes);
+                self.descend::<G, SUB>(grid, &mut halves, chunk, &mut changes);
             }
         }
         let loss = loss_of(self.isa, &halves, &self.moments.matrix);
-        let blocks: &mut [G::Block] = bytemuck::cast_slice_mut(out);
         let mut overflow = 0;
-        for (row, blocks) in blocks.chunks_exact_mut(columns / G::BLOCK).enumerate() {
-            overflow += pack_row::<G>(&halves[row / ROWS], row % ROWS, blocks).0;
+        for (row, out) in out.chunks_exact_mut(grid.row_bytes(columns)).enumerate() {
+            let (half, lane) = (&halves[row / ROWS], row % ROWS);
+            overflow += grid.pack_row(RoundedRow { half, lane }, out).0;
         }
         Rounded { loss, overflow }
     }
 
-    fn first_pass<G: FeedbackGrid>(&self, halves: &mut [Half; 2], chunk: Range<usize>) {
+    fn first_pass<G: FeedbackGrid, const SUB: usize>(
+        &self,
+        grid: &G,
+        halves: &mut [Half; 2],
+        chunk: Range<usize>,
+    ) {
         let feedback = &self.moments.factor.feedback;
         let repairs = products(self.isa, halves, feedback, 0..chunk.start, chunk.clone());
         for (half, mut targets) in halves.iter_mut().zip(repairs) {
@@ -180,18 +237,19 @@ impl Job<'_> {
                     .zip(wanted)
                     .for_each(|(target, wanted)| *target += wanted);
             }
-            Arch::new().dispatch(FirstPass::<G> {
+            Arch::new().dispatch(FirstPass::<G, SUB> {
                 half,
                 chunk: chunk.clone(),
                 targets: &mut targets,
                 factor: &self.moments.factor,
-                grid: PhantomData,
+                grid,
             });
         }
     }
 
-    fn descend<G: FeedbackGrid>(
+    fn descend<G: FeedbackGrid, const SUB: usize>(
         &self,
+        grid: &G,
         halves: &mut [Half; 2],
         chunk: Range<usize>,
         changes: &mut [Row],
@@ -199,13 +257,13 @@ impl Job<'_> {
         let all = 0..self.moments.in_features();
         let gradients = products(self.isa, halves, &self.moments.matrix, all, chunk.clone());
         for (half, mut gradient) in halves.iter_mut().zip(gradients) {
-            Arch::new().dispatch(Pass::<G> {
+            Arch::new().dispatch(Pass::<G, SUB> {
                 half,
                 chunk: chunk.clone(),
                 gradient: &mut gradient,
                 changes,
                 moments: &self.moments.matrix,
-                grid: PhantomData,
+                grid,
             });
         }
     }
@@ -268,27 +326,4 @@ fn loss_of(isa: Isa, halves: &[Half; 2], matrix: &Strips) -> f64 {
         }
     }
     loss
-}
-
-fn pack_row<G: FeedbackGrid>(half: &Half, lane: usize, blocks: &mut [G::Block]) -> ScaleOverflow {
-    let subs = G::BLOCK / G::SUB;
-    let mut overflow = 0;
-    for (index, block) in blocks.iter_mut().enumerate() {
-        let scales = half.scales[index * subs..][..subs].iter();
-        let scales: Vec<[f32; 4]> = scales.map(|parts| parts.map(|row| row[lane])).collect();
-        let values = half.values[index * G::BLOCK..][..G::BLOCK].iter();
-        let codes: Vec<u8> = values
-            .map(|row| code_of::<G::Codebook>(row[lane]))
-            .collect();
-        overflow += u64::from(grid::is_saturated(scales[0][0]))
-            + u64::from(grid::is_saturated(scales[0][1]));
-        *block = G::pack(&scales, &codes);
-    }
-    ScaleOverflow(overflow)
-}
-
-/// The stored code of a value of the codebook.
-fn code_of<C: Codebook>(value: f32) -> u8 {
-    let code = C::code(super::lanes::Lanes::splat(pulp::Scalar, value));
-    code.as_slice()[0] as i32 as u8
 }

@@ -6,7 +6,6 @@
 //! Source: GPTQ, arXiv:2210.17323, Algorithm 1. Ours chooses the scales of a sub-block when it is reached, on targets that
 //! hold the repairs so far, by running the feedback inside the sub-block for every candidate.
 
-use std::marker::PhantomData;
 use std::ops::Range;
 
 use pulp::{Simd, WithSimd};
@@ -14,7 +13,7 @@ use pulp::{Simd, WithSimd};
 use super::super::lanes::Lanes;
 use super::super::symmetric::Codebook;
 use super::cholesky::{Factor, STRIP, Strips};
-use super::grid::{Candidates, FeedbackGrid, MAX_SUB, Scales};
+use super::grid::{Candidates, FeedbackGrid, Scales};
 
 /// Rows that go side by side.
 pub const ROWS: usize = 16;
@@ -94,7 +93,7 @@ pub(super) fn write<S: Simd>(row: &mut [f32], lanes: Lanes<S>) {
 }
 
 /// The first pass over a chunk of columns, all that came before it done.
-pub struct FirstPass<'a, G> {
+pub struct FirstPass<'a, G, const SUB: usize> {
     /// The rows.
     pub half: &'a mut Half,
     /// Columns of the chunk: whole blocks.
@@ -104,10 +103,10 @@ pub struct FirstPass<'a, G> {
     /// The factor of the second moments.
     pub factor: &'a Factor,
     /// The type.
-    pub grid: PhantomData<G>,
+    pub grid: &'a G,
 }
 
-impl<G: FeedbackGrid> WithSimd for FirstPass<'_, G> {
+impl<G: FeedbackGrid, const SUB: usize> WithSimd for FirstPass<'_, G, SUB> {
     type Output = ();
 
     #[inline(always)]
@@ -118,10 +117,13 @@ impl<G: FeedbackGrid> WithSimd for FirstPass<'_, G> {
     }
 }
 
-impl<G: FeedbackGrid> FirstPass<'_, G> {
+impl<G: FeedbackGrid, const SUB: usize> FirstPass<'_, G, SUB> {
+    const WHOLE: () = assert!(G::SUB == SUB && G::BLOCK.is_multiple_of(SUB));
+
     #[inline(always)]
     fn lanes<S: Simd>(&mut self, simd: S, lane: usize) {
-        let mut inner = [0.0; MAX_SUB * MAX_SUB];
+        let () = Self::WHOLE;
+        let mut inner = [[0.0; SUB]; SUB];
         for block in self.chunk.clone().step_by(G::BLOCK) {
             let mut targets = [Lanes::zero(simd); MAX_BLOCK];
             let at = block - self.chunk.start;
@@ -129,9 +131,10 @@ impl<G: FeedbackGrid> FirstPass<'_, G> {
                 *target = Lanes::read(simd, &row[lane..]);
             }
             let pivots = &self.factor.pivots[block..block + G::BLOCK];
-            let head = G::begin(simd, &targets[..G::BLOCK], pivots);
-            for first in (block..block + G::BLOCK).step_by(G::SUB) {
-                gather(&self.factor.feedback, first, G::SUB, &mut inner);
+            let preset = self.half.scales_at(simd, block / SUB, lane);
+            let head = self.grid.begin(simd, &targets[..G::BLOCK], pivots, preset);
+            for first in (block..block + G::BLOCK).step_by(SUB) {
+                gather(&self.factor.feedback, first, &mut inner);
                 self.sub_block(simd, lane, first, &head, &inner);
                 let end = self.chunk.end;
                 spread(
@@ -139,7 +142,7 @@ impl<G: FeedbackGrid> FirstPass<'_, G> {
                     lane,
                     &self.factor.feedback,
                     &self.half.errors,
-                    first..first + G::SUB,
+                    first..first + SUB,
                     end,
                     self.targets,
                 );
@@ -154,45 +157,44 @@ impl<G: FeedbackGrid> FirstPass<'_, G> {
         lane: usize,
         first: usize,
         head: &Scales<S>,
-        inner: &[f32],
+        inner: &[[f32; SUB]; SUB],
     ) {
         let zero = Lanes::zero(simd);
         let mut problem = SubProblem {
-            targets: [zero; MAX_SUB],
-            wanted: [zero; MAX_SUB],
-            weights: [zero; MAX_SUB],
-            len: G::SUB,
+            targets: [zero; SUB],
+            wanted: [zero; SUB],
+            weights: [zero; SUB],
             inner,
         };
-        for j in 0..G::SUB {
+        for j in 0..SUB {
             problem.targets[j] =
                 Lanes::read(simd, &self.targets[first + j - self.chunk.start][lane..]);
             problem.wanted[j] = Lanes::read(simd, &self.half.wanted[first + j][lane..]);
             problem.weights[j] = Lanes::splat(simd, self.factor.pivots[first + j]);
         }
         let mut candidates = Candidates::none(simd);
-        G::candidates(
-            head,
-            &problem.targets[..G::SUB],
-            &problem.weights[..G::SUB],
-            &mut candidates,
-        );
+        self.grid
+            .candidates(head, &problem.targets, &problem.weights, &mut candidates);
         let best = problem.best::<G::Codebook>(candidates.in_groups(GROUP));
         let (errors, values) = problem.round::<G::Codebook>(&best);
-        for j in 0..G::SUB {
+        for j in 0..SUB {
             write(&mut self.half.errors[first + j][lane..], errors[j]);
             write(&mut self.half.values[first + j][lane..], values[j]);
         }
-        self.half.set_scales(first / G::SUB, lane, &best);
+        self.half.set_scales(first / SUB, lane, &best);
     }
 }
 
-/// `inner[j * MAX_SUB + i] = matrix[first + i][first + j]`.
+/// `inner[j][i] = matrix[first + i][first + j]`.
 #[inline(always)]
-pub(super) fn gather(matrix: &Strips, first: usize, len: usize, inner: &mut [f32]) {
-    for j in 0..len {
-        for i in 0..len {
-            inner[j * MAX_SUB + i] = matrix.at(first + i, first + j);
+pub(super) fn gather<const SUB: usize>(
+    matrix: &Strips,
+    first: usize,
+    inner: &mut [[f32; SUB]; SUB],
+) {
+    for (j, row) in inner.iter_mut().enumerate() {
+        for (i, value) in row.iter_mut().enumerate() {
+            *value = matrix.at(first + i, first + j);
         }
     }
 }
@@ -233,16 +235,15 @@ pub(super) fn spread<S: Simd>(
 }
 
 /// A sub-block ready to be rounded.
-struct SubProblem<'a, S: Simd> {
-    targets: [Lanes<S>; MAX_SUB],
-    wanted: [Lanes<S>; MAX_SUB],
-    weights: [Lanes<S>; MAX_SUB],
-    len: usize,
+struct SubProblem<'a, S: Simd, const SUB: usize> {
+    targets: [Lanes<S>; SUB],
+    wanted: [Lanes<S>; SUB],
+    weights: [Lanes<S>; SUB],
     /// Feedback inside the sub-block, see [`gather`].
-    inner: &'a [f32],
+    inner: &'a [[f32; SUB]; SUB],
 }
 
-impl<S: Simd> SubProblem<'_, S> {
+impl<S: Simd, const SUB: usize> SubProblem<'_, S, SUB> {
     /// The candidate of least loss, for each lane.
     #[inline(always)]
     fn best<C: Codebook>(&self, candidates: &[Scales<S>]) -> Scales<S> {
@@ -268,11 +269,11 @@ impl<S: Simd> SubProblem<'_, S> {
             (steps[c], offsets[c]) = (scales.step(), scales.offset());
             inverses[c] = steps[c].recip_or_zero();
         }
-        let mut errors = [[zero; GROUP]; MAX_SUB];
+        let mut errors = [[zero; GROUP]; SUB];
         let mut losses = [zero; GROUP];
-        for j in 0..self.len {
+        for j in 0..SUB {
             let mut targets = [self.targets[j]; GROUP];
-            let row = &self.inner[j * MAX_SUB..][..MAX_SUB];
+            let row = &self.inner[j];
             for (errors, feedback) in errors[..j].iter().zip(row) {
                 let feedback = zero.like(*feedback);
                 for c in 0..GROUP {
@@ -292,14 +293,14 @@ impl<S: Simd> SubProblem<'_, S> {
 
     /// Errors and values with the scales that were chosen.
     #[inline(always)]
-    fn round<C: Codebook>(&self, scales: &Scales<S>) -> ([Lanes<S>; MAX_SUB], [Lanes<S>; MAX_SUB]) {
+    fn round<C: Codebook>(&self, scales: &Scales<S>) -> ([Lanes<S>; SUB], [Lanes<S>; SUB]) {
         let zero = self.targets[0].like(0.0);
         let (step, offset) = (scales.step(), scales.offset());
         let inverse = step.recip_or_zero();
-        let (mut errors, mut values) = ([zero; MAX_SUB], [zero; MAX_SUB]);
-        for j in 0..self.len {
+        let (mut errors, mut values) = ([zero; SUB], [zero; SUB]);
+        for j in 0..SUB {
             let mut target = self.targets[j];
-            let row = &self.inner[j * MAX_SUB..][..MAX_SUB];
+            let row = &self.inner[j];
             for (error, feedback) in errors[..j].iter().zip(row) {
                 target = error.mul_add(zero.like(*feedback), target);
             }

@@ -1,5 +1,6 @@
+use super::super::form::Form;
+use super::super::integer::ScaleFloat;
 use super::*;
-use crate::formats::block::dequantize;
 
 /// Numbers that look like noise.
 struct Noise(u64);
@@ -44,25 +45,38 @@ fn prepared(n: usize) -> InputMoments {
     InputMoments::new(Isa::detect(), n, &moments(n), Damping::default()).unwrap()
 }
 
-fn types() -> impl Iterator<Item = GgmlType> {
-    GgmlType::all().filter(|ty| can_feed_back(*ty))
+fn forms() -> impl Iterator<Item = Form> {
+    let types = GgmlType::all().filter(|ty| can_feed_back(*ty));
+    types.map(Form::Block).chain(grids().map(Form::Integer))
+}
+
+fn grids() -> impl Iterator<Item = IntegerGrid> {
+    let sizes = [32, 64, 128].into_iter();
+    let four = sizes.flat_map(|size| [false, true].map(|zero| (Bits::Four, Some(size), zero)));
+    let eight = [None, Some(64)].map(|size| (Bits::Eight, size, false));
+    let all = four.chain(eight);
+    all.zip([ScaleFloat::Bf16, ScaleFloat::F16].into_iter().cycle())
+        .map(|((bits, group_size, has_zero_point), scale)| IntegerGrid {
+            bits,
+            group_size,
+            has_zero_point,
+            scale,
+        })
 }
 
 fn rounded(
     isa: Isa,
-    ty: GgmlType,
+    form: Form,
     rows: &[f32],
     moments: &InputMoments,
     passes: usize,
 ) -> (Vec<u8>, Rounded) {
-    let mut out = vec![0; ty.bytes_for(rows.len() as u64).unwrap() as usize];
-    let rounded = quantize_rows(isa, ty, rows, moments, passes, &mut out);
-    (out, rounded)
+    form.feed_back(isa, rows, moments, passes)
 }
 
-fn direct_loss(n: usize, rows: &[f32], bytes: &[u8], ty: GgmlType, moments: &InputMoments) -> f64 {
+fn direct_loss(n: usize, rows: &[f32], bytes: &[u8], form: Form, moments: &InputMoments) -> f64 {
     let mut values = vec![0.0; rows.len()];
-    dequantize(ty, bytes, &mut values).unwrap();
+    form.dequantize(n, bytes, &mut values).unwrap();
     let mut loss = 0.0;
     for (row, values) in rows.chunks(n).zip(values.chunks(n)) {
         let e: Vec<f64> = row
@@ -84,12 +98,12 @@ fn direct_loss(n: usize, rows: &[f32], bytes: &[u8], ty: GgmlType, moments: &Inp
 fn the_loss_is_that_of_the_bytes() {
     let n = 512;
     let (rows, moments) = (weights(37, n), prepared(n));
-    for ty in types() {
-        let (bytes, found) = rounded(Isa::detect(), ty, &rows, &moments, 2);
-        let direct = direct_loss(n, &rows, &bytes, ty, &moments);
+    for form in forms() {
+        let (bytes, found) = rounded(Isa::detect(), form, &rows, &moments, 2);
+        let direct = direct_loss(n, &rows, &bytes, form, &moments);
         assert!(
             (found.loss / direct - 1.0).abs() < 1e-4,
-            "{ty}: {} and {direct}",
+            "{form}: {} and {direct}",
             found.loss
         );
         assert_eq!(found.overflow, 0);
@@ -101,20 +115,19 @@ fn feedback_loses_less_than_the_search_and_passes_lose_less_still() {
     let n = 512;
     let (rows, moments) = (weights(32, n), prepared(n));
     let importance: Vec<f32> = (0..n).map(|j| moments.matrix.at(j, j)).collect();
-    for ty in types() {
-        let mut searched = vec![0; ty.bytes_for(rows.len() as u64).unwrap() as usize];
-        let _ = super::super::quantize_rows(ty, n, &rows, Some(&importance), &mut searched);
-        let searched = direct_loss(n, &rows, &searched, ty, &moments);
+    for form in forms() {
+        let (searched, _) = form.nearest(n, &rows, Some(&importance));
+        let searched = direct_loss(n, &rows, &searched, form, &moments);
         let losses: Vec<f64> = [0, 1, 3]
-            .map(|passes| rounded(Isa::detect(), ty, &rows, &moments, passes).1.loss)
+            .map(|passes| rounded(Isa::detect(), form, &rows, &moments, passes).1.loss)
             .to_vec();
         assert!(
             losses[0] < 0.8 * searched,
-            "{ty}: {losses:?} and {searched}"
+            "{form}: {losses:?} and {searched}"
         );
         assert!(
             losses[1] < losses[0] && losses[2] <= losses[1],
-            "{ty}: {losses:?}"
+            "{form}: {losses:?}"
         );
     }
 }
@@ -182,7 +195,7 @@ fn upper_cholesky(n: usize, matrix: &[f64]) -> Vec<f64> {
 
 #[test]
 fn codes_are_those_of_textbook_gptq_on_the_same_grid() {
-    fn check<G: FeedbackGrid>(nearest: impl Fn(f64) -> f64) {
+    fn check<G: FeedbackGrid, const SUB: usize>(grid: G, nearest: impl Fn(f64) -> f64) {
         let n = 256;
         let (rows, moments) = (weights(16, n), prepared(n));
         let damped: Vec<f64> = (0..n * n)
@@ -194,11 +207,14 @@ fn codes_are_those_of_textbook_gptq_on_the_same_grid() {
             passes: 0,
         };
         let rows: Vec<&[f32]> = rows.chunks(n).collect();
-        let mut halves = halves_of(&rows).map(|rows| Half::new(rows, n, G::SUB));
-        job.first_pass::<G>(&mut halves, 0..n);
+        let mut halves = halves_of(&rows).map(|rows| Half::new(rows, n, SUB));
+        for half in &mut halves {
+            grid.preset(half, &moments.factor.pivots);
+        }
+        job.first_pass::<G, SUB>(&grid, &mut halves, 0..n);
         for (lane, row) in rows.iter().enumerate() {
             let scales = |j: usize| {
-                let [d, dmin, scale, min] = halves[0].scales[j / G::SUB].map(|part| part[lane]);
+                let [d, dmin, scale, min] = halves[0].scales[j / SUB].map(|part| part[lane]);
                 (f64::from(d * scale), f64::from(dmin * min))
             };
             let mut row: Vec<f64> = row.iter().map(|x| f64::from(*x)).collect();
@@ -212,29 +228,38 @@ fn codes_are_those_of_textbook_gptq_on_the_same_grid() {
         }
     }
     let whole = |low: f64, high: f64| move |x: f64| x.clamp(low, high).round_ties_even();
-    check::<grid::Q4_0>(whole(-8.0, 7.0));
-    check::<grid::Q8_0>(whole(-127.0, 127.0));
-    check::<grid::Q4_K>(whole(0.0, 15.0));
-    check::<grid::Q6_K>(whole(-32.0, 31.0));
+    check::<_, 32>(grid::Q4_0, whole(-8.0, 7.0));
+    check::<_, 32>(grid::Q8_0, whole(-127.0, 127.0));
+    check::<_, 32>(grid::Q4_K, whole(0.0, 15.0));
+    check::<_, 16>(grid::Q6_K, whole(-32.0, 31.0));
+    for grid in grids() {
+        match (grid.bits, grid.group_size) {
+            (Bits::Eight, _) => check::<_, 32>(integer_grid::Rows(grid), whole(-128.0, 127.0)),
+            (_, Some(32)) => check::<_, 32>(integer_grid::Groups::<32>(grid), whole(-8.0, 7.0)),
+            (_, Some(64)) => check::<_, 64>(integer_grid::Groups::<64>(grid), whole(-8.0, 7.0)),
+            _ => check::<_, 128>(integer_grid::Groups::<128>(grid), whole(-8.0, 7.0)),
+        }
+    }
 }
 
 #[test]
 fn rows_give_the_same_bytes_alone_and_together_and_on_any_number_of_threads() {
     let n = 512;
     let (rows, moments) = (weights(70, n), prepared(n));
-    for ty in [GgmlType::Q4_0, GgmlType::Q4_K, GgmlType::IQ4_XS] {
-        let (together, _) = rounded(Isa::detect(), ty, &rows, &moments, 2);
+    let types = [GgmlType::Q4_0, GgmlType::Q4_K, GgmlType::IQ4_XS].map(Form::Block);
+    for form in types.into_iter().chain(grids().map(Form::Integer)) {
+        let (together, _) = rounded(Isa::detect(), form, &rows, &moments, 2);
         let alone: Vec<u8> = rows
             .chunks(n)
-            .flat_map(|row| rounded(Isa::detect(), ty, row, &moments, 2).0)
+            .flat_map(|row| rounded(Isa::detect(), form, row, &moments, 2).0)
             .collect();
-        assert!(alone == together, "{ty}");
+        assert!(alone == together, "{form}");
         let pool = rayon::ThreadPoolBuilder::new()
             .num_threads(3)
             .build()
             .unwrap();
-        let threaded = pool.install(|| rounded(Isa::detect(), ty, &rows, &moments, 2).0);
-        assert!(threaded == together, "{ty}");
+        let threaded = pool.install(|| rounded(Isa::detect(), form, &rows, &moments, 2).0);
+        assert!(threaded == together, "{form}");
     }
 }
 
