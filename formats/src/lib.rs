@@ -14,6 +14,7 @@ pub mod gguf;
 pub mod imatrix;
 pub mod limits;
 pub mod mapped;
+pub mod packed;
 pub mod positioned;
 
 pub use dtype::Dtype;

@@ -154,7 +154,12 @@ impl Checkpoint {
 
     /// The tensor of this name.
     pub fn tensor(&self, name: &str) -> Option<&TensorEntry> {
-        self.tensors.get(*self.by_name.get(name)?)
+        self.tensors.get(self.position(name)?)
+    }
+
+    /// Where in [`Self::tensors`] the tensor of this name is.
+    pub fn position(&self, name: &str) -> Option<usize> {
+        self.by_name.get(name).copied()
     }
 
     /// The data of `entry`, row-major, little-endian. Empty for an entry that is not of this checkpoint and reaches
