@@ -5,6 +5,7 @@
 //! the same bytes; memory holds one tile per thread.
 
 pub mod calibrated;
+pub mod packed;
 pub(crate) mod tile;
 
 use std::sync::Mutex;
@@ -109,11 +110,10 @@ pub fn convert(
         tiles: &tiles,
         digests: &digests,
         progress,
-        stop,
     };
 
     progress.begin("writing", plan.tensor_bytes());
-    job.in_parallel(conduct.threads, |scratch, index| {
+    in_parallel(conduct.threads, tiles.len(), stop, |scratch, index| {
         job.write(scratch, index, &counters)
     })?;
     progress.end();
@@ -122,7 +122,9 @@ pub fn convert(
 
     artifact.sync()?;
     progress.begin("verifying", plan.tensor_bytes());
-    job.in_parallel(conduct.threads, |scratch, index| job.verify(scratch, index))?;
+    in_parallel(conduct.threads, tiles.len(), stop, |scratch, index| {
+        job.verify(scratch, index)
+    })?;
     progress.end();
     Ok(summary)
 }
@@ -138,51 +140,9 @@ struct Job<'a> {
     /// Of each tile as it was sent to the disk.
     digests: &'a [AtomicU64],
     progress: &'a dyn Progress,
-    stop: &'a AtomicBool,
 }
 
 impl Job<'_> {
-    /// Hands tile numbers to threads until all are done, one fails or `stop` is raised.
-    fn in_parallel(
-        &self,
-        threads: usize,
-        work: impl Fn(&mut Scratch, usize) -> Result<()> + Sync,
-    ) -> Result<()> {
-        let next = AtomicUsize::new(0);
-        let failure = Mutex::new(None);
-        let worker = || {
-            let mut scratch = Scratch::default();
-            loop {
-                let index = next.fetch_add(1, Ordering::Relaxed);
-                if index >= self.tiles.len() {
-                    return;
-                }
-                let result = match self.stop.load(Ordering::Relaxed) {
-                    true => Err(Error::Interrupted),
-                    false => work(&mut scratch, index),
-                };
-                if let Err(error) = result {
-                    next.store(self.tiles.len(), Ordering::Relaxed);
-                    failure
-                        .lock()
-                        .expect("no worker panics")
-                        .get_or_insert(error);
-                    return;
-                }
-            }
-        };
-        std::thread::scope(|scope| {
-            for _ in 1..threads.max(1) {
-                scope.spawn(worker);
-            }
-            worker();
-        });
-        failure
-            .into_inner()
-            .expect("no worker panics")
-            .map_or(Ok(()), Err)
-    }
-
     fn write(&self, scratch: &mut Scratch, index: usize, counters: &Counters) -> Result<()> {
         let tile = self.tiles[index];
         let tensor = &self.plan.tensors[tile.tensor];
@@ -201,8 +161,7 @@ impl Job<'_> {
             }
             None => tile.make(self.checkpoint, tensor, scratch)?,
         };
-        counters.nonfinite[tile.tensor].fetch_add(made.nonfinite, Ordering::Relaxed);
-        counters.overflows[tile.tensor].fetch_add(made.overflows, Ordering::Relaxed);
+        counters.count(tile.tensor, made.nonfinite, made.overflows);
         self.digests[index].store(xxh3_64(made.bytes), Ordering::Relaxed);
         let slot = self.slots[tile.tensor];
         self.artifact
@@ -229,6 +188,48 @@ impl Job<'_> {
     }
 }
 
+/// Hands numbers below `count` to threads until all are done, one fails or `stop` is raised.
+fn in_parallel<S: Default>(
+    threads: usize,
+    count: usize,
+    stop: &AtomicBool,
+    work: impl Fn(&mut S, usize) -> Result<()> + Sync,
+) -> Result<()> {
+    let next = AtomicUsize::new(0);
+    let failure = Mutex::new(None);
+    let worker = || {
+        let mut scratch = S::default();
+        loop {
+            let index = next.fetch_add(1, Ordering::Relaxed);
+            if index >= count {
+                return;
+            }
+            let result = match stop.load(Ordering::Relaxed) {
+                true => Err(Error::Interrupted),
+                false => work(&mut scratch, index),
+            };
+            if let Err(error) = result {
+                next.store(count, Ordering::Relaxed);
+                failure
+                    .lock()
+                    .expect("no worker panics")
+                    .get_or_insert(error);
+                return;
+            }
+        }
+    };
+    std::thread::scope(|scope| {
+        for _ in 1..threads.max(1) {
+            scope.spawn(worker);
+        }
+        worker();
+    });
+    failure
+        .into_inner()
+        .expect("no worker panics")
+        .map_or(Ok(()), Err)
+}
+
 /// Per tensor, added to by all threads.
 struct Counters {
     nonfinite: Vec<AtomicU64>,
@@ -244,6 +245,12 @@ impl Counters {
         }
     }
 
+    /// More of a tensor.
+    fn count(&self, tensor: usize, nonfinite: u64, overflows: u64) {
+        self.nonfinite[tensor].fetch_add(nonfinite, Ordering::Relaxed);
+        self.overflows[tensor].fetch_add(overflows, Ordering::Relaxed);
+    }
+
     /// What was counted when finished tensors were made.
     fn add_outcomes(&self, plan: &Plan, finished: Option<&Workspace>) {
         for outcome in finished.iter().flat_map(|finished| finished.outcomes()) {
@@ -254,8 +261,7 @@ impl Counters {
             else {
                 continue;
             };
-            self.nonfinite[index].fetch_add(outcome.nonfinite, Ordering::Relaxed);
-            self.overflows[index].fetch_add(outcome.overflows, Ordering::Relaxed);
+            self.count(index, outcome.nonfinite, outcome.overflows);
         }
     }
 

@@ -105,7 +105,7 @@ impl CheckpointStorage {
 }
 
 /// The float type that holds every weight of the checkpoint exactly: F32 where it is mixed or scaled.
-fn own_float_type(checkpoint: &Checkpoint) -> FileType {
+pub fn own_float_type(checkpoint: &Checkpoint) -> FileType {
     let matrices = checkpoint.tensors().iter().filter(|t| t.shape.len() >= 2);
     let mut types: Vec<Dtype> = matrices.map(|tensor| tensor.dtype).collect();
     types.dedup();

@@ -20,6 +20,7 @@ use crate::error::{Error, Fault, Result};
 use crate::model::config::NemotronHConfig;
 use crate::model::nemotron_h::{Presence, Widths, expected_tensors};
 use checkpoint::CheckpointStorage;
+pub(crate) use checkpoint::own_float_type;
 use gguf::GgufStorage;
 use memory::MemoryStorage;
 

@@ -41,7 +41,14 @@ pub fn allocate(args: &ToGguf, recipe: Recipe, talk: &Talk, stop: &AtomicBool) -
     let allocator = Allocator::new(args, recipe.clone(), &weights, Vec::new())?;
     allocator.choose(&vec![None; allocator.groups.len()], allocator.budget())?;
     let checkpoint = &allocator.base.checkpoint;
-    let calibration = Calibration::begin(args, text, &recipe, checkpoint, talk, stop)?;
+    let calibration = Calibration::begin(
+        args.calibration_flags(),
+        text,
+        &recipe,
+        checkpoint,
+        talk,
+        stop,
+    )?;
     let allocator = Allocator::new(args, recipe, &weights, calibration.keys())?;
     let measurement = Measurement {
         weights: &weights,

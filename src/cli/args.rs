@@ -20,6 +20,7 @@ use nemoconv::write::gguf::parts::SplitLimits;
 use regex::Regex;
 
 use super::calibrate_args::Calibrate;
+use super::safetensors_args::ToSafetensors;
 
 const EXIT_CODES: &str = "\
 Exit codes:
@@ -47,6 +48,8 @@ pub struct Cli {
 pub enum Command {
     /// Convert a Hugging Face checkpoint to GGUF
     ToGguf(Box<ToGguf>),
+    /// Convert a Hugging Face checkpoint to packed safetensors that vLLM and transformers load
+    ToSafetensors(Box<ToSafetensors>),
     /// Show what `to-gguf` would write, without reading a weight
     Plan(Box<ToGguf>),
     /// Let a model read samples: statistics for `to-gguf`, llama.cpp's importance matrix, what each expert saw
@@ -310,7 +313,7 @@ pub struct ToGguf {
     #[arg(long)]
     pub print_recipe: bool,
     /// Importance matrix of llama-imatrix (GGUF or .dat): steers the rounding
-    #[arg(long, value_name = "FILE")]
+    #[arg(long, value_name = "FILE", conflicts_with = "calibration")]
     pub imatrix: Option<PathBuf>,
     #[command(flatten)]
     pub calibration: CalibrationArgs,
@@ -378,7 +381,7 @@ pub struct ToGguf {
 #[command(next_help_heading = "Calibration")]
 pub struct CalibrationArgs {
     /// Text that the model reads, or documents (.jsonl): rounding then minimizes the error of its outputs
-    #[arg(long, value_name = "FILE", conflicts_with = "imatrix")]
+    #[arg(long, value_name = "FILE")]
     pub calibration: Option<PathBuf>,
     /// Statistics that `calibrate` wrote of this model and these samples: rewrites are chosen without reading again
     #[arg(long, value_name = "FILE", requires = "calibration")]
@@ -468,7 +471,6 @@ impl ToGguf {
     /// The flags as a recipe; `rules` are those of the file, after those of the flags.
     pub fn entries(&self, rules: Vec<TensorTypeRule>) -> RecipeEntries {
         let given = |flag: bool| flag.then_some(true);
-        let calibration = &self.calibration;
         RecipeEntries {
             phase: self.phase,
             outtype: self.outtype,
@@ -483,22 +485,7 @@ impl ToGguf {
             allow_fallback: given(self.allow_fallback),
             widen: given(self.widen),
             mtp: self.no_mtp.then_some(false),
-            method: calibration.method.map(Method::from),
-            passes: calibration.passes,
-            target_correction: calibration.target_correction,
-            damp_percent: calibration.damp_percent,
-            calibration: CalibrationEntries {
-                context: calibration.calibration_context,
-                sequences: calibration.calibration_sequences,
-                seed: calibration.seed,
-            },
-            rewrite: RewriteEntries {
-                apply: calibration.no_rewrites.then_some(false),
-                rotation: calibration.rotate.map(Rotation::from),
-                smoothing: calibration.no_smoothing.then_some(false),
-                balance: calibration.balance,
-                sort: calibration.no_sort.then_some(false),
-            },
+            ..self.calibration.entries()
         }
     }
 
@@ -512,8 +499,38 @@ impl ToGguf {
 
     /// Worker threads.
     pub fn thread_count(&self) -> usize {
+        Self::threads_or_all(self.threads)
+    }
+
+    /// So many, or one per core.
+    pub fn threads_or_all(threads: Option<u16>) -> usize {
         let all = || std::thread::available_parallelism().map_or(1, usize::from);
-        self.threads.map_or_else(all, usize::from)
+        threads.map_or_else(all, usize::from)
+    }
+}
+
+impl CalibrationArgs {
+    /// The flags as a recipe that says nothing else.
+    pub fn entries(&self) -> RecipeEntries {
+        RecipeEntries {
+            method: self.method.map(Method::from),
+            passes: self.passes,
+            target_correction: self.target_correction,
+            damp_percent: self.damp_percent,
+            calibration: CalibrationEntries {
+                context: self.calibration_context,
+                sequences: self.calibration_sequences,
+                seed: self.seed,
+            },
+            rewrite: RewriteEntries {
+                apply: self.no_rewrites.then_some(false),
+                rotation: self.rotate.map(Rotation::from),
+                smoothing: self.no_smoothing.then_some(false),
+                balance: self.balance,
+                sort: self.no_sort.then_some(false),
+            },
+            ..RecipeEntries::default()
+        }
     }
 }
 

@@ -15,12 +15,15 @@ use nemoconv::formats::checkpoint::Checkpoint;
 use nemoconv::formats::gguf::Value;
 use nemoconv::plan::Plan;
 use nemoconv::plan::recipe::Recipe;
-use nemoconv::rewrite::{Rewrites, RewrittenModel, SHA256_KEY, SUMMARY_KEY, sidecar_of};
+use nemoconv::quantize::integer::IntegerGrid;
+use nemoconv::rewrite::{
+    RewriteSettings, Rewrites, RewrittenModel, SHA256_KEY, SUMMARY_KEY, sidecar_of,
+};
 use nemoconv::write::whole_file::sha256_of;
 use serde_json::json;
 use sha2::{Digest, Sha256};
 
-use super::args::ToGguf;
+use super::args::{CalibrationArgs, ToGguf};
 use super::calibrate_job::read_samples;
 use super::output::Talk;
 use super::progress::Report;
@@ -40,6 +43,27 @@ pub struct Calibration {
     sidecar: Option<String>,
     /// SHA-256 of the statistics, if they were given.
     statistics: Option<String>,
+}
+
+/// What the user said of a calibration.
+pub struct CalibrationFlags<'a> {
+    pub model: &'a str,
+    pub threads: Option<u16>,
+    pub calibration: &'a CalibrationArgs,
+    /// Tensors that stay floats of the checkpoint's type, where rewrites must not round them.
+    pub floats: Option<Vec<String>>,
+}
+
+impl ToGguf {
+    /// What is said of the calibration.
+    pub fn calibration_flags(&self) -> CalibrationFlags<'_> {
+        CalibrationFlags {
+            model: &self.model,
+            threads: self.threads,
+            calibration: &self.calibration,
+            floats: None,
+        }
+    }
 }
 
 /// Statistics of an earlier run.
@@ -67,7 +91,7 @@ impl GivenStatistics {
 impl Calibration {
     /// Reads the samples and chooses rewrites.
     pub fn begin(
-        args: &ToGguf,
+        flags: CalibrationFlags,
         text: &Path,
         recipe: &Recipe,
         checkpoint: &Checkpoint,
@@ -75,8 +99,8 @@ impl Calibration {
         stop: &AtomicBool,
     ) -> Result<Self> {
         let stored = match recipe.widen {
-            true => StoredModel::open_widened(&args.model)?,
-            false => StoredModel::open(&args.model)?,
+            true => StoredModel::open_widened(flags.model)?,
+            false => StoredModel::open(flags.model)?,
         };
         let stored = Arc::new(stored);
         let samples = read_samples(&stored, text, recipe.samples)?;
@@ -90,14 +114,18 @@ impl Calibration {
             .iter()
             .map(|shard| digest(shard.bytes()))
             .collect();
-        let given = match &args.calibration.statistics {
+        let given = match &flags.calibration.statistics {
             Some(path) => Some(GivenStatistics::open(path, &stored, &shards, &samples)?),
             None => None,
         };
         let settings = recipe.rewrites(stored.config().nextn_predict_layers > 0);
+        let settings = settings.map(|settings| RewriteSettings {
+            floats: flags.floats,
+            ..settings
+        });
         let rewrites = match settings {
             None => Rewrites::none(),
-            Some(settings) => on_workers(args.threads, || {
+            Some(settings) => on_workers(flags.threads, || {
                 let watch = || match stop.load(Ordering::Relaxed) {
                     true => Err(Error::Interrupted),
                     false => Ok(()),
@@ -132,6 +160,28 @@ impl Calibration {
         &self.samples
     }
 
+    /// The weights that are rounded.
+    pub fn weights(&self) -> &RewrittenModel {
+        &self.weights
+    }
+
+    /// Whether they are others than the checkpoint's.
+    pub fn is_rewritten(&self) -> bool {
+        self.sidecar.is_some()
+    }
+
+    /// The sidecar's bytes, if the model was rewritten.
+    pub fn sidecar_bytes(&self) -> Result<Option<Vec<u8>>> {
+        if self.sidecar.is_none() {
+            return Ok(None);
+        }
+        let failed = nemoconv::formats::Error::from;
+        let folder = tempfile::tempdir().map_err(failed)?;
+        let path = folder.path().join(REWRITES);
+        self.weights.rewrites().save(&path)?;
+        Ok(Some(std::fs::read(path).map_err(failed)?))
+    }
+
     /// What the artifact says of it.
     pub fn keys(&self) -> Vec<(&'static str, Value)> {
         let mut keys = vec![
@@ -162,8 +212,9 @@ impl Calibration {
     /// Rounds every tensor; an interrupted run of the same settings goes on where it was.
     pub fn round(
         &self,
-        args: &ToGguf,
+        threads: Option<u16>,
         plan: &Plan,
+        integers: &BTreeMap<String, IntegerGrid>,
         outfile: &Path,
         talk: &Talk,
         stop: &AtomicBool,
@@ -171,7 +222,10 @@ impl Calibration {
         let types: Vec<_> = plan
             .tensors
             .iter()
-            .map(|tensor| (&tensor.name, tensor.ty.name()))
+            .map(|tensor| match integers.get(&tensor.name) {
+                Some(grid) => (&tensor.name, grid.to_string()),
+                None => (&tensor.name, tensor.ty.name().to_string()),
+            })
             .collect();
         let key = json!({
             "nemoconv": env!("CARGO_PKG_VERSION"),
@@ -193,14 +247,14 @@ impl Calibration {
         let job = Calibrated {
             weights: &self.weights,
             plan,
-            integers: &BTreeMap::new(),
+            integers,
             samples: &self.samples,
             rounding: self.rounding,
             memory_bytes: 4 << 30,
             progress: &Report::new(*talk),
             stop,
         };
-        on_workers(args.threads, || job.run(&mut workspace))?;
+        on_workers(threads, || job.run(&mut workspace))?;
         Ok(workspace)
     }
 

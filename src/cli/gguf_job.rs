@@ -1,5 +1,6 @@
 //! `to-gguf` and `plan`: from flags to an artifact, one stage after the other.
 
+use std::collections::BTreeMap;
 use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::AtomicBool;
@@ -46,7 +47,7 @@ pub fn to_gguf(args: &ToGguf, talk: &Talk, stop: &AtomicBool) -> Result<()> {
     let mut prepared = prepare(args, &chosen, &[])?;
     let calibration = match (chosen.calibration.take(), &args.calibration.calibration) {
         (None, Some(text)) => Some(Calibration::begin(
-            args,
+            args.calibration_flags(),
             text,
             &chosen.recipe,
             &prepared.checkpoint,
@@ -67,7 +68,8 @@ pub fn to_gguf(args: &ToGguf, talk: &Talk, stop: &AtomicBool) -> Result<()> {
     announce(&prepared, talk);
     let finished = match &calibration {
         Some(calibration) => {
-            Some(calibration.round(args, plan, &parts.parts[0].path, talk, stop)?)
+            let outfile = &parts.parts[0].path;
+            Some(calibration.round(args.threads, plan, &BTreeMap::new(), outfile, talk, stop)?)
         }
         None => None,
     };
@@ -254,7 +256,7 @@ fn describe(
 }
 
 /// The folder's name, or `org/name` inside a hub cache (`models--org--name/snapshots/<sha>`).
-fn model_id(folder: &Path) -> String {
+pub fn model_id(folder: &Path) -> String {
     let folder = folder
         .canonicalize()
         .unwrap_or_else(|_| folder.to_path_buf());

@@ -12,9 +12,12 @@ mod eval_report;
 mod gguf_job;
 mod inspect;
 mod output;
+mod packed_receipt;
 mod progress;
 mod receipt;
 mod recipe_job;
+mod safetensors_args;
+mod safetensors_job;
 mod validate_job;
 mod workers;
 
@@ -51,6 +54,9 @@ pub fn main() -> ExitCode {
     let talk = Talk::new(cli.quiet, cli.verbose);
     let result = match &cli.command {
         Command::ToGguf(args) => gguf_job::to_gguf(args, &talk, &STOP).map(done),
+        Command::ToSafetensors(args) => {
+            safetensors_job::to_safetensors(args, &talk, &STOP).map(done)
+        }
         Command::Plan(args) => gguf_job::plan(args, &talk, &STOP).map(done),
         Command::Inspect(args) => inspect::inspect(args).map(done),
         Command::Calibrate(args) => calibrate_job::calibrate(args, &talk, &STOP).map(done),

@@ -271,6 +271,11 @@ struct Rows {
     first: usize,
 }
 
+/// The row of the checkpoint's matrix that is stored as row `row`.
+pub fn source_row(tensor: &PlannedTensor, row: usize) -> usize {
+    interleaved(row, head_dim(tensor))
+}
+
 /// Rows per head where heads are interleaved.
 fn head_dim(tensor: &PlannedTensor) -> Option<usize> {
     match tensor.rule.value {
@@ -294,7 +299,7 @@ fn interleaved(row: usize, head_dim: Option<usize>) -> usize {
 }
 
 /// NaN and infinities among raw floats: all bits of the exponent set.
-fn nonfinite_in(dtype: Dtype, bytes: &[u8]) -> u64 {
+pub fn nonfinite_in(dtype: Dtype, bytes: &[u8]) -> u64 {
     let count16 = |mask: u16| {
         let (halves, _) = bytes.as_chunks::<2>();
         halves

@@ -12,6 +12,7 @@ use serde::{Deserialize, Deserializer, de};
 
 use super::Settings;
 use super::file_type::FileType;
+use super::packed::entries::{PackedEntries, PackedRecipe};
 use super::phase::Phase;
 use super::types::{Scheme, TensorTypeRule, TypeSettings, WantedType};
 use crate::calibrate::samples::SampleSettings;
@@ -61,6 +62,8 @@ pub struct Recipe {
     pub samples: SampleSettings,
     /// Exact rewrites before rounding, for a calibrated model; `None` where it stays as it is.
     pub rewrite: Option<RewriteRecipe>,
+    /// What packed folders take.
+    pub packed: PackedRecipe,
 }
 
 /// How a calibrated network is rewritten.
@@ -103,6 +106,7 @@ impl Recipe {
             magnitude: Magnitude::RootMeanSquare,
             sort: rewrite.sort,
             seed: self.samples.seed,
+            floats: None,
             with_mtp: self.mtp && has_mtp,
         })
     }
@@ -139,6 +143,7 @@ impl Recipe {
         ));
         push_rewrite(&mut yaml, self.rewrite);
         push_rules(&mut yaml, &self.rules);
+        self.packed.push_yaml(&mut yaml);
         yaml
     }
 }
@@ -263,6 +268,8 @@ pub struct RecipeEntries {
     pub calibration: CalibrationEntries,
     /// Exact rewrites before rounding.
     pub rewrite: RewriteEntries,
+    /// Packed folders.
+    pub packed: PackedEntries,
 }
 
 /// How a calibrated network is rewritten.
@@ -374,6 +381,7 @@ impl RecipeEntries {
                 seed: self.calibration.seed.or(file.calibration.seed),
             },
             rewrite: self.rewrite.or(file.rewrite),
+            packed: self.packed.or(file.packed),
         }
     }
 
@@ -408,6 +416,7 @@ impl RecipeEntries {
                 seed: self.calibration.seed.unwrap_or(samples.seed),
             },
             rewrite: self.rewrite.resolve(method),
+            packed: self.packed.resolve(),
         })
     }
 

@@ -54,7 +54,11 @@ impl Rewrites {
             choice.block(block, *kind)?;
         }
         choice.smooth_norms()?;
-        Ok(choice.rewrites)
+        let mut rewrites = choice.rewrites;
+        if let Some(floats) = &settings.floats {
+            rewrites.spare_floats(floats);
+        }
+        Ok(rewrites)
     }
 
     /// Why the residual stream of a model cannot be rotated, if it cannot.

@@ -23,6 +23,7 @@
 
 mod choose;
 mod eigen;
+mod exact_floats;
 mod map;
 mod matrix;
 mod model;
@@ -127,6 +128,10 @@ pub struct RewriteSettings {
     pub sort: bool,
     /// Of signs and of random matrices.
     pub seed: u64,
+    /// Tensors that will not be quantized, where floats must hold what they held: they are left alone, and scales are
+    /// powers of two.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub floats: Option<Vec<String>>,
     /// The artifact will hold the multi-token-prediction head, which reads the normed stream once more: then the stream
     /// cannot be rotated and the final norm keeps its weight.
     pub with_mtp: bool,

@@ -35,9 +35,14 @@ pub fn write_header(
     texts: &BTreeMap<&str, String>,
     tensors: &[NewTensor],
 ) -> io::Result<()> {
+    out.write_all(&header_bytes(texts, tensors))
+}
+
+/// Length field, JSON and padding of a file of these tensors, whose data follows in the same order without gaps.
+pub fn header_bytes(texts: &BTreeMap<&str, String>, tensors: &[NewTensor]) -> Vec<u8> {
     let mut header = serde_json::Map::new();
     if !texts.is_empty() {
-        header.insert("__metadata__".into(), serde_json::to_value(texts)?);
+        header.insert("__metadata__".into(), serde_json::json!(texts));
     }
     let mut begin = 0;
     for tensor in tensors {
@@ -48,10 +53,10 @@ pub fn write_header(
         header.insert(tensor.name.clone(), entry);
         begin = end;
     }
-    let mut header = serde_json::to_vec(&header)?;
-    header.resize(header.len().next_multiple_of(8), b' ');
-    out.write_all(&(header.len() as u64).to_le_bytes())?;
-    out.write_all(&header)
+    let mut json = serde_json::Value::Object(header).to_string().into_bytes();
+    json.resize(json.len().next_multiple_of(8), b' ');
+    let length = (json.len() as u64).to_le_bytes();
+    [length.as_slice(), &json].concat()
 }
 
 /// Writes numbers, little-endian.

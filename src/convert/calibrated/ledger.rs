@@ -51,6 +51,9 @@ pub struct TensorOutcome {
     pub tokens: Option<u64>,
     /// Inputs that were never anything but zero.
     pub dead_inputs: usize,
+    /// Largest magnitude of an input, in the network as it is rounded.
+    #[serde(default)]
+    pub largest_input: Option<f32>,
     /// NaN and infinite weights.
     pub nonfinite: u64,
     /// Scales too large for F16.

@@ -18,11 +18,14 @@ pub struct Seen {
     pub moments: SecondMoments,
     /// Inputs of the original network with them.
     pub cross: Option<CrossMoments>,
+    /// Their largest magnitude.
+    pub largest: f32,
 }
 
 impl Merge for Seen {
     fn merge(&mut self, later: Self) {
         self.moments.merge(later.moments);
+        self.largest = self.largest.max(later.largest);
         if let (Some(cross), Some(later)) = (&mut self.cross, later.cross) {
             cross.merge(later);
         }
@@ -125,7 +128,12 @@ fn seen(isa: Isa, captured: &Captured, original: Option<&Captured>) -> Seen {
     let original = original.filter(|_| weights.is_none());
     let cross =
         original.map(|original| CrossMoments::of(isa, (&original.rows, n), (&captured.rows, n)));
-    Seen { moments, cross }
+    let largest = captured.rows.iter().fold(0.0, |a: f32, x| a.max(x.abs()));
+    Seen {
+        moments,
+        cross,
+        largest,
+    }
 }
 
 /// Rounds the head, whose inputs are the normed streams behind the last block.

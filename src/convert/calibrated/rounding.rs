@@ -60,6 +60,11 @@ pub fn with_inputs(
                 treatment: rounded.treatment,
             });
         }
+        let largest = seen.map(|seen| seen.largest);
+        outcome.largest_input = match (outcome.largest_input, largest) {
+            (Some(a), Some(b)) => Some(f32::max(a, b)),
+            (a, b) => a.or(b),
+        };
         outcome.tokens =
             Some(outcome.tokens.unwrap_or(0) + seen.map_or(0, |seen| seen.moments.tokens));
         bytes.extend(rounded.bytes);
@@ -82,6 +87,7 @@ fn empty_outcome(tensor: &PlannedTensor, form: Form, columns: usize) -> TensorOu
         damping: None,
         tokens: None,
         dead_inputs: 0,
+        largest_input: None,
         nonfinite: 0,
         overflows: 0,
         experts: Vec::new(),

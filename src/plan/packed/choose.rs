@@ -16,12 +16,17 @@ pub fn schemes(
     linears: &[Linear],
     settings: &PackedSettings,
 ) -> Result<(Vec<Option<LinearScheme>>, Vec<String>)> {
-    if let Some(size) = settings.group_size.filter(|size| !GROUP_SIZES.contains(size)) {
+    if let Some(size) = settings
+        .group_size
+        .filter(|size| !GROUP_SIZES.contains(size))
+    {
         let what = format!("group size must be 128, 64 or 32 (vLLM's kernels), found {size}");
         return Err(Error::Plan(crate::error::Fault::new(what)));
     }
     let unused = settings.rules.iter().find(|rule| {
-        !linears.iter().any(|linear| rule.pattern.is_match(&linear.module))
+        !linears
+            .iter()
+            .any(|linear| rule.pattern.is_match(&linear.module))
     });
     if let Some(rule) = unused {
         let what = format!("`{}` matches no linear of this model", rule.pattern);
@@ -34,15 +39,24 @@ pub fn schemes(
         .collect();
     let sizes = group_sizes(linears, &named, settings.group_size)?;
     let chosen = named.into_iter().zip(sizes);
-    let schemes = chosen.map(|(named, size)| Some(named?.with_groups(size))).collect();
+    let schemes = chosen
+        .map(|(named, size)| Some(named?.with_groups(size)))
+        .collect();
     Ok((schemes, remarks))
 }
 
-fn named(linear: &Linear, settings: &PackedSettings, remarks: &mut Vec<String>) -> Option<NamedScheme> {
+fn named(
+    linear: &Linear,
+    settings: &PackedSettings,
+    remarks: &mut Vec<String>,
+) -> Option<NamedScheme> {
     if linear.kind == Kind::Router {
         return None;
     }
-    let rule = settings.rules.iter().find(|rule| rule.pattern.is_match(&linear.module));
+    let rule = settings
+        .rules
+        .iter()
+        .find(|rule| rule.pattern.is_match(&linear.module));
     if let Some(rule) = rule {
         return rule.scheme;
     }
@@ -69,14 +83,21 @@ fn named(linear: &Linear, settings: &PackedSettings, remarks: &mut Vec<String>) 
 }
 
 /// Group sizes, equal where matrices must be alike.
-fn group_sizes(linears: &[Linear], named: &[Option<NamedScheme>], wanted: Option<usize>) -> Result<Vec<usize>> {
+fn group_sizes(
+    linears: &[Linear],
+    named: &[Option<NamedScheme>],
+    wanted: Option<usize>,
+) -> Result<Vec<usize>> {
     let unit = |index: usize, linear: &Linear| match linear.kind {
         Kind::QueryKeyValue | Kind::Expert => (linear.layer, linear.kind, None),
         kind => (linear.layer, kind, Some(index)),
     };
     let mut columns: BTreeMap<_, Vec<usize>> = BTreeMap::new();
     for (index, linear) in linears.iter().enumerate() {
-        columns.entry(unit(index, linear)).or_default().push(linear.columns);
+        columns
+            .entry(unit(index, linear))
+            .or_default()
+            .push(linear.columns);
     }
     let sized = linears.iter().zip(named).enumerate().map(|(index, (linear, named))| {
         if !named.is_some_and(NamedScheme::has_groups) {

@@ -39,7 +39,10 @@ fn compressed_tensors(
     schemes: &[Option<LinearScheme>],
     groups: &[&LinearScheme],
 ) -> Value {
-    let mut formats: Vec<&str> = groups.iter().map(|group| group.scheme.layout.name()).collect();
+    let mut formats: Vec<&str> = groups
+        .iter()
+        .map(|group| group.scheme.layout.name())
+        .collect();
     let is_single = groups.len() == 1;
     let config_groups: Map<String, Value> = groups
         .iter()
@@ -50,12 +53,22 @@ fn compressed_tensors(
                 true => vec![EVERY_LINEAR.to_string()],
                 false => targets(linears, is_member),
             };
-            (format!("group_{number}"), group_json(&group.scheme, &targets))
+            (
+                format!("group_{number}"),
+                group_json(&group.scheme, &targets),
+            )
         })
         .collect();
-    let kept = linears.iter().zip(schemes).filter(|(_, scheme)| scheme.is_none());
+    let kept = linears
+        .iter()
+        .zip(schemes)
+        .filter(|(_, scheme)| scheme.is_none());
     let mut ignore: Vec<String> = kept.map(|(linear, _)| linear.module.clone()).collect();
-    if checkpoint.tensors().iter().any(|entry| entry.name.starts_with("mtp.")) {
+    if checkpoint
+        .tensors()
+        .iter()
+        .any(|entry| entry.name.starts_with("mtp."))
+    {
         ignore.push("re:.*mtp\\..*".to_string());
     }
     formats.dedup();
@@ -145,8 +158,17 @@ impl Arguments {
 
 /// GPTQ's own configuration: the settings of most linears, and where others differ.
 fn gptq(linears: &[Linear], schemes: &[Option<LinearScheme>], groups: &[&LinearScheme]) -> Value {
-    let count = |group: &LinearScheme| schemes.iter().flatten().filter(|scheme| *scheme == group).count();
-    let usual = groups.iter().max_by_key(|group| count(group)).expect("there is a group");
+    let count = |group: &LinearScheme| {
+        schemes
+            .iter()
+            .flatten()
+            .filter(|scheme| *scheme == group)
+            .count()
+    };
+    let usual = groups
+        .iter()
+        .max_by_key(|group| count(group))
+        .expect("there is a group");
     let settings = |scheme: &LinearScheme| (scheme.scheme.layout.bits(), scheme.grid.group_size);
     let mut dynamic = Map::new();
     // Negatives first: GPTQModel moves them there.
@@ -158,15 +180,23 @@ fn gptq(linears: &[Linear], schemes: &[Option<LinearScheme>], groups: &[&LinearS
         let (bits, group_size) = settings(group);
         let is_member = |index: usize| schemes[index].as_ref() == Some(group);
         for pattern in patterns(linears, is_member) {
-            let over = json!({ "bits": bits, "group_size": group_size, "sym": true, "desc_act": false });
+            let over =
+                json!({ "bits": bits, "group_size": group_size, "sym": true, "desc_act": false });
             dynamic.insert(format!("+:{pattern}"), over);
         }
     }
     let (bits, group_size) = settings(usual);
-    let has_head = linears.iter().zip(schemes).any(|(linear, scheme)| {
-        linear.kind == Kind::Head && scheme.is_some()
-    });
-    let symmetric = matches!(usual.scheme.layout, Layout::Gptq { symmetric: true, .. });
+    let has_head = linears
+        .iter()
+        .zip(schemes)
+        .any(|(linear, scheme)| linear.kind == Kind::Head && scheme.is_some());
+    let symmetric = matches!(
+        usual.scheme.layout,
+        Layout::Gptq {
+            symmetric: true,
+            ..
+        }
+    );
     let mut config = json!({
         "quant_method": "gptq",
         "bits": bits,
@@ -189,11 +219,10 @@ fn gptq(linears: &[Linear], schemes: &[Option<LinearScheme>], groups: &[&LinearS
 fn patterns(linears: &[Linear], is_member: impl Fn(usize) -> bool) -> Vec<String> {
     let expressions = targets(linears, is_member).into_iter();
     let fused = |target: String| {
-        let pattern = target.strip_prefix("re:").unwrap_or(&target).to_string();
-        let pattern = pattern.replace("experts\\.\\d+\\.", "experts(\\.\\d+\\.)?");
-        match pattern.contains("q_proj") {
-            true => pattern.replace("q_proj", "q_proj|qkv_proj"),
-            false => pattern,
+        let pattern = target.strip_prefix("re:").unwrap_or(&target);
+        match pattern.split_once("experts\\.\\d+") {
+            Some((before, _)) => format!("{before}experts(\\..*)?$"),
+            None => pattern.replace("q_proj", "q_proj|qkv_proj"),
         }
     };
     expressions.map(fused).collect()

@@ -5,15 +5,13 @@
 
 mod choose;
 mod config;
+pub mod entries;
 pub mod linears;
 pub mod readers;
 pub mod scheme;
 mod shards;
 mod targets;
 mod tensors;
-#[cfg(test)]
-mod tests;
-
 use std::collections::BTreeMap;
 
 use nemoconv_formats::Dtype;
@@ -152,7 +150,11 @@ impl PackedPlan {
     ///
     /// # Errors
     /// The checkpoint does not match its config, a group size does not divide a row, a reader would break.
-    pub fn new(checkpoint: &Checkpoint, config: NemotronHConfig, settings: &PackedSettings) -> Result<Self> {
+    pub fn new(
+        checkpoint: &Checkpoint,
+        config: NemotronHConfig,
+        settings: &PackedSettings,
+    ) -> Result<Self> {
         let own = Settings {
             types: TypeSettings::of(own_float_type(checkpoint)),
             widen: false,
@@ -162,9 +164,13 @@ impl PackedPlan {
         let plan = Plan::new(checkpoint, config, &own, None)?;
         let linears = linears::linears(checkpoint, &plan);
         let (schemes, mut remarks) = choose::schemes(&linears, settings)?;
-        let choices: Vec<_> = linears.iter().zip(schemes.iter().map(Option::as_ref)).collect();
+        let choices: Vec<_> = linears
+            .iter()
+            .zip(schemes.iter().map(Option::as_ref))
+            .collect();
         remarks.extend(readers::check(&choices, &settings.readers)?);
-        let tensors = tensors::tensors(checkpoint, &plan, &linears, &schemes, settings.is_rewritten)?;
+        let tensors =
+            tensors::tensors(checkpoint, &plan, &linears, &schemes, settings.is_rewritten)?;
         let quantization_config = config::quantization_config(checkpoint, &linears, &schemes);
         Ok(Self {
             shards: shards::shards(&tensors, settings.shard_bytes),

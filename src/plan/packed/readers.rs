@@ -43,7 +43,7 @@ impl fmt::Display for Reader {
 impl FromStr for Reader {
     type Err = String;
 
-    fn from_str(text: &str) -> Result<Self, String> {
+    fn from_str(text: &str) -> std::result::Result<Self, String> {
         let found = Self::ALL.into_iter().find(|reader| reader.name() == text);
         found.ok_or_else(|| format!("reader must be vllm or transformers, found `{text}`"))
     }
@@ -70,8 +70,16 @@ type Choice<'a> = (&'a Linear, Option<&'a LinearScheme>);
 /// One of `readers` would refuse the folder or misread it.
 pub fn check(choices: &[Choice], readers: &[Reader]) -> Result<Vec<String>> {
     one_layout(choices)?;
-    alike(choices, Kind::QueryKeyValue, "vLLM fuses q, k and v into one matrix with one scheme")?;
-    alike(choices, Kind::Expert, "vLLM looks up the scheme of a layer's experts by expert 0 alone")?;
+    alike(
+        choices,
+        Kind::QueryKeyValue,
+        "vLLM fuses q, k and v into one matrix with one scheme",
+    )?;
+    alike(
+        choices,
+        Kind::Expert,
+        "vLLM looks up the scheme of a layer's experts by expert 0 alone",
+    )?;
     if readers.contains(&Reader::Transformers) {
         transformers(choices)?;
     }
@@ -86,12 +94,19 @@ fn refused(linear: &Linear, what: impl Into<String>, hint: &str) -> Error {
 
 /// GPTQ's layout has no place for others beside it.
 fn one_layout(choices: &[Choice]) -> Result<()> {
-    let quantized = || choices.iter().filter_map(|(linear, scheme)| Some((linear, (*scheme)?)));
+    let quantized = || {
+        choices
+            .iter()
+            .filter_map(|(linear, scheme)| Some((linear, (*scheme)?)))
+    };
     let has = |gptq: bool| quantized().find(|(_, scheme)| scheme.named.is_gptq() == gptq);
     match (has(true), has(false)) {
         (Some((linear, scheme)), Some((_, other))) => Err(refused(
             linear,
-            format!("{} and {} cannot be in one folder: no reader takes two layouts", scheme.named, other.named),
+            format!(
+                "{} and {} cannot be in one folder: no reader takes two layouts",
+                scheme.named, other.named
+            ),
             "choose schemes of one layout",
         )),
         _ => Ok(()),
@@ -116,18 +131,25 @@ fn alike(choices: &[Choice], kind: Kind, why: &str) -> Result<()> {
 }
 
 fn described(scheme: Option<&LinearScheme>) -> String {
-    scheme.map_or("not quantized".to_string(), |scheme| scheme.scheme.to_string())
+    scheme.map_or("not quantized".to_string(), |scheme| {
+        scheme.scheme.to_string()
+    })
 }
 
 fn transformers(choices: &[Choice]) -> Result<()> {
     let only_vllm = "`--readers vllm` writes it for vLLM alone";
-    let experts = choices.iter().filter(|(linear, _)| linear.kind == Kind::Expert);
+    let experts = choices
+        .iter()
+        .filter(|(linear, _)| linear.kind == Kind::Expert);
     let mut quantized = experts.filter_map(|(linear, scheme)| Some((linear, (*scheme)?)));
     let Some((first, scheme)) = quantized.next() else {
         return Ok(());
     };
     if for_experts(scheme.named, &[Reader::Transformers]) != scheme.named {
-        let what = format!("{}: transformers leaves experts in I8 at random values without a word", scheme.named);
+        let what = format!(
+            "{}: transformers leaves experts in I8 at random values without a word",
+            scheme.named
+        );
         return Err(refused(first, what, only_vllm));
     }
     match quantized.find(|(_, other)| *other != scheme) {
@@ -154,7 +176,11 @@ fn words(choices: &[Choice]) -> Result<()> {
                 "{} needs out_features in multiples of {TILE} (GPTQModel's kernels), found {}",
                 scheme.named, linear.rows
             );
-            return Err(refused(linear, what, "keep it with `--linear REGEX=keep`, or choose `--scheme w4a16`"));
+            return Err(refused(
+                linear,
+                what,
+                "keep it with `--linear REGEX=keep`, or choose `--scheme w4a16`",
+            ));
         }
     }
     Ok(())
@@ -162,7 +188,9 @@ fn words(choices: &[Choice]) -> Result<()> {
 
 fn remarks(choices: &[Choice]) -> Vec<String> {
     let has = |wanted: &dyn Fn(&Linear, &LinearScheme) -> bool| {
-        let mut all = choices.iter().filter_map(|(linear, scheme)| Some((linear, (*scheme)?)));
+        let mut all = choices
+            .iter()
+            .filter_map(|(linear, scheme)| Some((linear, (*scheme)?)));
         all.any(|(linear, scheme)| wanted(linear, scheme))
     };
     let mut remarks = Vec::new();

@@ -165,13 +165,22 @@ mod tests {
         for scheme in NamedScheme::ALL {
             assert_eq!(scheme.name().parse(), Ok(scheme));
         }
-        assert!("w3a16".parse::<NamedScheme>().unwrap_err().contains("w4a16-asym"));
+        assert!(
+            "w3a16"
+                .parse::<NamedScheme>()
+                .unwrap_err()
+                .contains("w4a16-asym")
+        );
     }
 
     #[test]
     fn groups_are_the_largest_that_divide() {
         let check = |columns: &[usize], expected| {
-            assert_eq!(largest_group(columns.iter().copied()), expected, "{columns:?}");
+            assert_eq!(
+                largest_group(columns.iter().copied()),
+                expected,
+                "{columns:?}"
+            );
         };
         check(&[2688], Some(128));
         check(&[3136], Some(64));

@@ -43,7 +43,10 @@ pub fn shards(tensors: &[PackedTensor], most: u64) -> Vec<ShardLayout> {
             filled = 0;
         }
         filled += tensor.bytes();
-        groups.last_mut().expect("there is one from the start").push(index);
+        groups
+            .last_mut()
+            .expect("there is one from the start")
+            .push(index);
     }
     let count = groups.len();
     let named = groups.into_iter().enumerate().map(|(number, group)| {

@@ -23,7 +23,10 @@ pub fn targets(all: &[Linear], is_member: impl Fn(usize) -> bool) -> Vec<String>
             continue;
         };
         let stem = stem_expression(linear);
-        layers_of_stem.entry(stem.clone()).or_default().insert(layer);
+        layers_of_stem
+            .entry(stem.clone())
+            .or_default()
+            .insert(layer);
         if !is_member(index) {
             continue;
         }
@@ -39,21 +42,28 @@ pub fn targets(all: &[Linear], is_member: impl Fn(usize) -> bool) -> Vec<String>
         // Those of the same place and the same layers share an expression.
         let shares = |(other, their_layers): &(String, BTreeSet<usize>)| {
             let same_place = other.rsplit_once('.').map(|(prefix, _)| prefix) == Some(prefix);
-            same_place && (layers_of_stem[other] == *their_layers) == everywhere
+            same_place
+                && (layers_of_stem[other] == *their_layers) == everywhere
                 && (everywhere || *their_layers == layers)
         };
         let (together, rest): (Vec<_>, Vec<_>) = members.into_iter().partition(shares);
         members = rest;
         let leaves: Vec<&str> = together
             .iter()
-            .map(|(stem, _)| stem.rsplit_once('.').map_or(stem.as_str(), |(_, leaf)| leaf))
+            .map(|(stem, _)| {
+                stem.rsplit_once('.')
+                    .map_or(stem.as_str(), |(_, leaf)| leaf)
+            })
             .collect();
         let place = prefix.trim_end_matches('\\');
         let scope = match everywhere {
             true => String::new(),
             false => format!("layers\\.{}\\.", alternatives(layers.iter())),
         };
-        expressions.push(format!("re:.*{scope}{place}\\.{}$", alternatives(leaves.iter())));
+        expressions.push(format!(
+            "re:.*{scope}{place}\\.{}$",
+            alternatives(leaves.iter())
+        ));
     }
     expressions.extend(targets);
     expressions
@@ -62,7 +72,10 @@ pub fn targets(all: &[Linear], is_member: impl Fn(usize) -> bool) -> Vec<String>
 /// One of these.
 fn alternatives(choices: impl ExactSizeIterator<Item = impl ToString>) -> String {
     let single = choices.len() == 1;
-    let joined = choices.map(|choice| choice.to_string()).collect::<Vec<_>>().join("|");
+    let joined = choices
+        .map(|choice| choice.to_string())
+        .collect::<Vec<_>>()
+        .join("|");
     match single {
         true => joined,
         false => format!("({joined})"),
@@ -96,7 +109,12 @@ mod tests {
 
     fn network() -> Vec<Linear> {
         let of = |layer: usize, name: &str, kind| {
-            linear(&format!("backbone.layers.{layer}.mixer.{name}"), kind, Some(layer), 0)
+            linear(
+                &format!("backbone.layers.{layer}.mixer.{name}"),
+                kind,
+                Some(layer),
+                0,
+            )
         };
         let mut all = vec![
             of(0, "in_proj", Kind::Mamba),
@@ -127,7 +145,12 @@ mod tests {
                     .is_match(&linear.module),
                 None => *target == linear.module,
             };
-            assert_eq!(targets.iter().any(matches), is_member(linear), "{}", linear.module);
+            assert_eq!(
+                targets.iter().any(matches),
+                is_member(linear),
+                "{}",
+                linear.module
+            );
         }
     }
 

@@ -12,8 +12,12 @@ use super::linears::{Kind, Linear};
 use super::scheme::LinearScheme;
 use super::{Content, PackedTensor, fault};
 use crate::error::{Error, Result};
+use crate::model::nemotron_h::ValueRule;
 use crate::plan::Plan;
 use crate::plan::sources::{Fate, Piece};
+
+/// Part of the name of what is added to the scores of experts: vLLM and transformers hold it in F32.
+const ROUTER_CORRECTION: &str = ".exp_probs_b";
 
 /// What a checkpoint tensor is to the plan.
 struct Use {
@@ -55,13 +59,18 @@ pub fn tensors(
             continue;
         }
         let is_router = linear_of(first).is_some_and(|index| linears[index].kind == Kind::Router);
+        let is_correction = plan.tensors[first.tensor].name.contains(ROUTER_CORRECTION);
         let dtype = match entry.dtype {
+            // What transformers makes of it.
+            _ if is_correction => Dtype::F32,
             Dtype::F8E4M3 => Dtype::Bf16,
             // Its columns carry what the norm before it gave up.
             _ if is_router && is_rewritten => Dtype::F32,
             dtype => dtype,
         };
-        let content = match dtype != entry.dtype || is_rewritten {
+        // No rewrite changes what the state decays by.
+        let is_decay = plan.tensors[first.tensor].rule.value == ValueRule::NegExp;
+        let content = match dtype != entry.dtype || is_rewritten && !is_decay {
             true => Content::Values {
                 tensor: first.tensor,
                 piece: (used.len() == 1).then_some(first.piece),

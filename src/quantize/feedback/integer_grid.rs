@@ -7,7 +7,9 @@
 use pulp::Simd;
 
 use super::super::ScaleOverflow;
-use super::super::integer::{Bits, IntegerGrid};
+use nemoconv_formats::packed::Width;
+
+use super::super::integer::{IntegerGrid, highest, lowest};
 use super::super::lanes::Lanes;
 use super::super::super_block::Sweep;
 use super::super::symmetric::{Codebook, Whole};
@@ -30,7 +32,7 @@ impl<const SUB: usize> FeedbackGrid for Groups<SUB> {
     #[inline(always)]
     fn lattice(&self) -> Lattice {
         match self.0.has_zero_point {
-            true => Lattice::ZeroPoint(self.0.scale, Bits::Four.lowest(), Bits::Four.highest()),
+            true => Lattice::ZeroPoint(self.0.scale, lowest(Width::Four), highest(Width::Four)),
             false => Lattice::Own(self.0.scale),
         }
     }
@@ -49,7 +51,7 @@ impl<const SUB: usize> FeedbackGrid for Groups<SUB> {
             low = low.min(*target);
             high = high.max(*target);
         }
-        let (lowest, highest) = (Bits::Four.lowest(), Bits::Four.highest());
+        let (lowest, highest) = (lowest(Width::Four), highest(Width::Four));
         if !self.0.has_zero_point {
             let reach = (high * zero.like(1.0 / highest)).max(low * zero.like(1.0 / lowest));
             for k in 0..STEPS.tries {
@@ -139,7 +141,7 @@ impl FeedbackGrid for Rows {
 impl Rows {
     /// For each lane the scale of least weighted squared error without feedback.
     fn best_scales(&self, wanted: &[Row], pivots: &[f32]) -> Row {
-        let (lowest, highest) = (Bits::Eight.lowest(), Bits::Eight.highest());
+        let (lowest, highest) = (lowest(Width::Eight), highest(Width::Eight));
         let mut reach = [0.0_f32; ROWS];
         for row in wanted {
             for (reach, x) in reach.iter_mut().zip(row) {
@@ -190,7 +192,7 @@ impl<const HALF: i32> Codebook for Signed<HALF> {
 fn pack(grid: &IntegerGrid, sub: usize, row: RoundedRow, out: &mut [u8]) -> ScaleOverflow {
     let columns = row.half.wanted.len();
     let size = grid.group_columns(columns);
-    let mut out = grid.row_mut(columns, out);
+    let mut out = grid.split_mut(columns, out);
     let mut cut = 0;
     for group in 0..grid.groups(columns) {
         let [scale, _, _, zero] = row.scales(group * size / sub);

@@ -22,10 +22,11 @@ use std::ops::Range;
 use pulp::Arch;
 use rayon::prelude::*;
 
-use super::integer::{Bits, IntegerGrid};
+use super::integer::IntegerGrid;
 use crate::backend::cpu::gram::CHUNK_ROWS;
 use crate::backend::cpu::kernels::{self, FLOAT_ROWS, Isa, MAX_TOKENS};
 use crate::formats::GgmlType;
+use crate::formats::packed::Width;
 use cholesky::{STRIP, Strips};
 pub use correction::Correction;
 use descent::Pass;
@@ -104,9 +105,9 @@ pub fn quantize_rows(
 /// Whether rows of so many columns can be rounded to an integer grid with feedback.
 pub fn can_feed_back_integers(grid: &IntegerGrid, columns: usize) -> bool {
     let size = grid.group_columns(columns);
-    let is_known = match grid.bits {
-        Bits::Four => matches!(grid.group_size, Some(32 | 64 | 128)),
-        Bits::Eight => !grid.has_zero_point && size.is_multiple_of(integer_grid::ROWS_SUB),
+    let is_known = match grid.width {
+        Width::Four => matches!(grid.group_size, Some(32 | 64 | 128)),
+        Width::Eight => !grid.has_zero_point && size.is_multiple_of(integer_grid::ROWS_SUB),
     };
     is_known && grid.fits(columns)
 }
@@ -131,12 +132,12 @@ pub fn quantize_integers(
         moments,
         passes,
     };
-    match (grid.bits, grid.group_size) {
-        (Bits::Eight, _) => {
+    match (grid.width, grid.group_size) {
+        (Width::Eight, _) => {
             run::<_, { integer_grid::ROWS_SUB }>(integer_grid::Rows(grid), job, rows, out)
         }
-        (Bits::Four, Some(32)) => run::<_, 32>(integer_grid::Groups::<32>(grid), job, rows, out),
-        (Bits::Four, Some(64)) => run::<_, 64>(integer_grid::Groups::<64>(grid), job, rows, out),
+        (Width::Four, Some(32)) => run::<_, 32>(integer_grid::Groups::<32>(grid), job, rows, out),
+        (Width::Four, Some(64)) => run::<_, 64>(integer_grid::Groups::<64>(grid), job, rows, out),
         _ => run::<_, 128>(integer_grid::Groups::<128>(grid), job, rows, out),
     }
 }

@@ -52,12 +52,12 @@ fn forms() -> impl Iterator<Item = Form> {
 
 fn grids() -> impl Iterator<Item = IntegerGrid> {
     let sizes = [32, 64, 128].into_iter();
-    let four = sizes.flat_map(|size| [false, true].map(|zero| (Bits::Four, Some(size), zero)));
-    let eight = [None, Some(64)].map(|size| (Bits::Eight, size, false));
+    let four = sizes.flat_map(|size| [false, true].map(|zero| (Width::Four, Some(size), zero)));
+    let eight = [None, Some(64)].map(|size| (Width::Eight, size, false));
     let all = four.chain(eight);
     all.zip([ScaleFloat::Bf16, ScaleFloat::F16].into_iter().cycle())
-        .map(|((bits, group_size, has_zero_point), scale)| IntegerGrid {
-            bits,
+        .map(|((width, group_size, has_zero_point), scale)| IntegerGrid {
+            width,
             group_size,
             has_zero_point,
             scale,
@@ -233,8 +233,8 @@ fn codes_are_those_of_textbook_gptq_on_the_same_grid() {
     check::<_, 32>(grid::Q4_K, whole(0.0, 15.0));
     check::<_, 16>(grid::Q6_K, whole(-32.0, 31.0));
     for grid in grids() {
-        match (grid.bits, grid.group_size) {
-            (Bits::Eight, _) => check::<_, 32>(integer_grid::Rows(grid), whole(-128.0, 127.0)),
+        match (grid.width, grid.group_size) {
+            (Width::Eight, _) => check::<_, 32>(integer_grid::Rows(grid), whole(-128.0, 127.0)),
             (_, Some(32)) => check::<_, 32>(integer_grid::Groups::<32>(grid), whole(-8.0, 7.0)),
             (_, Some(64)) => check::<_, 64>(integer_grid::Groups::<64>(grid), whole(-8.0, 7.0)),
             _ => check::<_, 128>(integer_grid::Groups::<128>(grid), whole(-8.0, 7.0)),

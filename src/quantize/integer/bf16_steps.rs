@@ -7,7 +7,7 @@
 
 use half::bf16;
 
-use super::{IntegerGrid, IntegerRowMut};
+use super::{IntegerGrid, IntegerRowMut, highest, lowest};
 
 /// Quantizes one row; nothing overflows BF16.
 pub fn row(grid: &IntegerGrid, row: &[f32], mut out: IntegerRowMut) -> u64 {
@@ -18,7 +18,7 @@ pub fn row(grid: &IntegerGrid, row: &[f32], mut out: IntegerRowMut) -> u64 {
         let codes = &mut out.codes[group * size..][..size];
         for (code, weight) in codes.iter_mut().zip(weights) {
             let q = step(step(weight / scale) + zero);
-            let q = q.clamp(grid.bits.lowest(), grid.bits.highest());
+            let q = q.clamp(lowest(grid.width), highest(grid.width));
             *code = q.round_ties_even() as i8;
         }
     }
@@ -28,7 +28,7 @@ pub fn row(grid: &IntegerGrid, row: &[f32], mut out: IntegerRowMut) -> u64 {
 fn scale_of(grid: &IntegerGrid, weights: &[f32]) -> (f32, f32) {
     let low = weights.iter().copied().fold(0.0, f32::min);
     let high = weights.iter().copied().fold(0.0, f32::max);
-    let (lowest, highest) = (grid.bits.lowest(), grid.bits.highest());
+    let (lowest, highest) = (lowest(grid.width), highest(grid.width));
     let range = highest - lowest;
     let scale = match grid.has_zero_point {
         true => step(step(high - low) / range),

@@ -11,38 +11,23 @@ mod tests;
 use std::fmt;
 
 use half::{bf16, f16};
+use nemoconv_formats::packed::Width;
 use pulp::Simd;
 
 use super::ScaleOverflow;
 use super::lanes::{F16_MAX, Lanes};
 
-/// Width of a code.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub enum Bits {
-    /// -8 to 7.
-    Four,
-    /// -128 to 127.
-    Eight,
+/// The smallest code.
+pub const fn lowest(width: Width) -> f32 {
+    match width {
+        Width::Four => -8.0,
+        Width::Eight => -128.0,
+    }
 }
 
-impl Bits {
-    /// How many.
-    pub fn count(self) -> usize {
-        match self {
-            Self::Four => 4,
-            Self::Eight => 8,
-        }
-    }
-
-    /// The smallest code.
-    pub fn lowest(self) -> f32 {
-        -((1 << (self.count() - 1)) as f32)
-    }
-
-    /// The largest code.
-    pub fn highest(self) -> f32 {
-        -self.lowest() - 1.0
-    }
+/// The largest code.
+pub const fn highest(width: Width) -> f32 {
+    -lowest(width) - 1.0
 }
 
 /// The float that scales are stored in.
@@ -107,7 +92,7 @@ pub enum Nearest {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct IntegerGrid {
     /// Width of a code.
-    pub bits: Bits,
+    pub width: Width,
     /// Columns that share a scale; `None`: a whole row.
     pub group_size: Option<usize>,
     /// Whether groups have a zero point; scales are then of a range rather than of a magnitude.
@@ -139,7 +124,7 @@ impl IntegerGrid {
 
     /// Bits per weight once packed: codes, scales and zero points.
     pub fn bits_per_weight(&self, columns: usize) -> f64 {
-        let bits = self.bits.count();
+        let bits = self.width.bits();
         let zero = if self.has_zero_point { bits } else { 0 };
         bits as f64 + (16 + zero) as f64 / self.group_columns(columns) as f64
     }
@@ -155,7 +140,8 @@ impl IntegerGrid {
         }
     }
 
-    fn split_mut<'a>(&self, columns: usize, row: &'a mut [u8]) -> IntegerRowMut<'a> {
+    /// The same, to be written.
+    pub(super) fn split_mut<'a>(&self, columns: usize, row: &'a mut [u8]) -> IntegerRowMut<'a> {
         let (codes, rest) = row.split_at_mut(columns);
         let (scales, zeros) = rest.split_at_mut(2 * self.groups(columns));
         IntegerRowMut {
@@ -215,7 +201,7 @@ impl IntegerGrid {
 
 impl fmt::Display for IntegerGrid {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "int{}", self.bits.count())?;
+        write!(f, "int{}", self.width.bits())?;
         match self.group_size {
             Some(size) => write!(f, " per {size}")?,
             None => write!(f, " per row")?,
@@ -262,12 +248,5 @@ impl IntegerRowMut<'_> {
         if let Some(to) = self.zeros.get_mut(group) {
             *to = zero as i8;
         }
-    }
-}
-
-impl IntegerGrid {
-    /// An integer row to be written; see [`Self::split`].
-    pub(super) fn row_mut<'a>(&self, columns: usize, row: &'a mut [u8]) -> IntegerRowMut<'a> {
-        self.split_mut(columns, row)
     }
 }

@@ -4,7 +4,7 @@
 
 use pulp::{Arch, Simd, WithSimd};
 
-use super::{IntegerGrid, IntegerRowMut};
+use super::{IntegerGrid, IntegerRowMut, highest, lowest};
 
 /// Quantizes one row; gives the scales that were cut.
 pub fn row(grid: &IntegerGrid, row: &[f32], out: IntegerRowMut) -> u64 {
@@ -40,7 +40,7 @@ impl WithSimd for Row<'_> {
 #[inline(always)]
 fn scale_of(grid: &IntegerGrid, weights: &[f32]) -> (f32, f32) {
     let (low, high) = extremes(weights);
-    let (lowest, highest) = (grid.bits.lowest(), grid.bits.highest());
+    let (lowest, highest) = (lowest(grid.width), highest(grid.width));
     if !grid.has_zero_point {
         let scale = f32::max(high / highest, low / lowest);
         return (grid.scale.rounded(scale), 0.0);
@@ -75,7 +75,7 @@ fn round(grid: &IntegerGrid, weights: &[f32], scale: f32, zero: f32, codes: &mut
     /// Added and taken off again, it leaves a whole number, ties to even.
     const WHOLE: f32 = 1.5 * (1 << 23) as f32;
     let inverse = if scale > 0.0 { 1.0 / scale } else { 0.0 };
-    let (lowest, highest) = (grid.bits.lowest(), grid.bits.highest());
+    let (lowest, highest) = (lowest(grid.width), highest(grid.width));
     for (code, weight) in codes.iter_mut().zip(weights) {
         let q = (weight * inverse + zero).max(lowest).min(highest);
         // Whole and small: nothing is lost.

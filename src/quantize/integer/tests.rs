@@ -3,13 +3,13 @@ use super::*;
 fn grids() -> impl Iterator<Item = IntegerGrid> {
     let sizes = [None, Some(32), Some(64), Some(128)];
     let kinds = [
-        (Bits::Four, false),
-        (Bits::Four, true),
-        (Bits::Eight, false),
+        (Width::Four, false),
+        (Width::Four, true),
+        (Width::Eight, false),
     ];
     let all = sizes.into_iter().flat_map(move |group_size| {
-        kinds.map(|(bits, has_zero_point)| IntegerGrid {
-            bits,
+        kinds.map(|(width, has_zero_point)| IntegerGrid {
+            width,
             group_size,
             has_zero_point,
             scale: ScaleFloat::Bf16,
@@ -45,7 +45,7 @@ fn codes_are_nearest_on_the_stored_scale() {
                 let scale = f64::from(stored.scale(grid.scale, group));
                 let zero = f64::from(stored.zero(group));
                 let wanted = f64::from(*weight) / scale + zero;
-                let clamped = wanted.clamp(grid.bits.lowest().into(), grid.bits.highest().into());
+                let clamped = wanted.clamp(lowest(grid.width).into(), highest(grid.width).into());
                 let away = (f64::from(*code) - clamped).abs();
                 assert!(away <= 0.5 + 1e-5, "{grid} at {i}: {code} for {clamped}");
                 assert!(
@@ -69,7 +69,7 @@ fn dequantized_codes_quantize_to_themselves() {
         grid.dequantize(columns, &again, &mut second);
         let largest = values.iter().fold(0.0_f32, |a, x| a.max(x.abs()));
         for (a, b) in values.iter().zip(&second) {
-            let step = largest / grid.bits.highest();
+            let step = largest / highest(grid.width);
             assert!((a - b).abs() <= 0.51 * step, "{grid}: {a} and {b}");
         }
     }
@@ -85,7 +85,7 @@ fn zeros_and_one_sign_are_stored_exactly_where_the_grid_holds_them() {
         assert_eq!(values, zeros, "{grid}");
     }
     let asymmetric = IntegerGrid {
-        bits: Bits::Four,
+        width: Width::Four,
         group_size: Some(32),
         has_zero_point: true,
         scale: ScaleFloat::Bf16,
@@ -101,7 +101,7 @@ fn zeros_and_one_sign_are_stored_exactly_where_the_grid_holds_them() {
 #[test]
 fn bf16_steps_lose_more() {
     let grid = IntegerGrid {
-        bits: Bits::Eight,
+        width: Width::Eight,
         group_size: None,
         has_zero_point: false,
         scale: ScaleFloat::Bf16,
@@ -123,7 +123,7 @@ fn bf16_steps_lose_more() {
 #[test]
 fn a_scale_too_large_for_f16_is_counted() {
     let grid = IntegerGrid {
-        bits: Bits::Four,
+        width: Width::Four,
         group_size: Some(32),
         has_zero_point: false,
         scale: ScaleFloat::F16,

@@ -1,0 +1,211 @@
+//! `to-safetensors`: from flags to a packed folder, one stage after the other.
+
+use std::path::{Path, PathBuf};
+use std::sync::atomic::AtomicBool;
+
+use nemoconv::artifact::locate;
+use nemoconv::convert::Conduct;
+use nemoconv::convert::packed::{PackedJob, Rounded};
+use nemoconv::error::Result;
+use nemoconv::formats::checkpoint::Checkpoint;
+use nemoconv::model::config::NemotronHConfig;
+use nemoconv::plan::packed::{PackedPlan, PackedSettings};
+use nemoconv::plan::recipe::{Recipe, RecipeEntries};
+use nemoconv::write::packed::folder::{PackedFolder, check_target};
+
+use super::calibration_job::{Calibration, CalibrationFlags};
+use super::gguf_job::model_id;
+use super::output::{Talk, human_bytes, print_stdout, table};
+use super::packed_receipt;
+use super::progress::Report;
+use super::safetensors_args::ToSafetensors;
+
+/// Where the rewrites of a folder lie, from which `validate` undoes them. The name ends so that no reader takes it for
+/// weights.
+const REWRITES: &str = "rewrites.nemoconv";
+
+/// Writes the folder, or shows the plan with `--dry-run`.
+pub fn to_safetensors(args: &ToSafetensors, talk: &Talk, stop: &AtomicBool) -> Result<()> {
+    let recipe = recipe(args)?;
+    if args.print_recipe {
+        print_stdout(recipe.to_yaml().trim_end());
+        return Ok(());
+    }
+    let checkpoint = Checkpoint::open(&locate(&args.model)?)?;
+    let mut settings = settings(args, &recipe)?;
+    let mut plan = plan(&checkpoint, &settings)?;
+    if args.dry_run {
+        return show(args, &checkpoint, &plan);
+    }
+    let outdir = outdir(args, &checkpoint, &settings);
+    check_target(&outdir)?;
+    let calibration = match &args.calibration.calibration {
+        None => None,
+        Some(text) => {
+            let flags = CalibrationFlags {
+                model: &args.model,
+                threads: args.threads,
+                calibration: &args.calibration,
+                floats: Some(floats(&plan)),
+            };
+            let begun = Calibration::begin(flags, text, &recipe, &checkpoint, talk, stop)?;
+            settings.is_rewritten = begun.is_rewritten();
+            plan = self::plan(&checkpoint, &settings)?;
+            Some(begun)
+        }
+    };
+    announce(&plan, talk);
+    let grids = plan.grids();
+    let workspace = match &calibration {
+        Some(calibration) => {
+            Some(calibration.round(args.threads, &plan.plan, &grids, &outdir, talk, stop)?)
+        }
+        None => None,
+    };
+    let folder = PackedFolder::create(&outdir, &plan.shards)?;
+    let job = PackedJob {
+        checkpoint: &checkpoint,
+        plan: &plan,
+        rounded: calibration
+            .as_ref()
+            .zip(workspace.as_ref())
+            .map(|(calibration, workspace)| Rounded {
+                weights: calibration.weights(),
+                workspace,
+            }),
+        nearest: args.rounding.into(),
+        folder: &folder,
+        progress: &Report::new(*talk),
+        stop,
+    };
+    let summary = job.run(Conduct {
+        threads: args.thread_count(),
+        allow_nonfinite: args.allow_nonfinite,
+        allow_overflow: args.allow_f16_overflow,
+    })?;
+    for odd in &summary.oddities {
+        talk.say(format_args!(
+            "warning: `{}` has {} NaN or infinite weights and {} overflows, written as allowed",
+            odd.tensor, odd.nonfinite, odd.overflows
+        ));
+    }
+    folder.write_companions(&checkpoint, &plan)?;
+    let mut receipt = packed_receipt::plan_json(&checkpoint, &plan);
+    packed_receipt::add_summary(&mut receipt, &summary, workspace.as_ref());
+    receipt["rounding_without_samples"] = format!("{:?}", args.rounding).to_lowercase().into();
+    if let Some(calibration) = &calibration {
+        receipt["calibration"] = calibration.receipt();
+        if let Some(rewrites) = calibration.sidecar_bytes()? {
+            folder.write_file(REWRITES, &rewrites)?;
+        }
+    }
+    folder.write_file("receipt.json", format!("{receipt:#}\n").as_bytes())?;
+    let written = folder.publish()?;
+    if let Some(workspace) = workspace {
+        workspace.remove()?;
+    }
+    match args.json {
+        true => print_stdout(format_args!("{receipt:#}")),
+        false => print_stdout(written.display()),
+    }
+    Ok(())
+}
+
+fn recipe(args: &ToSafetensors) -> Result<Recipe> {
+    let file = args
+        .recipe
+        .as_deref()
+        .map(RecipeEntries::open)
+        .transpose()?;
+    args.entries().or(file.unwrap_or_default()).resolve()
+}
+
+fn settings(args: &ToSafetensors, recipe: &Recipe) -> Result<PackedSettings> {
+    let settings = recipe.packed.settings(recipe.aim)?;
+    Ok(PackedSettings {
+        shard_bytes: args.max_shard_size.unwrap_or(settings.shard_bytes),
+        ..settings
+    })
+}
+
+fn plan(checkpoint: &Checkpoint, settings: &PackedSettings) -> Result<PackedPlan> {
+    let (_, config) = NemotronHConfig::open(checkpoint)?;
+    PackedPlan::new(checkpoint, config, settings)
+}
+
+/// Tensors that stay floats.
+fn floats(plan: &PackedPlan) -> Vec<String> {
+    let kept = plan
+        .linears
+        .iter()
+        .zip(&plan.schemes)
+        .filter(|(linear, scheme)| {
+            scheme.is_none() && linear.kind != nemoconv::plan::packed::linears::Kind::Router
+        });
+    let mut names: Vec<String> = kept
+        .map(|(linear, _)| plan.plan.tensors[linear.tensor].name.clone())
+        .collect();
+    names.dedup();
+    names
+}
+
+fn outdir(args: &ToSafetensors, checkpoint: &Checkpoint, settings: &PackedSettings) -> PathBuf {
+    let default = || {
+        let id = model_id(checkpoint.folder());
+        let name = Path::new(&id)
+            .file_name()
+            .unwrap_or_default()
+            .to_string_lossy()
+            .into_owned();
+        PathBuf::from(format!("{name}-{}", settings.aim.name()))
+    };
+    args.outdir.clone().unwrap_or_else(default)
+}
+
+fn show(args: &ToSafetensors, checkpoint: &Checkpoint, plan: &PackedPlan) -> Result<()> {
+    if args.json {
+        print_stdout(format_args!(
+            "{:#}",
+            packed_receipt::plan_json(checkpoint, plan)
+        ));
+        return Ok(());
+    }
+    let header = ["linear", "shape", "scheme"].map(String::from).to_vec();
+    let rows = plan
+        .linears
+        .iter()
+        .zip(&plan.schemes)
+        .map(|(linear, scheme)| {
+            vec![
+                linear.module.clone(),
+                format!("{} x {}", linear.rows, linear.columns),
+                scheme
+                    .as_ref()
+                    .map_or("kept".into(), |scheme| scheme.scheme.to_string()),
+            ]
+        });
+    let rows: Vec<_> = std::iter::once(header).chain(rows).collect();
+    print_stdout(table(&rows, &[false, false, false]));
+    print_stdout(totals(plan));
+    Ok(())
+}
+
+fn announce(plan: &PackedPlan, talk: &Talk) {
+    for remark in &plan.remarks {
+        talk.say(format_args!("note: {remark}"));
+    }
+    talk.say(totals(plan));
+}
+
+fn totals(plan: &PackedPlan) -> String {
+    let quantized = plan.schemes.iter().flatten().count();
+    format!(
+        "{quantized} of {} linears quantized, {} bytes ({}) in {} shard{}, {:.3} bits per weight",
+        plan.linears.len(),
+        plan.file_bytes(),
+        human_bytes(plan.file_bytes()),
+        plan.shards.len(),
+        if plan.shards.len() == 1 { "" } else { "s" },
+        plan.bits_per_weight(),
+    )
+}
