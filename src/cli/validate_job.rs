@@ -399,6 +399,7 @@ fn name_of(scheme: &ActivationScheme) -> &'static str {
         ActivationScheme::Q8K => "Q8_K",
         ActivationScheme::TokenInt8 => "int8 per token",
         ActivationScheme::StaticInt8(_) => "int8 static",
+        ActivationScheme::Declared(_) => "as the artifact declares them",
     }
 }
 

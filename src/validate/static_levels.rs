@@ -93,7 +93,13 @@ pub fn subject(model: &StoredModel, path: &str) -> Subject {
         name: text("general.name"),
         architecture: text("general.architecture").or(Some(own.into())),
         file_type,
-        bytes: Some(model.weight_bytes()),
+        bytes: Some(
+            model
+                .tensors()
+                .iter()
+                .map(|tensor| model.stored_bytes(tensor))
+                .sum(),
+        ),
         weights: Some(model.tensors().iter().map(StoredTensor::weights).sum()),
     }
 }
