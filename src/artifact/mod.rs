@@ -14,7 +14,7 @@ use std::path::{Path, PathBuf};
 
 use nemoconv_formats::checkpoint::{Checkpoint, resolve_hub_id};
 use nemoconv_formats::gguf::{Gguf, Metadata};
-use nemoconv_formats::packed::Scheme;
+use nemoconv_formats::packed::{Inputs, Scheme};
 use nemoconv_formats::{GgmlType, block};
 
 use crate::backend::activation::Activation;
@@ -250,9 +250,33 @@ impl StoredModel {
         }
     }
 
-    /// Bytes of all tensors in the types they are read in.
+    /// What the configuration of a packed checkpoint declares of inputs beyond what [`Activation`] knows.
+    pub fn inputs_not_followed(&self) -> Option<&str> {
+        self.tensors
+            .iter()
+            .find_map(|tensor| match &self.scheme(tensor)?.inputs {
+                Inputs::Other(what) => Some(what.as_str()),
+                Inputs::AsTheyAre | Inputs::Int8PerToken | Inputs::Int8PerTensor => None,
+            })
+    }
+
+    /// Bytes of all tensors in their files.
     pub fn weight_bytes(&self) -> u64 {
+        let tensors = self.tensors.iter();
+        tensors.map(|tensor| self.stored_bytes(tensor)).sum()
+    }
+
+    /// Bytes of all tensors in the types they are read in: of packed ones more than their files hold.
+    pub fn decoded_bytes(&self) -> u64 {
         self.tensors.iter().map(StoredTensor::bytes).sum()
+    }
+
+    /// What a tensor is stored as, in words.
+    pub fn stored_as(&self, tensor: &StoredTensor) -> String {
+        match self.scheme(tensor) {
+            Some(scheme) => format!("{scheme:#}"),
+            None => tensor.ty.name().to_owned(),
+        }
     }
 
     /// Bytes of a tensor in its files: of a packed one those of codes and scales.

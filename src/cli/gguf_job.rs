@@ -360,9 +360,9 @@ fn packed_source(plan: &Plan, calibrated: bool) -> Option<String> {
         let tensors = plan.tensors.iter();
         tensors.filter(|tensor| tensor.pieces.iter().any(is_packed))
     };
-    let kept = packed()
-        .filter(|tensor| convert::keeps_codes(tensor))
-        .count();
+    // Calibration rounds every matrix anew.
+    let keeps_codes = |tensor: &&PlannedTensor| !calibrated && convert::keeps_codes(tensor);
+    let kept = packed().filter(keeps_codes).count();
     let is_float = |tensor: &&PlannedTensor| {
         matches!(tensor.ty, GgmlType::F32 | GgmlType::F16 | GgmlType::BF16)
     };

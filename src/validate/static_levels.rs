@@ -87,19 +87,16 @@ pub fn subject(model: &StoredModel, path: &str) -> Subject {
         path: path.into(),
         format: match model.container() {
             Container::Gguf => "GGUF".into(),
+            Container::Checkpoint if model.tensors().iter().any(|tensor| tensor.is_packed) => {
+                "packed checkpoint".into()
+            }
             Container::Checkpoint => "checkpoint".into(),
             Container::Memory => "memory".into(),
         },
         name: text("general.name"),
         architecture: text("general.architecture").or(Some(own.into())),
         file_type,
-        bytes: Some(
-            model
-                .tensors()
-                .iter()
-                .map(|tensor| model.stored_bytes(tensor))
-                .sum(),
-        ),
+        bytes: Some(model.weight_bytes()),
         weights: Some(model.tensors().iter().map(StoredTensor::weights).sum()),
     }
 }
