@@ -5,6 +5,7 @@
 //! the same bytes; memory holds one tile per thread.
 
 pub mod calibrated;
+mod exact;
 pub mod packed;
 pub(crate) mod tile;
 
@@ -20,6 +21,8 @@ use crate::write::gguf::artifact::Artifact;
 use crate::write::gguf::parts::Slot;
 use calibrated::workspace::Workspace;
 use tile::{Made, Scratch, Tile, tiles};
+
+pub use exact::keeps_codes;
 
 /// Told how far the work is, in stored bytes. Called from several threads.
 pub trait Progress: Sync {
@@ -51,6 +54,8 @@ pub struct Oddities {
     pub nonfinite: u64,
     /// Values or scales too large for F16.
     pub overflows: u64,
+    /// Rows of a packed source that were rounded again because F16 does not hold their scales.
+    pub rounded_rows: u64,
 }
 
 /// What came of it.
@@ -157,11 +162,13 @@ impl Job<'_> {
                     bytes,
                     nonfinite: 0,
                     overflows: 0,
+                    rounded_rows: 0,
                 }
             }
             None => tile.make(self.checkpoint, tensor, scratch)?,
         };
         counters.count(tile.tensor, made.nonfinite, made.overflows);
+        counters.rounded_rows[tile.tensor].fetch_add(made.rounded_rows, Ordering::Relaxed);
         self.digests[index].store(xxh3_64(made.bytes), Ordering::Relaxed);
         let slot = self.slots[tile.tensor];
         self.artifact
@@ -234,6 +241,7 @@ fn in_parallel<S: Default>(
 struct Counters {
     nonfinite: Vec<AtomicU64>,
     overflows: Vec<AtomicU64>,
+    rounded_rows: Vec<AtomicU64>,
 }
 
 impl Counters {
@@ -242,6 +250,7 @@ impl Counters {
         Self {
             nonfinite: zeros(),
             overflows: zeros(),
+            rounded_rows: zeros(),
         }
     }
 
@@ -267,18 +276,18 @@ impl Counters {
 
     fn summary(self, plan: &Plan) -> Summary {
         let counts = self.nonfinite.into_iter().zip(self.overflows);
-        let oddities = plan
-            .tensors
-            .iter()
-            .zip(counts)
-            .map(|(tensor, (nonfinite, overflows))| Oddities {
+        let counts = counts.zip(self.rounded_rows);
+        let oddities = plan.tensors.iter().zip(counts).map(
+            |(tensor, ((nonfinite, overflows), rounded_rows))| Oddities {
                 tensor: tensor.name.clone(),
                 nonfinite: nonfinite.into_inner(),
                 overflows: overflows.into_inner(),
-            });
+                rounded_rows: rounded_rows.into_inner(),
+            },
+        );
         Summary {
             oddities: oddities
-                .filter(|odd| odd.nonfinite + odd.overflows > 0)
+                .filter(|odd| odd.nonfinite + odd.overflows + odd.rounded_rows > 0)
                 .collect(),
         }
     }

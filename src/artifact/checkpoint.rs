@@ -2,19 +2,22 @@
 //!
 //! Enters: a folder. Leaves: tensors and rows under GGUF names. Writes nothing.
 
+use std::collections::BTreeMap;
 use std::path::Path;
 
-use nemoconv_formats::Dtype;
 use nemoconv_formats::checkpoint::Checkpoint;
+use nemoconv_formats::packed::{Inputs, Scheme};
 
 use super::StoredTensor;
+use crate::backend::activation::Activation;
 use crate::convert::tile::{Scratch, Tile};
 use crate::error::Result;
 use crate::model::config::NemotronHConfig;
 use crate::plan::file_type::FileType;
+use crate::plan::sources::Piece;
 use crate::plan::types::TypeSettings;
 use crate::plan::widen::Widening;
-use crate::plan::{Plan, Settings};
+use crate::plan::{Plan, PlannedTensor, Settings};
 
 /// An open checkpoint and the plan by which its rows are read.
 #[derive(Debug)]
@@ -30,12 +33,11 @@ impl CheckpointStorage {
         let (_, config) = NemotronHConfig::open(&checkpoint)?;
         let changes = widen && Widening::to_super_blocks(&config, false)?.is_widened();
         // The factors of a widened stream leave no room in shorter floats.
-        let file_type = match changes {
-            true => FileType::F32,
-            false => own_float_type(&checkpoint),
-        };
         let settings = Settings {
-            types: TypeSettings::of(file_type),
+            types: match changes {
+                true => TypeSettings::of(FileType::F32),
+                false => TypeSettings::own(),
+            },
             widen,
             calibrated: false,
             with_mtp: false,
@@ -62,10 +64,50 @@ impl CheckpointStorage {
                 matrices: tensor.pieces.len(),
                 rows: tensor.dims.iter().skip(1).product::<u64>() as usize / tensor.pieces.len(),
                 columns: tensor.dims[0] as usize,
+                is_packed: scheme_of(tensor).is_some(),
                 place,
                 offset: 0,
             })
             .collect()
+    }
+
+    /// How a tensor is packed: the scheme of its first matrix.
+    pub fn scheme(&self, tensor: &StoredTensor) -> Option<&Scheme> {
+        scheme_of(&self.plan.tensors[tensor.place])
+    }
+
+    /// Bytes of a tensor in the checkpoint.
+    pub fn stored_bytes(&self, tensor: &StoredTensor) -> u64 {
+        let pieces = &self.plan.tensors[tensor.place].pieces;
+        let of_piece = |piece: &Piece| match piece {
+            Piece::Packed(linear) => linear.bytes(&self.checkpoint),
+            Piece::Tensor { .. } | Piece::Zeros => tensor.bytes() / tensor.matrices.max(1) as u64,
+        };
+        pieces.iter().map(of_piece).sum()
+    }
+
+    /// How the configuration wants inputs taken, by GGUF name, where it wants 8-bit integers. Matrices of a stack share
+    /// the largest of their fixed scales, as runtimes have it.
+    pub fn inputs(&self) -> Result<BTreeMap<String, Activation>> {
+        let mut inputs = BTreeMap::new();
+        for tensor in &self.plan.tensors {
+            let mut largest = None;
+            for piece in &tensor.pieces {
+                let Piece::Packed(linear) = piece else {
+                    continue;
+                };
+                if linear.scheme().inputs == Inputs::Int8PerToken {
+                    inputs.insert(tensor.name.clone(), Activation::TokenInt8);
+                }
+                if let Some(scale) = linear.input_scale(&self.checkpoint)? {
+                    largest = Some(largest.map_or(scale, |largest: f32| largest.max(scale)));
+                }
+            }
+            if let Some(scale) = largest {
+                inputs.insert(tensor.name.clone(), Activation::StaticInt8(scale));
+            }
+        }
+        Ok(inputs)
     }
 
     pub fn mapped_rows(
@@ -104,14 +146,9 @@ impl CheckpointStorage {
     }
 }
 
-/// The float type that holds every weight of the checkpoint exactly: F32 where it is mixed or scaled.
-pub fn own_float_type(checkpoint: &Checkpoint) -> FileType {
-    let matrices = checkpoint.tensors().iter().filter(|t| t.shape.len() >= 2);
-    let mut types: Vec<Dtype> = matrices.map(|tensor| tensor.dtype).collect();
-    types.dedup();
-    match types.as_slice() {
-        [Dtype::Bf16] => FileType::BF16,
-        [Dtype::F16] => FileType::F16,
-        _ => FileType::F32,
-    }
+fn scheme_of(tensor: &PlannedTensor) -> Option<&Scheme> {
+    tensor.pieces.iter().find_map(|piece| match piece {
+        Piece::Packed(linear) => Some(linear.scheme()),
+        Piece::Tensor { .. } | Piece::Zeros => None,
+    })
 }

@@ -78,6 +78,7 @@ pub fn stored(info: &TensorInfo, place: usize, data_offset: u64) -> StoredTensor
         matrices: if is_stack { size(2) * size(3) } else { 1 },
         rows: size(1),
         columns: size(0),
+        is_packed: false,
         place,
         offset: data_offset + info.offset,
     }

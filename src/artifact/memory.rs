@@ -54,6 +54,7 @@ impl MemoryTensor {
             matrices: self.matrices,
             rows: self.rows,
             columns: self.columns,
+            is_packed: false,
             place,
             offset: 0,
         }

@@ -1,26 +1,27 @@
 //! A stored model, whatever its container: a Hugging Face checkpoint or a GGUF file seen as one list of tensors.
 //!
 //! Enters: a path or hub id, or tensors in memory. Leaves: [`StoredModel`], sizes and tensors under GGUF names, rows as stored bytes or as
-//! f32. A checkpoint is read as the GGUF file it would become in its own float type, so that everything downstream
-//! knows one naming and one layout. Computes nothing.
+//! f32. A checkpoint is read as the GGUF file it would become in its own float types, packed weights as F32, so that
+//! everything downstream knows one naming and one layout. Computes nothing.
 
 mod checkpoint;
 pub(crate) mod gguf;
 pub(crate) mod gguf_config;
 mod memory;
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::path::{Path, PathBuf};
 
 use nemoconv_formats::checkpoint::{Checkpoint, resolve_hub_id};
 use nemoconv_formats::gguf::{Gguf, Metadata};
+use nemoconv_formats::packed::{Inputs, Scheme};
 use nemoconv_formats::{GgmlType, block};
 
+use crate::backend::activation::Activation;
 use crate::error::{Error, Fault, Result};
 use crate::model::config::NemotronHConfig;
 use crate::model::nemotron_h::{Presence, Widths, expected_tensors};
 use checkpoint::CheckpointStorage;
-pub(crate) use checkpoint::own_float_type;
 use gguf::GgufStorage;
 use memory::MemoryStorage;
 
@@ -40,6 +41,8 @@ pub struct StoredTensor {
     pub rows: usize,
     /// `in_features`: the row length.
     pub columns: usize,
+    /// Whether the rows are decoded from codes and scales of a packed checkpoint; then `ty` is what they are decoded to.
+    pub is_packed: bool,
     /// Which file of the container, or which tensor of the plan.
     place: usize,
     /// Bytes from the start of that file.
@@ -88,6 +91,8 @@ pub struct StoredModel {
     config: NemotronHConfig,
     tensors: Vec<StoredTensor>,
     by_name: HashMap<String, usize>,
+    /// How a packed checkpoint wants the inputs of its tensors taken.
+    inputs: BTreeMap<String, Activation>,
     storage: Storage,
 }
 
@@ -140,12 +145,10 @@ impl StoredModel {
         let storage = CheckpointStorage::open(path, widen)?;
         let tensors = storage.tensors();
         let config = storage.config();
-        Self::new(
-            path,
-            config,
-            tensors,
-            Storage::Checkpoint(Box::new(storage)),
-        )
+        let inputs = storage.inputs()?;
+        let storage = Storage::Checkpoint(Box::new(storage));
+        let model = Self::new(path, config, tensors, storage)?;
+        Ok(Self { inputs, ..model })
     }
 
     /// A model of tensors in memory, which may be a part of one: not every tensor of the architecture has to be there.
@@ -189,6 +192,7 @@ impl StoredModel {
             config,
             tensors,
             by_name,
+            inputs: BTreeMap::new(),
             storage,
         }
     }
@@ -246,9 +250,55 @@ impl StoredModel {
         }
     }
 
-    /// Bytes of all tensors as stored.
+    /// What the configuration of a packed checkpoint declares of inputs beyond what [`Activation`] knows.
+    pub fn inputs_not_followed(&self) -> Option<&str> {
+        self.tensors
+            .iter()
+            .find_map(|tensor| match &self.scheme(tensor)?.inputs {
+                Inputs::Other(what) => Some(what.as_str()),
+                Inputs::AsTheyAre | Inputs::Int8PerToken | Inputs::Int8PerTensor => None,
+            })
+    }
+
+    /// Bytes of all tensors in their files.
     pub fn weight_bytes(&self) -> u64 {
+        let tensors = self.tensors.iter();
+        tensors.map(|tensor| self.stored_bytes(tensor)).sum()
+    }
+
+    /// Bytes of all tensors in the types they are read in: of packed ones more than their files hold.
+    pub fn decoded_bytes(&self) -> u64 {
         self.tensors.iter().map(StoredTensor::bytes).sum()
+    }
+
+    /// What a tensor is stored as, in words.
+    pub fn stored_as(&self, tensor: &StoredTensor) -> String {
+        match self.scheme(tensor) {
+            Some(scheme) => format!("{scheme:#}"),
+            None => tensor.ty.name().to_owned(),
+        }
+    }
+
+    /// Bytes of a tensor in its files: of a packed one those of codes and scales.
+    pub fn stored_bytes(&self, tensor: &StoredTensor) -> u64 {
+        match &self.storage {
+            Storage::Checkpoint(storage) => storage.stored_bytes(tensor),
+            Storage::Gguf(_) | Storage::Memory(_) => tensor.bytes(),
+        }
+    }
+
+    /// How a tensor is packed; `None` for what is stored as it is read.
+    pub fn scheme(&self, tensor: &StoredTensor) -> Option<&Scheme> {
+        match &self.storage {
+            Storage::Checkpoint(storage) => storage.scheme(tensor),
+            Storage::Gguf(_) | Storage::Memory(_) => None,
+        }
+    }
+
+    /// How a packed checkpoint declares that the inputs of its tensors are taken, by GGUF name; empty where they stay as
+    /// they are.
+    pub fn declared_inputs(&self) -> &BTreeMap<String, Activation> {
+        &self.inputs
     }
 
     /// Rows of one matrix where they lie in the file, if the file holds them as they are.

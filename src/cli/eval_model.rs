@@ -189,10 +189,10 @@ impl OpenModel {
     pub fn dtype(&self) -> String {
         let mut weights = std::collections::BTreeMap::new();
         for tensor in self.stored.tensors() {
-            *weights.entry(tensor.ty.name()).or_insert(0) += tensor.weights();
+            *weights.entry(self.stored.stored_as(tensor)).or_insert(0) += tensor.weights();
         }
         let most = weights.into_iter().max_by_key(|(_, weights)| *weights);
-        most.map_or_else(String::new, |(name, _)| name.to_string())
+        most.map_or_else(String::new, |(name, _)| name)
     }
 
     /// Number of weights.

@@ -8,14 +8,14 @@ use std::sync::atomic::AtomicBool;
 use nemoconv::artifact::locate;
 use nemoconv::convert::{self, Conduct};
 use nemoconv::error::{Error, Fault, Result};
-use nemoconv::formats::Imatrix;
 use nemoconv::formats::checkpoint::Checkpoint;
 use nemoconv::formats::gguf::NewTensor;
+use nemoconv::formats::{GgmlType, Imatrix};
 use nemoconv::model::config::NemotronHConfig;
 use nemoconv::model::description::{DescriptionSources, ModelDescription, ParameterCounts};
 use nemoconv::model::tokenizer::{TokenType, Tokenizer};
-use nemoconv::plan::Plan;
-use nemoconv::plan::sources::Fate;
+use nemoconv::plan::sources::{Fate, Piece};
+use nemoconv::plan::{Plan, PlannedTensor};
 use nemoconv::write::gguf::artifact::{Artifact, create_sibling};
 use nemoconv::write::gguf::parts::Parts;
 use nemoconv::write::gguf::{self, NamedImatrix};
@@ -65,7 +65,7 @@ pub fn to_gguf(args: &ToGguf, talk: &Talk, stop: &AtomicBool) -> Result<()> {
         parts,
         peak_bytes,
     } = &prepared;
-    announce(&prepared, talk);
+    announce(args, &prepared, talk);
     let finished = match &calibration {
         Some(calibration) => {
             let outfile = &parts.parts[0].path;
@@ -91,10 +91,18 @@ pub fn to_gguf(args: &ToGguf, talk: &Talk, stop: &AtomicBool) -> Result<()> {
         stop,
     )?;
     for odd in &summary.oddities {
-        talk.say(format_args!(
-            "warning: `{}` has {} NaN or infinite weights and {} overflows, written as allowed",
-            odd.tensor, odd.nonfinite, odd.overflows
-        ));
+        if odd.nonfinite + odd.overflows > 0 {
+            talk.say(format_args!(
+                "warning: `{}` has {} NaN or infinite weights and {} overflows, written as allowed",
+                odd.tensor, odd.nonfinite, odd.overflows
+            ));
+        }
+        if odd.rounded_rows > 0 {
+            talk.say(format_args!(
+                "`{}`: {} rows have scales that F16 does not hold and were rounded again",
+                odd.tensor, odd.rounded_rows
+            ));
+        }
     }
     let planned = receipt::plan_json(
         checkpoint,
@@ -146,7 +154,7 @@ pub fn plan(args: &ToGguf, talk: &Talk, stop: &AtomicBool) -> Result<()> {
         return Ok(());
     }
     print_stdout(plan_table(&prepared.plan));
-    announce(&prepared, talk);
+    announce(args, &prepared, talk);
     print_stdout(totals(&prepared));
     Ok(())
 }
@@ -307,7 +315,7 @@ fn outfile(args: &ToGguf, description: &ModelDescription, name: &str) -> PathBuf
 }
 
 /// What is worth knowing before a long run.
-fn announce(prepared: &Prepared, talk: &Talk) {
+fn announce(args: &ToGguf, prepared: &Prepared, talk: &Talk) {
     let plan = &prepared.plan;
     for (field, from, to) in plan.widening.changes() {
         talk.say(format_args!("widened exactly: {field} {from} -> {to}"));
@@ -328,6 +336,9 @@ fn announce(prepared: &Prepared, talk: &Talk) {
             first.instead_of.map_or("", |ty| ty.name()),
         ));
     }
+    if let Some(packed) = packed_source(plan, args.calibration.calibration.is_some()) {
+        talk.say(packed);
+    }
     for (entry, fate) in prepared.checkpoint.tensors().iter().zip(&plan.fates) {
         match fate {
             Fate::Dropped { reason } => {
@@ -342,6 +353,29 @@ fn announce(prepared: &Prepared, talk: &Talk) {
     if !talk.quiet {
         talk.say(totals(prepared));
     }
+}
+
+/// What becomes of the codes of a packed checkpoint; `None` for others.
+fn packed_source(plan: &Plan, calibrated: bool) -> Option<String> {
+    let is_packed = |piece: &Piece| matches!(piece, Piece::Packed(_));
+    let packed = || {
+        let tensors = plan.tensors.iter();
+        tensors.filter(|tensor| tensor.pieces.iter().any(is_packed))
+    };
+    // Calibration rounds every matrix anew.
+    let keeps_codes = |tensor: &&PlannedTensor| !calibrated && convert::keeps_codes(tensor);
+    let kept = packed().filter(keeps_codes).count();
+    let is_float = |tensor: &&PlannedTensor| {
+        matches!(tensor.ty, GgmlType::F32 | GgmlType::F16 | GgmlType::BF16)
+    };
+    let float = packed().filter(is_float).count();
+    let total = packed().count();
+    (total > 0).then(|| {
+        format!(
+            "packed source: of {total} tensors {kept} keep their codes bit for bit, {} are decoded exactly and quantized again, {float} are decoded to floats",
+            total - kept - float
+        )
+    })
 }
 
 fn totals(prepared: &Prepared) -> String {

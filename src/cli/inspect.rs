@@ -1,12 +1,15 @@
 //! `inspect`: what is in a GGUF file, a checkpoint or an importance matrix, by headers alone.
 
+use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::Read;
 use std::path::Path;
 
 use nemoconv::error::Result;
-use nemoconv::formats::checkpoint::Checkpoint;
+use nemoconv::formats::checkpoint::{Checkpoint, TensorEntry};
 use nemoconv::formats::gguf::{Array, Gguf, Header, Value};
+use nemoconv::formats::packed::Quantization;
+use nemoconv::formats::packed::config::SchemeGroup;
 use nemoconv::formats::{Error, Imatrix};
 use serde_json::{Map, json};
 
@@ -234,6 +237,7 @@ fn imatrix(path: &Path, as_json: bool) -> Result<String> {
 
 fn checkpoint(path: &Path, as_json: bool) -> Result<String> {
     let checkpoint = Checkpoint::open(path)?;
+    let packed = Quantization::of(&checkpoint)?.map(|q| Packed::new(&checkpoint, q));
     let tensors = checkpoint.tensors();
     let file = |shard: usize| {
         checkpoint.shards()[shard]
@@ -243,7 +247,10 @@ fn checkpoint(path: &Path, as_json: bool) -> Result<String> {
             .to_string_lossy()
             .into_owned()
     };
-    let weights: u64 = tensors.iter().map(|tensor| tensor.elements()).sum();
+    let weights: u64 = match &packed {
+        Some(packed) => packed.weights,
+        None => tensors.iter().map(|tensor| tensor.elements()).sum(),
+    };
     let bytes: u64 = tensors.iter().map(|tensor| tensor.bytes).sum();
     if as_json {
         let tensors: Vec<_> = tensors
@@ -257,7 +264,7 @@ fn checkpoint(path: &Path, as_json: bool) -> Result<String> {
             .collect();
         let json = json!({
             "format": "safetensors", "revision": checkpoint.revision(), "weights": weights,
-            "tensor_bytes": bytes, "tensors": tensors,
+            "tensor_bytes": bytes, "quantization": packed.as_ref().map(Packed::json), "tensors": tensors,
         });
         return Ok(format!("{json:#}"));
     }
@@ -276,11 +283,110 @@ fn checkpoint(path: &Path, as_json: bool) -> Result<String> {
             file(tensor.shard),
         ]
     }));
+    let packed = packed.map_or(String::new(), |packed| format!("\n\n{}", packed.table()));
     Ok(format!(
-        "{}\n\nsafetensors: {} tensors in {} files, {weights} weights, {}",
+        "{}{packed}\n\nsafetensors: {} tensors in {} files, {weights} weights, {}",
         table(&rows, &[false, false, false, true, true, false]),
         tensors.len(),
         checkpoint.shards().len(),
         human_bytes(bytes),
     ))
+}
+
+/// What the modules of a packed checkpoint hold, by scheme.
+struct Packed {
+    quantization: Quantization,
+    /// Parallel to the configuration's groups.
+    groups: Vec<GroupTotals>,
+    /// Of all modules, packed or not.
+    weights: u64,
+}
+
+#[derive(Clone, Copy, Default)]
+struct GroupTotals {
+    linears: u64,
+    weights: u64,
+    bytes: u64,
+}
+
+impl Packed {
+    fn new(checkpoint: &Checkpoint, quantization: Quantization) -> Self {
+        let mut groups = vec![GroupTotals::default(); quantization.groups().len()];
+        let mut weights = 0;
+        let mut by_module: BTreeMap<&str, Vec<&TensorEntry>> = BTreeMap::new();
+        for entry in checkpoint.tensors() {
+            let (module, _) = entry.name.rsplit_once('.').unwrap_or((&entry.name, ""));
+            by_module.entry(module).or_default().push(entry);
+        }
+        for (module, entries) in by_module {
+            let group = quantization.group_of(module);
+            let codes = group.and_then(|group| {
+                let is_codes = |entry: &&&TensorEntry| group.scheme.layout.is_codes(entry);
+                Some((group, *entries.iter().find(is_codes)?))
+            });
+            let Some((group, codes)) = codes else {
+                weights += entries.iter().map(|entry| entry.elements()).sum::<u64>();
+                continue;
+            };
+            let place = quantization
+                .groups()
+                .iter()
+                .position(|g| g.name == group.name);
+            let of_linear = codes.elements() * group.scheme.layout.per_element() as u64;
+            weights += of_linear;
+            if let Some(totals) = place.map(|place| &mut groups[place]) {
+                totals.linears += 1;
+                totals.weights += of_linear;
+                totals.bytes += entries.iter().map(|entry| entry.bytes).sum::<u64>();
+            }
+        }
+        Self {
+            quantization,
+            groups,
+            weights,
+        }
+    }
+
+    fn groups(&self) -> impl Iterator<Item = (&SchemeGroup, &GroupTotals)> {
+        self.quantization.groups().iter().zip(&self.groups)
+    }
+
+    fn json(&self) -> serde_json::Value {
+        let groups = self.groups().map(|(group, totals)| {
+            json!({
+                "name": group.name, "scheme": group.scheme.to_string(), "linears": totals.linears,
+                "weights": totals.weights, "bytes": totals.bytes, "bits_per_weight": totals.bits_per_weight(),
+            })
+        });
+        json!({ "method": self.quantization.method().name(), "groups": groups.collect::<Vec<_>>() })
+    }
+
+    fn table(&self) -> String {
+        let mut rows = vec![
+            ["group", "linears", "weights", "bits per weight", "scheme"]
+                .map(String::from)
+                .to_vec(),
+        ];
+        rows.extend(self.groups().map(|(group, totals)| {
+            vec![
+                group.name.clone(),
+                totals.linears.to_string(),
+                totals.weights.to_string(),
+                format!("{:.3}", totals.bits_per_weight()),
+                group.scheme.to_string(),
+            ]
+        }));
+        let method = self.quantization.method().name();
+        let groups = table(&rows, &[false, true, true, true, false]);
+        format!("{groups}\n\npacked by {method}")
+    }
+}
+
+impl GroupTotals {
+    fn bits_per_weight(&self) -> f64 {
+        match self.weights {
+            0 => 0.0,
+            weights => self.bytes as f64 * 8.0 / weights as f64,
+        }
+    }
 }

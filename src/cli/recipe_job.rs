@@ -75,15 +75,16 @@ pub fn choose(args: &ToGguf, talk: &Talk, stop: &AtomicBool) -> Result<Option<Ch
     Ok(Some(chosen))
 }
 
-/// The converter's rule: BF16 or F16 by the first tensor with two dimensions, F32 checkpoints become F16.
+/// The converter's rule: BF16 or F16 by the first tensor with two dimensions, F32 checkpoints become F16. Packed ones
+/// count as BF16, in which their models were trained.
 fn auto_type(checkpoint: &Checkpoint) -> FileType {
     let first = checkpoint
         .tensors()
         .iter()
         .find(|entry| entry.shape.len() >= 2);
     match first.map(|entry| entry.dtype) {
-        Some(Dtype::Bf16 | Dtype::F8E4M3) => FileType::BF16,
-        _ => FileType::F16,
+        Some(Dtype::F16 | Dtype::F32) | None => FileType::F16,
+        Some(_) => FileType::BF16,
     }
 }
 

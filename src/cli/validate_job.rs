@@ -293,6 +293,13 @@ impl Job<'_> {
         calibration: Option<(&Network<Cpu>, &ChunkedText)>,
     ) -> Result<Numerics> {
         let target = Numerics::of_target(stored);
+        if self.args.act == Act::Target
+            && let Some(inputs) = stored.inputs_not_followed()
+        {
+            self.talk.say(format_args!(
+                "the artifact declares {inputs}, which are not followed: they are taken as f32"
+            ));
+        }
         let activations = match self.args.act {
             Act::Target => target.activations.clone(),
             Act::None => ActivationScheme::None,
@@ -326,7 +333,7 @@ impl Job<'_> {
                 format!("--max-ram {limit} is less than the {BASE_MEMORY_BYTES} bytes a run needs");
             return Err(Error::Plan(Fault::new(what)));
         }
-        let weights: u64 = models.iter().map(|model| model.weight_bytes()).sum();
+        let weights: u64 = models.iter().map(|model| model.decoded_bytes()).sum();
         Ok(match weights.saturating_add(BASE_MEMORY_BYTES) <= limit {
             true => Residence::Mapped,
             false => Residence::Streamed,
@@ -399,6 +406,7 @@ fn name_of(scheme: &ActivationScheme) -> &'static str {
         ActivationScheme::Q8K => "Q8_K",
         ActivationScheme::TokenInt8 => "int8 per token",
         ActivationScheme::StaticInt8(_) => "int8 static",
+        ActivationScheme::Declared(_) => "as the artifact declares them",
     }
 }
 

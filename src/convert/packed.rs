@@ -260,6 +260,7 @@ impl Index {
         let planned = planned.flat_map(|(index, tensor)| {
             let sources = tensor.pieces.iter().filter_map(|piece| match piece {
                 sources::Piece::Tensor { source, .. } => Some(*source),
+                sources::Piece::Packed(linear) => linear.positions().next(),
                 sources::Piece::Zeros => None,
             });
             sources.map(move |source| (source, index))

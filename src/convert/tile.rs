@@ -3,12 +3,13 @@
 //! Enters: source bytes, read into the worker's own buffers. Leaves: the bytes to store. Knows nothing of files and threads.
 
 use nemoconv_formats::checkpoint::{Checkpoint, TensorEntry};
+use nemoconv_formats::packed::{PackedLinear, RowBuffers};
 use nemoconv_formats::{Dtype, GgmlType, float};
 
+use super::exact::{CodedRow, keeps_codes};
 use crate::backend::cpu::exp_f64;
 use crate::error::Result;
 use crate::model::nemotron_h::ValueRule;
-use crate::plan::fp8::Grid;
 use crate::plan::sources::Piece;
 use crate::plan::{Plan, PlannedTensor};
 use crate::quantize::quantize_rows;
@@ -33,8 +34,10 @@ pub struct Tile {
 #[derive(Debug, Default)]
 pub struct Scratch {
     values: Vec<f32>,
-    scales: Vec<f32>,
     out: Vec<u8>,
+    packed: RowBuffers,
+    /// Rows of a packed linear, as they lie in it.
+    decoded: Vec<f32>,
 }
 
 /// What became of a tile.
@@ -45,6 +48,8 @@ pub struct Made<'a> {
     pub nonfinite: u64,
     /// Values or scales too large for F16.
     pub overflows: u64,
+    /// Rows that should have gone over code by code but have a scale that F16 does not hold, and were rounded.
+    pub rounded_rows: u64,
 }
 
 /// All tiles of a plan, in file order.
@@ -75,8 +80,10 @@ impl Scratch {
     /// Bytes that tiles of `tensor` need.
     pub fn bytes_for(tensor: &PlannedTensor) -> usize {
         let rows = rows_per_tile(tensor);
-        // Values as f32, and the larger of source bytes (at most f32 too) and stored bytes.
-        rows * 8 * tensor.stored.columns
+        let is_packed = tensor.pieces.iter().any(|p| matches!(p, Piece::Packed(_)));
+        // Values as f32, and the larger of source bytes (at most f32 too) and stored bytes; of packed linears codes, their
+        // bytes, scales and values once more.
+        rows * tensor.stored.columns * if is_packed { 18 } else { 8 }
     }
 
     /// A buffer of `count` bytes with unspecified content: source bytes, then stored bytes.
@@ -125,6 +132,21 @@ impl Tile {
         if let Some(source) = self.unchanged(checkpoint, tensor) {
             return self.copy(checkpoint, tensor, source, scratch);
         }
+        // Rows that go over code by code are done.
+        let left = match &tensor.pieces[self.piece] {
+            Piece::Packed(linear) if keeps_codes(tensor) => {
+                Some(self.keep_codes(checkpoint, tensor, linear, scratch)?)
+            }
+            _ => None,
+        };
+        if left.as_ref().is_some_and(Vec::is_empty) {
+            return Ok(Made {
+                bytes: &scratch.out[..self.rows * tensor.row_bytes()],
+                nonfinite: 0,
+                overflows: 0,
+                rounded_rows: 0,
+            });
+        }
         let count = self.rows * tensor.stored.columns;
         scratch.values.resize(scratch.values.len().max(count), 0.0);
         let mut values = std::mem::take(&mut scratch.values);
@@ -152,20 +174,77 @@ impl Tile {
             .importance
             .as_ref()
             .map(|all| &all[self.piece * columns..][..columns]);
-        let overflows = quantize_rows(tensor.ty, columns, values, importance, out).0;
+        let overflows = match &left {
+            None => quantize_rows(tensor.ty, columns, values, importance, out).0,
+            Some(rows) => {
+                let of_row = |row: &usize| {
+                    let values = &values[row * columns..][..columns];
+                    let row_bytes = tensor.row_bytes();
+                    let out = &mut out[row * row_bytes..][..row_bytes];
+                    quantize_rows(tensor.ty, columns, values, importance, out).0
+                };
+                rows.iter().map(of_row).sum()
+            }
+        };
         Ok(Made {
             bytes: out,
             nonfinite,
             overflows,
+            rounded_rows: left.map_or(0, |rows| rows.len() as u64),
         })
+    }
+
+    /// Takes codes over as they are; gives the rows for which that is impossible.
+    fn keep_codes(
+        &self,
+        checkpoint: &Checkpoint,
+        tensor: &PlannedTensor,
+        linear: &PackedLinear,
+        scratch: &mut Scratch,
+    ) -> Result<Vec<usize>> {
+        let (first, rows) = self.whole_heads(tensor);
+        let buffers = &mut scratch.packed;
+        linear.read_codes(checkpoint, first, rows, buffers)?;
+        let groups = buffers.scales.len() / rows.max(1);
+        let columns = linear.columns();
+        let row_bytes = tensor.row_bytes();
+        let bytes = self.rows * row_bytes;
+        scratch.out.resize(scratch.out.len().max(bytes), 0);
+        let mut left = Vec::new();
+        for (index, bytes) in scratch.out[..bytes].chunks_exact_mut(row_bytes).enumerate() {
+            let from = interleaved(self.row + index, head_dim(tensor)) - first;
+            let of_row = from * groups..(from + 1) * groups;
+            let row = CodedRow {
+                codes: &buffers.codes[from * columns..][..columns],
+                scales: &buffers.scales[of_row.clone()],
+                zeros: buffers.zeros.get(of_row).unwrap_or_default(),
+            };
+            if row.pack(tensor.ty, bytes).is_none() {
+                left.push(index);
+            }
+        }
+        Ok(left)
+    }
+
+    /// First row and number of source rows that a tile is made of: all of each head where heads are interleaved.
+    fn whole_heads(&self, tensor: &PlannedTensor) -> (usize, usize) {
+        let end = (self.row + self.rows).min(tensor.source.rows);
+        match head_dim(tensor) {
+            Some(d) if d % 2 == 0 => {
+                let first = self.row / d * d;
+                (
+                    first,
+                    end.next_multiple_of(d).min(tensor.source.rows) - first,
+                )
+            }
+            _ => (self.row, end.saturating_sub(self.row)),
+        }
     }
 
     /// The first source row, where the source bytes already are what is stored.
     fn unchanged(&self, checkpoint: &Checkpoint, tensor: &PlannedTensor) -> Option<Rows> {
         let Piece::Tensor {
-            source,
-            first_row,
-            scale: None,
+            source, first_row, ..
         } = tensor.pieces[self.piece]
         else {
             return None;
@@ -198,6 +277,7 @@ impl Tile {
             nonfinite: nonfinite_in(entry.dtype, bytes),
             bytes,
             overflows: 0,
+            rounded_rows: 0,
         })
     }
 
@@ -209,25 +289,37 @@ impl Tile {
         values: &mut [f32],
         scratch: &mut Scratch,
     ) -> Result<()> {
-        let Piece::Tensor {
-            source,
-            first_row,
-            scale,
-        } = tensor.pieces[self.piece]
-        else {
-            values.fill(0.0);
-            return Ok(());
-        };
-        let entry = &checkpoint.tensors()[source];
-        let interleave = head_dim(tensor);
         let inside = self.rows.min(tensor.source.rows.saturating_sub(self.row));
         let (filled, rest) = values.split_at_mut(inside * tensor.stored.columns);
         rest.fill(0.0);
         if inside == 0 {
             return Ok(());
         }
+        match &tensor.pieces[self.piece] {
+            Piece::Zeros => filled.fill(0.0),
+            Piece::Packed(linear) => {
+                self.read_packed(checkpoint, tensor, linear, filled, scratch)?;
+            }
+            Piece::Tensor { source, first_row } => {
+                let entry = &checkpoint.tensors()[*source];
+                self.read_plain(checkpoint, tensor, (entry, *first_row), filled, scratch)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn read_plain(
+        &self,
+        checkpoint: &Checkpoint,
+        tensor: &PlannedTensor,
+        (entry, first_row): (&TensorEntry, usize),
+        values: &mut [f32],
+        scratch: &mut Scratch,
+    ) -> Result<()> {
+        let interleave = head_dim(tensor);
         let row_bytes = tensor.source.columns * entry.dtype.bytes();
-        let bytes = scratch.bytes(inside * row_bytes);
+        let rows = values.len() / tensor.stored.columns.max(1);
+        let bytes = scratch.bytes(rows * row_bytes);
         match interleave {
             None => checkpoint.read_at(entry, (first_row + self.row) * row_bytes, bytes)?,
             Some(_) => {
@@ -238,25 +330,38 @@ impl Tile {
             }
         }
         if tensor.source.columns == tensor.stored.columns {
-            float::to_f32(entry.dtype, bytes, filled)?;
-        } else {
-            let rows = filled.chunks_exact_mut(tensor.stored.columns);
-            for (row, bytes) in rows.zip(bytes.chunks_exact(row_bytes)) {
-                let (data, padding) = row.split_at_mut(tensor.source.columns);
-                float::to_f32(entry.dtype, bytes, data)?;
-                padding.fill(0.0);
-            }
+            return Ok(float::to_f32(entry.dtype, bytes, values)?);
         }
-        let Some(scale) = scale else { return Ok(()) };
-        let scale = &checkpoint.tensors()[scale];
-        let scales = &mut scratch.scales;
-        scales.resize(scale.shape.iter().product(), 0.0);
-        float::to_f32(scale.dtype, checkpoint.bytes(scale), scales)?;
-        if let Some(grid) = Grid::new(&entry.shape, &scale.shape) {
-            for (index, row) in filled.chunks_exact_mut(tensor.stored.columns).enumerate() {
-                let from = interleaved(self.row + index, interleave);
-                grid.apply(from, scales, &mut row[..tensor.source.columns]);
-            }
+        let rows = values.chunks_exact_mut(tensor.stored.columns);
+        for (row, bytes) in rows.zip(bytes.chunks_exact(row_bytes)) {
+            let (data, padding) = row.split_at_mut(tensor.source.columns);
+            float::to_f32(entry.dtype, bytes, data)?;
+            padding.fill(0.0);
+        }
+        Ok(())
+    }
+
+    fn read_packed(
+        &self,
+        checkpoint: &Checkpoint,
+        tensor: &PlannedTensor,
+        linear: &PackedLinear,
+        values: &mut [f32],
+        scratch: &mut Scratch,
+    ) -> Result<()> {
+        let columns = tensor.source.columns;
+        let (first, rows) = self.whole_heads(tensor);
+        let Scratch {
+            packed, decoded, ..
+        } = scratch;
+        decoded.resize(rows * columns, 0.0);
+        linear.dequantize(checkpoint, first, packed, decoded)?;
+        let stored_rows = values.chunks_exact_mut(tensor.stored.columns);
+        for (index, row) in stored_rows.enumerate() {
+            let from = interleaved(self.row + index, head_dim(tensor)) - first;
+            let (data, padding) = row.split_at_mut(columns);
+            data.copy_from_slice(&decoded[from * columns..][..columns]);
+            padding.fill(0.0);
         }
         Ok(())
     }

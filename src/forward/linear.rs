@@ -26,7 +26,7 @@ impl<B: Backend> Linear<B> {
             name: tensor.name.clone(),
             weight: backend.weight(tensor)?,
             bias: bias.map(|bias| backend.vector(bias)).transpose()?,
-            activation: numerics.activation(&tensor.name, tensor.ty, tensor.columns),
+            activation: numerics.activation(tensor),
             out_features: tensor.rows,
         })
     }

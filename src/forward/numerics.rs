@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use nemoconv_formats::GgmlType;
 
-use crate::artifact::{Container, StoredModel};
+use crate::artifact::{Container, StoredModel, StoredTensor};
 use crate::backend::AttentionArithmetic;
 use crate::backend::activation::Activation;
 use crate::model::config::TimeStep;
@@ -26,6 +26,8 @@ pub enum ActivationScheme {
     TokenInt8,
     /// 8 bit with one scale per tensor, by GGUF name; tensors without one stay f32.
     StaticInt8(BTreeMap<String, f32>),
+    /// As a packed checkpoint declares it for each tensor, by GGUF name; the others see f32.
+    Declared(BTreeMap<String, Activation>),
 }
 
 /// Which bounds the time step has after softplus.
@@ -56,9 +58,14 @@ impl Numerics {
         attention: AttentionArithmetic::F32,
     };
 
-    /// What the runtime of a container does: llama.cpp's arithmetic for GGUF, the definition for a checkpoint.
+    /// What the runtime of a container does: llama.cpp's arithmetic for GGUF, the definition for a checkpoint, with inputs
+    /// quantized where a packed one declares it.
     pub fn of_target(model: &StoredModel) -> Self {
         match model.container() {
+            Container::Checkpoint if !model.declared_inputs().is_empty() => Self {
+                activations: ActivationScheme::Declared(model.declared_inputs().clone()),
+                ..Self::EXACT
+            },
             Container::Checkpoint | Container::Memory => Self::EXACT,
             Container::Gguf => Self {
                 activations: ActivationScheme::Runtime,
@@ -69,12 +76,19 @@ impl Numerics {
     }
 
     /// How the input of one matrix is taken.
-    pub fn activation(&self, name: &str, ty: GgmlType, columns: usize) -> Activation {
+    pub fn activation(&self, tensor: &StoredTensor) -> Activation {
+        let StoredTensor {
+            name, ty, columns, ..
+        } = tensor;
         // Matrices that no runtime quantizes, the router above all, see f32.
-        let is_kept = ty == GgmlType::F32;
+        let is_kept = *ty == GgmlType::F32 && !tensor.is_packed;
+        let columns = *columns;
         let wanted = match &self.activations {
             ActivationScheme::None => Activation::None,
-            ActivationScheme::Runtime => Activation::of_runtime(ty),
+            ActivationScheme::Runtime => Activation::of_runtime(*ty),
+            ActivationScheme::Declared(inputs) => {
+                inputs.get(name).copied().unwrap_or(Activation::None)
+            }
             _ if is_kept => Activation::None,
             ActivationScheme::Bf16 => Activation::Bf16,
             ActivationScheme::Q8_0 => Activation::Q8_0,

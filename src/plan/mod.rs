@@ -5,9 +5,9 @@
 
 pub mod allocation;
 pub mod file_type;
-pub mod fp8;
 pub mod mixes;
 pub mod packed;
+pub mod packing;
 pub mod phase;
 pub mod recipe;
 pub mod sources;

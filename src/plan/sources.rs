@@ -3,11 +3,11 @@
 //! Enters: tensor names, shapes and types of the checkpoint, the architecture's table. Leaves: for each GGUF
 //! tensor where its values come from. Reads headers only.
 
-use std::collections::HashMap;
-
 use nemoconv_formats::Dtype;
 use nemoconv_formats::checkpoint::{Checkpoint, TensorEntry};
+use nemoconv_formats::packed::PackedLinear;
 
+use super::packing::Packing;
 use crate::error::{Error, Fault, Result};
 use crate::model::config::NemotronHConfig;
 use crate::model::nemotron_h::{
@@ -23,7 +23,7 @@ pub enum Fate {
         /// Its GGUF name.
         into: String,
     },
-    /// It is a part of a GGUF tensor: an expert of a stack, or the scale of a weight.
+    /// It is a part of a GGUF tensor: an expert of a stack, or codes and scales of a packed weight.
     Merged {
         /// The GGUF name.
         into: String,
@@ -36,7 +36,7 @@ pub enum Fate {
 }
 
 /// Where one matrix of a GGUF tensor comes from.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone)]
 pub enum Piece {
     /// Rows of a checkpoint tensor, from `first_row` on.
     Tensor {
@@ -44,9 +44,9 @@ pub enum Piece {
         source: usize,
         /// First row, not 0 only in a stack of experts.
         first_row: usize,
-        /// Index of the FP8 scale.
-        scale: Option<usize>,
     },
+    /// A packed linear.
+    Packed(Box<PackedLinear>),
     /// The checkpoint has none and the runtime wants zeros.
     Zeros,
 }
@@ -92,29 +92,18 @@ struct Resolver<'a> {
     checkpoint: &'a Checkpoint,
     config: &'a NemotronHConfig,
     widths: Widths,
-    by_name: HashMap<String, usize>,
+    packing: Packing<'a>,
     fates: Vec<Option<Fate>>,
 }
 
 impl<'a> Resolver<'a> {
     fn new(checkpoint: &'a Checkpoint, config: &'a NemotronHConfig) -> Result<Self> {
-        let mut by_name = HashMap::new();
-        for (index, entry) in checkpoint.tensors().iter().enumerate() {
-            if let Some(other) = by_name.insert(canonical_name(&entry.name), index) {
-                let other = &checkpoint.tensors()[other];
-                return Err(fault(
-                    checkpoint,
-                    entry,
-                    format!("is the same tensor as `{}`", other.name),
-                ));
-            }
-        }
         let fates = vec![None; checkpoint.tensors().len()];
         Ok(Self {
             checkpoint,
             config,
             widths: Widths::of(config),
-            by_name,
+            packing: Packing::new(checkpoint)?,
             fates,
         })
     }
@@ -123,7 +112,7 @@ impl<'a> Resolver<'a> {
         let stacked = expected
             .stacked_source
             .as_ref()
-            .and_then(|name| self.by_name.get(name).copied());
+            .and_then(|name| self.packing.position(name));
         let pieces = match stacked {
             Some(source) => self.stacked_pieces(&expected, source)?,
             None => self.single_pieces(&expected)?,
@@ -136,7 +125,12 @@ impl<'a> Resolver<'a> {
         let is_stack = expected.rule.is_stacked();
         let mut pieces = Vec::with_capacity(expected.sources.len());
         for name in &expected.sources {
-            let Some(&source) = self.by_name.get(name) else {
+            if let Some(linear) = self.packing.linear(name, &shape)? {
+                self.merge(&linear, &expected.name);
+                pieces.push(Piece::Packed(Box::new(linear)));
+                continue;
+            }
+            let Some(source) = self.packing.position(name) else {
                 match expected.rule.presence {
                     Presence::Required => return Err(self.missing(name)),
                     Presence::Optional => return Ok(Vec::new()),
@@ -150,11 +144,9 @@ impl<'a> Resolver<'a> {
             } else {
                 Fate::Written { into }
             });
-            let scale = self.scale_of(source, name, &expected.name)?;
             pieces.push(Piece::Tensor {
                 source,
                 first_row: 0,
-                scale,
             });
         }
         Ok(pieces)
@@ -167,14 +159,6 @@ impl<'a> Resolver<'a> {
         let rows = shape[0];
         let stack: Vec<usize> = std::iter::once(experts).chain(shape).collect();
         self.check_shape(source, &stack)?;
-        let entry = &self.checkpoint.tensors()[source];
-        if entry.dtype == Dtype::F8E4M3 {
-            return Err(fault(
-                self.checkpoint,
-                entry,
-                "FP8 stacks of experts are not known".into(),
-            ));
-        }
         self.fates[source] = Some(Fate::Written {
             into: expected.name.clone(),
         });
@@ -182,7 +166,6 @@ impl<'a> Resolver<'a> {
             .map(|expert| Piece::Tensor {
                 source,
                 first_row: expert * rows,
-                scale: None,
             })
             .collect())
     }
@@ -205,45 +188,19 @@ impl<'a> Resolver<'a> {
             );
             return Err(fault(self.checkpoint, entry, what));
         }
-        let readable = [Dtype::F32, Dtype::F16, Dtype::Bf16, Dtype::F8E4M3];
+        let readable = [Dtype::F32, Dtype::F16, Dtype::Bf16];
         if !readable.contains(&entry.dtype) {
-            let what = format!(
-                "dtype must be F32, F16, BF16 or F8_E4M3, found {}",
-                entry.dtype
-            );
+            let what = format!("dtype must be F32, F16 or BF16, found {}", entry.dtype);
             return Err(fault(self.checkpoint, entry, what));
         }
         Ok(())
     }
 
-    /// The scale beside an FP8 weight: one value, one per row, or one per block of rows and columns.
-    fn scale_of(&mut self, source: usize, name: &str, into: &str) -> Result<Option<usize>> {
-        let entry = &self.checkpoint.tensors()[source];
-        if entry.dtype != Dtype::F8E4M3 {
-            return Ok(None);
+    /// Every tensor of a packed linear goes into the same one.
+    fn merge(&mut self, linear: &PackedLinear, into: &str) {
+        for position in linear.positions() {
+            self.fates[position] = Some(Fate::Merged { into: into.into() });
         }
-        let candidates = ["_scale", "_scale_inv"].map(|suffix| format!("{name}{suffix}"));
-        let Some(scale) = candidates
-            .iter()
-            .find_map(|name| self.by_name.get(name).copied())
-        else {
-            let what = "is F8_E4M3 without a `weight_scale` or `weight_scale_inv` beside it".into();
-            return Err(fault(self.checkpoint, entry, what));
-        };
-        let scale_entry = &self.checkpoint.tensors()[scale];
-        super::fp8::Grid::new(&entry.shape, &scale_entry.shape)
-            .filter(|_| matches!(scale_entry.dtype, Dtype::F32 | Dtype::Bf16 | Dtype::F16))
-            .ok_or_else(|| {
-                let what = format!(
-                    "scale of shape {:?} and dtype {} does not fit a weight of shape {:?}",
-                    scale_entry.shape, scale_entry.dtype, entry.shape
-                );
-                fault(self.checkpoint, scale_entry, what)
-            })?;
-        self.fates[scale] = Some(Fate::Merged {
-            into: into.to_string(),
-        });
-        Ok(Some(scale))
     }
 
     fn missing(&self, name: &str) -> Error {
@@ -302,7 +259,8 @@ fn unknown(checkpoint: &Checkpoint, entry: &TensorEntry) -> Error {
     Error::Model(fault)
 }
 
-fn fault(checkpoint: &Checkpoint, entry: &TensorEntry, what: String) -> Error {
+/// An error about a tensor, with its file and offset.
+pub(super) fn fault(checkpoint: &Checkpoint, entry: &TensorEntry, what: String) -> Error {
     let place = Fault::new(what).in_tensor(&entry.name).at(entry.offset);
     Error::Model(place.in_file(checkpoint.shards()[entry.shard].path()))
 }

@@ -117,6 +117,18 @@ pub struct TypeSettings {
 }
 
 impl TypeSettings {
+    /// Every tensor in the float type that holds it exactly: its own, F32 for what is packed.
+    pub fn own() -> Self {
+        let everything = TensorTypeRule {
+            pattern: Regex::new("").expect("an empty pattern is one"),
+            ty: WantedType::Keep,
+        };
+        Self {
+            rules: vec![everything],
+            ..Self::of(FileType::F32)
+        }
+    }
+
     /// The named mix and no wish beyond it.
     pub fn of(file_type: FileType) -> Self {
         Self {

@@ -149,6 +149,12 @@ rules! {
     UnexpectedType: Container, Warning, "container/unexpected-type",
         "a tensor is stored in a type that runtimes do not expect there",
         "Norms, SSM parameters and convolutions stay in float types; some runtimes read them as nothing else.";
+    PackedLinear: Container, Error, "container/packed-linear",
+        "a packed linear is incomplete or contradicts its scheme",
+        "Codes, scales, zero points and sizes of one module belong together. Runtimes refuse the folder, or leave the module at random values.";
+    QuantizationConfig: Container, Error, "container/quantization-config",
+        "the quantization configuration does not fit the weights",
+        "Every linear is either packed or listed in `ignore`. Runtimes read the others as noise, or refuse the folder.";
     SplitPartMissing: Container, Error, "container/split-part-missing",
         "a part of a split model is missing",
         "All parts `-00001-of-0000N` lie in one folder. Download the missing part.";

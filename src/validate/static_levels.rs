@@ -87,6 +87,9 @@ pub fn subject(model: &StoredModel, path: &str) -> Subject {
         path: path.into(),
         format: match model.container() {
             Container::Gguf => "GGUF".into(),
+            Container::Checkpoint if model.tensors().iter().any(|tensor| tensor.is_packed) => {
+                "packed checkpoint".into()
+            }
             Container::Checkpoint => "checkpoint".into(),
             Container::Memory => "memory".into(),
         },

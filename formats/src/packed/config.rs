@@ -38,6 +38,18 @@ pub enum Method {
     Fp8,
 }
 
+impl Method {
+    /// As `quant_method` has it.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::CompressedTensors => "compressed-tensors",
+            Self::Gptq => "gptq",
+            Self::ModelOpt => "modelopt",
+            Self::Fp8 => "fp8",
+        }
+    }
+}
+
 /// Modules that share a scheme.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct SchemeGroup {

@@ -1,6 +1,8 @@
 //! What a layout is: where codes, scales and zero points of a linear are, and what becomes of its inputs.
 
 use super::bits::Width;
+use crate::Dtype;
+use crate::checkpoint::TensorEntry;
 use std::fmt;
 
 /// How one linear is stored and run.
@@ -120,6 +122,28 @@ impl Layout {
         }
     }
 
+    /// Whether a tensor can hold this layout's codes, by name and type alone.
+    pub fn is_codes(&self, entry: &TensorEntry) -> bool {
+        let (suffix, dtype) = match self {
+            Self::PackQuantized { .. } => (".weight_packed", Dtype::I32),
+            Self::IntQuantized { .. } => (".weight", Dtype::I8),
+            Self::Float8 { .. } => (".weight", Dtype::F8E4M3),
+            Self::Nvfp4(Nvfp4Names::CompressedTensors) => (".weight_packed", Dtype::U8),
+            Self::Nvfp4(Nvfp4Names::ModelOpt) => (".weight", Dtype::U8),
+            Self::Gptq { .. } => (".qweight", Dtype::I32),
+        };
+        entry.name.ends_with(suffix) && entry.dtype == dtype
+    }
+
+    /// Codes in one element of the tensor that holds them.
+    pub const fn per_element(&self) -> usize {
+        match self {
+            Self::PackQuantized { width, .. } | Self::Gptq { width, .. } => width.per_word(),
+            Self::IntQuantized { .. } | Self::Float8 { .. } => 1,
+            Self::Nvfp4(_) => 2,
+        }
+    }
+
     /// Bits of a code.
     pub const fn bits(&self) -> usize {
         match self {
@@ -152,7 +176,7 @@ impl Layout {
     }
 }
 
-/// As people write it: `W4A16 g128, pack-quantized`.
+/// As people write it: `W4A16 g128, pack-quantized`; the alternate form ends at the comma.
 impl fmt::Display for Scheme {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let float = match self.layout {
@@ -168,6 +192,9 @@ impl fmt::Display for Scheme {
         }
         if !self.layout.is_symmetric() {
             f.write_str(" asymmetric")?;
+        }
+        if f.alternate() {
+            return Ok(());
         }
         write!(f, ", {}", self.layout.name())?;
         match &self.inputs {

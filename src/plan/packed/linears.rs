@@ -113,12 +113,12 @@ fn kind_of(name: &str) -> Option<Kind> {
 
 /// The module of every matrix. Experts that lie in one tensor get the names they have apart.
 fn modules(checkpoint: &Checkpoint, tensor: &PlannedTensor, layer: Option<usize>) -> Vec<String> {
-    let entry = |piece: &Piece| match piece {
-        Piece::Tensor { source, .. } => Some(&checkpoint.tensors()[*source]),
-        Piece::Zeros => None,
-    };
     let name = |(piece, part): (usize, &Piece)| {
-        let entry = entry(part)?;
+        let entry = match part {
+            Piece::Tensor { source, .. } => &checkpoint.tensors()[*source],
+            Piece::Packed(linear) => return Some(linear.module().to_string()),
+            Piece::Zeros => return None,
+        };
         let module = entry.name.strip_suffix(".weight").unwrap_or(&entry.name);
         let is_stack = tensor.pieces.len() > 1 && entry.shape.len() == 3;
         let layer = layer.filter(|_| is_stack);

@@ -23,7 +23,6 @@ use serde_json::Value;
 use super::phase::Phase;
 use super::types::TypeSettings;
 use super::{Plan, Settings};
-use crate::artifact::own_float_type;
 use crate::error::{Fault, Result};
 use crate::model::config::NemotronHConfig;
 use crate::quantize::integer::IntegerGrid;
@@ -156,7 +155,7 @@ impl PackedPlan {
         settings: &PackedSettings,
     ) -> Result<Self> {
         let own = Settings {
-            types: TypeSettings::of(own_float_type(checkpoint)),
+            types: TypeSettings::own(),
             widen: false,
             calibrated: false,
             with_mtp: false,

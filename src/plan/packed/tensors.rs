@@ -63,7 +63,6 @@ pub fn tensors(
         let dtype = match entry.dtype {
             // What transformers makes of it.
             _ if is_correction => Dtype::F32,
-            Dtype::F8E4M3 => Dtype::Bf16,
             // Its columns carry what the norm before it gave up.
             _ if is_router && is_rewritten => Dtype::F32,
             dtype => dtype,
@@ -71,29 +70,39 @@ pub fn tensors(
         // No rewrite changes what the state decays by.
         let is_decay = plan.tensors[first.tensor].rule.value == ValueRule::NegExp;
         let content = match dtype != entry.dtype || is_rewritten && !is_decay {
-            true => Content::Values {
-                tensor: first.tensor,
-                piece: (used.len() == 1).then_some(first.piece),
-                source,
-            },
+            true => values(first, used.len(), source),
             false => Content::Copied { source },
         };
-        tensors.push(PackedTensor {
-            dtype,
-            content,
-            ..copied(source, entry)
+        let unpacked = linear_of(first).filter(|_| is_packed_source(plan, first));
+        tensors.push(match unpacked {
+            Some(index) => PackedTensor {
+                name: format!("{}.weight", linears[index].module),
+                dtype: Dtype::Bf16,
+                shape: vec![linears[index].rows, linears[index].columns],
+                content: values(first, used.len(), source),
+            },
+            None => PackedTensor {
+                dtype,
+                content,
+                ..copied(source, entry)
+            },
         });
     }
     Ok(tensors)
 }
 
-/// Which planned matrices each checkpoint tensor fills.
+/// Which planned matrices each checkpoint tensor fills; of a packed linear one tensor stands for all.
 fn uses(plan: &Plan) -> HashMap<usize, Vec<Use>> {
     let mut uses: HashMap<usize, Vec<Use>> = HashMap::new();
     for (tensor, planned) in plan.tensors.iter().enumerate() {
         for (piece, part) in planned.pieces.iter().enumerate() {
-            if let Piece::Tensor { source, .. } = part {
-                uses.entry(*source).or_default().push(Use { tensor, piece });
+            let source = match part {
+                Piece::Tensor { source, .. } => Some(*source),
+                Piece::Packed(linear) => linear.positions().next(),
+                Piece::Zeros => None,
+            };
+            if let Some(source) = source {
+                uses.entry(source).or_default().push(Use { tensor, piece });
             }
         }
     }
@@ -105,6 +114,21 @@ fn uses(plan: &Plan) -> HashMap<usize, Vec<Use>> {
 fn is_carried_over(fate: &Fate, entry: &TensorEntry) -> bool {
     let is_scale = entry.name.ends_with("_scale") || entry.name.ends_with("_scale_inv");
     !matches!(fate, Fate::Merged { .. }) && !(is_scale && !entry.name.starts_with("mtp."))
+}
+
+fn is_packed_source(plan: &Plan, used: &Use) -> bool {
+    matches!(
+        plan.tensors[used.tensor].pieces[used.piece],
+        Piece::Packed(_)
+    )
+}
+
+fn values(used: &Use, matrices: usize, source: usize) -> Content {
+    Content::Values {
+        tensor: used.tensor,
+        piece: (matrices == 1).then_some(used.piece),
+        source,
+    }
 }
 
 fn copied(source: usize, entry: &TensorEntry) -> PackedTensor {

@@ -1,22 +1,26 @@
-//! A Hugging Face folder as container: shards, index, config.json, and the tensors it implies.
+//! A Hugging Face folder as container: shards, index, config.json, the tensors it implies, and which of them are
+//! packed.
 //!
 //! Enters: a path. Leaves: findings. Looks at no weight.
 
-use std::collections::HashMap;
 use std::path::Path;
 
 use nemoconv_formats::checkpoint::{Checkpoint, TensorEntry};
-use nemoconv_formats::{Error as FormatError, ErrorKind};
+use nemoconv_formats::{Dtype, Error as FormatError, ErrorKind};
 
 use super::{of_error, of_fault, unreadable};
 use crate::error::{Error, Result};
 use crate::model::config::NemotronHConfig;
-use crate::model::nemotron_h::{Presence, Widths, canonical_name, expected_tensors};
+use crate::model::nemotron_h::{ExpectedTensor, Presence, Storage, Widths, expected_tensors};
+use crate::plan::packing::Packing;
 use crate::plan::sources;
 use crate::report::{Finding, Rule, Severity};
 use crate::validate::Found;
 
 const CONFIG: &str = "config.json";
+/// The only matrix that is no linear.
+const EMBEDDING: &str = "token_embd.weight";
+const HEAD: &str = "output.weight";
 
 pub fn inspect(path: &Path, found: &mut Found) -> Result<()> {
     let checkpoint = match Checkpoint::open(path) {
@@ -68,25 +72,37 @@ fn refused(path: &Path, error: FormatError, found: &mut Found) -> Result<()> {
 }
 
 fn tensors(checkpoint: &Checkpoint, config: &NemotronHConfig, found: &mut Found) {
+    let packing = match Packing::new(checkpoint) {
+        Ok(packing) => packing,
+        Err(error @ Error::Input(_)) => {
+            return found.push(of_error(Rule::QuantizationConfig, &error));
+        }
+        Err(error) => return found.push(unexplained(&error)),
+    };
     let Err(error) = sources::resolve(checkpoint, config, true) else {
-        return;
+        return plain_linears(checkpoint, &packing, config, found);
     };
     // It stops at the first; here all of them are wanted.
     let widths = Widths::of(config);
-    let entries = checkpoint.tensors().iter();
-    let by_name: HashMap<String, &TensorEntry> = entries
-        .map(|entry| (canonical_name(&entry.name), entry))
-        .collect();
     let mut explained = false;
     for expected in expected_tensors(config, true) {
         let stacked = expected.stacked_source.as_ref();
-        if stacked.is_some_and(|name| by_name.contains_key(name)) {
+        if stacked.is_some_and(|name| packing.position(name).is_some()) {
             continue;
         }
         let shape = expected.rule.shape.iter();
         let shape: Vec<_> = shape.map(|dim| dim.size(config, &widths)).collect();
         for name in &expected.sources {
-            let finding = match by_name.get(name) {
+            let entry = match packing.linear(name, &shape) {
+                Ok(Some(_)) => continue,
+                Ok(None) => packing.position(name).map(|at| &checkpoint.tensors()[at]),
+                Err(error) => {
+                    explained = true;
+                    found.push(of_error(Rule::PackedLinear, &error));
+                    continue;
+                }
+            };
+            let finding = match entry {
                 None if expected.rule.presence == Presence::Required => {
                     let message = format!("the tensor is missing; its shape would be {shape:?}");
                     let finding = Finding::new(Rule::MissingTensor, message).in_tensor(name);
@@ -97,10 +113,7 @@ fn tensors(checkpoint: &Checkpoint, config: &NemotronHConfig, found: &mut Found)
                         "its shape must be {shape:?} by config.json, found {:?}",
                         entry.shape
                     );
-                    let path = checkpoint.shards()[entry.shard].path();
-                    let finding = Finding::new(Rule::WrongShape, message).in_tensor(&entry.name);
-                    let finding = finding.in_file(path.display().to_string());
-                    finding.at(entry.offset)
+                    of_entry(checkpoint, entry, Rule::WrongShape, message)
                 }
                 _ => continue,
             };
@@ -111,6 +124,62 @@ fn tensors(checkpoint: &Checkpoint, config: &NemotronHConfig, found: &mut Found)
     if !explained {
         found.push(unexplained(&error));
     }
+}
+
+/// Every linear that is not packed must be listed as such, or runtimes look for its codes.
+fn plain_linears(
+    checkpoint: &Checkpoint,
+    packing: &Packing,
+    config: &NemotronHConfig,
+    found: &mut Found,
+) {
+    let quantization = packing.quantization();
+    let Some(quantization) = quantization.filter(|q| q.lists_ignored()) else {
+        return;
+    };
+    let is_linear = |expected: &ExpectedTensor| {
+        let rule = expected.rule;
+        rule.storage == Storage::OutType && rule.shape.len() == 2 && expected.name != EMBEDDING
+    };
+    for expected in expected_tensors(config, true).into_iter().filter(is_linear) {
+        let positions = expected.sources.iter();
+        for position in positions.filter_map(|name| packing.position(name)) {
+            let entry = &checkpoint.tensors()[position];
+            let is_plain = matches!(entry.dtype, Dtype::F32 | Dtype::F16 | Dtype::Bf16);
+            let module = entry.name.strip_suffix(".weight").unwrap_or(&entry.name);
+            if !is_plain || quantization.ignores(module) {
+                continue;
+            }
+            let (message, severity) = match quantization.scheme_of(module) {
+                // Some runtimes take the class `Linear` to mean the head, others do not.
+                Some(scheme) if expected.name == HEAD => (
+                    format!(
+                        "some runtimes expect {scheme}; its weights are plain: list it in `ignore`"
+                    ),
+                    Severity::Warning,
+                ),
+                Some(scheme) => (
+                    format!(
+                        "the configuration wants {scheme}, its weights are plain {}",
+                        entry.dtype
+                    ),
+                    Severity::Error,
+                ),
+                None => (
+                    "is neither packed nor listed in `ignore`".to_owned(),
+                    Severity::Warning,
+                ),
+            };
+            let finding = of_entry(checkpoint, entry, Rule::QuantizationConfig, message);
+            found.push(finding.severity(severity));
+        }
+    }
+}
+
+fn of_entry(checkpoint: &Checkpoint, entry: &TensorEntry, rule: Rule, message: String) -> Finding {
+    let path = checkpoint.shards()[entry.shard].path();
+    let finding = Finding::new(rule, message).in_tensor(&entry.name);
+    finding.in_file(path.display().to_string()).at(entry.offset)
 }
 
 fn unexplained(error: &Error) -> Finding {

@@ -132,7 +132,7 @@ impl<'a> Judge<'a> {
                 "{:.1} % of the codes are at the ends of their range, {:.0} % at most are usual for {}",
                 100.0 * share,
                 100.0 * measure.expectation.ends_ceiling,
-                tensor.ty
+                self.artifact.stored_as(tensor)
             );
             found.push(self.finding(tensor, Rule::Saturation, message));
         }
@@ -343,7 +343,7 @@ impl<'a> Judge<'a> {
                 statistics.relative_error(),
                 statistics.snr_db(),
                 error / expectation.tensor_ceiling,
-                tensor.ty
+                self.artifact.stored_as(tensor)
             );
             let mut finding = self.finding(tensor, Rule::ErrorAboveExpectation, message);
             if mostly_bad(tensor, statistics) {
@@ -367,7 +367,7 @@ impl<'a> Judge<'a> {
                 format!(
                     "the error of {} parts of blocks is above what {} explains, the worst in {}: {:.1} times the ceiling",
                     statistics.outliers.count,
-                    tensor.ty,
+                    self.artifact.stored_as(tensor),
                     block_name(tensor, at),
                     worst / expectation.unit_ceiling
                 ),

@@ -12,6 +12,7 @@ mod undo;
 
 use nemoconv_formats::GgmlType;
 use nemoconv_formats::block::dequantize;
+use nemoconv_formats::checkpoint::Checkpoint;
 use rayon::prelude::*;
 
 use super::Found;
@@ -89,7 +90,11 @@ fn compare(
     let rounding = rounding_of(artifact);
     let mut judge = judge::Judge::new(artifact, pairing.as_ref());
     for tensor in artifact.tensors().iter().filter(|t| t.weights() > 0) {
-        let Some(expectation) = expectation::of(tensor.ty, rounding) else {
+        let expected = match artifact.scheme(tensor) {
+            Some(scheme) => Some(expectation::packed(scheme, tensor.columns, rounding)),
+            None => expectation::of(tensor.ty, rounding),
+        };
+        let Some(expectation) = expected else {
             let message = format!("{} cannot be decoded here", tensor.ty);
             let mut finding = Finding::new(Rule::NotComparable, message).in_tensor(&tensor.name);
             finding.place.layer = layer_of(&tensor.name);
@@ -117,9 +122,12 @@ fn compare(
         };
         let statistics = job.statistics()?;
         if let Some(pair) = pair {
-            weights
-                .tensors
-                .push(tensor_error(tensor, &measure, &statistics));
+            weights.tensors.push(tensor_error(
+                artifact.stored_as(tensor),
+                tensor,
+                &measure,
+                &statistics,
+            ));
             judge.compared(tensor, &pair, &measure, &statistics, &mut weights.found)?;
         } else {
             judge.alone(tensor, &measure, &statistics, &mut weights.found);
@@ -131,8 +139,11 @@ fn compare(
 }
 
 /// How the artifact was rounded: as llama-quantize and the converter record an importance matrix, as a calibrated
-/// conversion records itself.
+/// conversion records itself. Of a packed folder the receipt says so; without one it may have been rounded in any way.
 fn rounding_of(model: &StoredModel) -> Rounding {
+    if let Some(checkpoint) = model.checkpoint() {
+        return rounding_of_folder(checkpoint);
+    }
     let Some(keys) = model.metadata() else {
         return Rounding::Nearest;
     };
@@ -156,14 +167,32 @@ fn rounding_of(model: &StoredModel) -> Rounding {
     }
 }
 
-fn tensor_error(tensor: &StoredTensor, measure: &Measure, statistics: &Statistics) -> TensorError {
+/// The folder's `receipt.json`, its `rounding.method`.
+fn rounding_of_folder(checkpoint: &Checkpoint) -> Rounding {
+    let receipt = checkpoint.read_json("receipt.json").ok().flatten();
+    let method = receipt
+        .as_ref()
+        .and_then(|receipt| receipt["rounding"]["method"].as_str());
+    match method {
+        Some("nearest") => Rounding::Nearest,
+        Some("imatrix") => Rounding::Steered,
+        _ => Rounding::FedBack,
+    }
+}
+
+fn tensor_error(
+    stored_as: String,
+    tensor: &StoredTensor,
+    measure: &Measure,
+    statistics: &Statistics,
+) -> TensorError {
     let expected = match measure.lossless {
         true => 0.0,
         false => measure.expectation.typical,
     };
     TensorError {
         name: tensor.name.clone(),
-        ty: tensor.ty.name().into(),
+        ty: stored_as,
         weights: statistics.weights,
         relative_error: statistics.relative_error(),
         max_abs_error: statistics.max_abs_error,
@@ -287,7 +316,7 @@ impl Pair<'_> {
             (F32, F32 | F16 | BF16) | (F16, F16) | (BF16, BF16)
         );
         let factors = self.ours.factor == 1.0 && self.theirs.factor == 1.0;
-        holds && self.is_exact && (factors || tensor.ty == F32)
+        holds && !tensor.is_packed && self.is_exact && (factors || tensor.ty == F32)
     }
 }
 
