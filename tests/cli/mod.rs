@@ -7,4 +7,5 @@ mod eval;
 mod hostile;
 mod inspect;
 mod recipe;
+mod safetensors;
 mod validate;

@@ -6,6 +6,7 @@ mod imatrix;
 mod independent_reader;
 mod kl_divergence;
 mod llama_cpp;
+mod llm_compressor;
 mod lm_eval;
 mod metadata;
 mod mixes;

@@ -1,0 +1,512 @@
+//! `to-safetensors`: whole folders or none, the same bytes whoever computes them, errors that name the reader.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output, Stdio};
+use std::time::Duration;
+
+use nemoconv_fixtures::{data, nano};
+use serde_json::{Value, json};
+use tempfile::{TempDir, tempdir};
+
+use crate::support::{copy_of, edit_config, nemoconv, read_tensors, stderr, write_tensors};
+
+/// Where a test writes.
+struct Place(TempDir);
+
+impl Place {
+    fn new() -> Self {
+        Self(tempdir().unwrap())
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.0.path().join(name)
+    }
+
+    fn try_pack(&self, model: &Path, name: &str, flags: &[&str]) -> Output {
+        let out = self.path(name);
+        let fixed = [
+            "to-safetensors",
+            model.to_str().unwrap(),
+            "-q",
+            "-o",
+            out.to_str().unwrap(),
+        ];
+        nemoconv(fixed.iter().chain(flags))
+    }
+
+    fn pack(&self, name: &str, flags: &[&str]) -> PathBuf {
+        let output = self.try_pack(&nano(), name, flags);
+        assert!(output.status.success(), "{}", stderr(&output));
+        self.path(name)
+    }
+
+    /// Expects exit code 1, all of `expected` in the message, and nothing left.
+    #[track_caller]
+    fn refuses(&self, model: &Path, flags: &[&str], expected: &[&str]) {
+        let before = names(self.0.path());
+        let output = self.try_pack(model, "refused", flags);
+        let message = stderr(&output);
+        assert_eq!(output.status.code(), Some(1), "{message}");
+        for part in expected {
+            assert!(message.contains(part), "`{part}` is missing in: {message}");
+        }
+        assert_eq!(names(self.0.path()), before, "something was left behind");
+    }
+}
+
+fn names(folder: &Path) -> Vec<String> {
+    let entries = fs::read_dir(folder).unwrap();
+    let mut names: Vec<String> = entries
+        .map(|entry| entry.unwrap().file_name().to_string_lossy().into_owned())
+        .collect();
+    names.sort();
+    names
+}
+
+/// Every file of a folder but the receipt of when it was made.
+fn files(folder: &Path) -> BTreeMap<String, Vec<u8>> {
+    let names = names(folder).into_iter();
+    names
+        .map(|name| (name.clone(), fs::read(folder.join(&name)).unwrap()))
+        .collect()
+}
+
+fn json_of(path: PathBuf) -> Value {
+    let text = fs::read_to_string(path).unwrap();
+    serde_json::from_str(&text.replace("Infinity", "1e30")).unwrap()
+}
+
+const CALIBRATION: [&str; 4] = [
+    "--calibration-context",
+    "64",
+    "--calibration-sequences",
+    "8",
+];
+
+fn calibrated<'a>(text: &'a str, flags: &[&'a str]) -> Vec<&'a str> {
+    let mut all = vec!["--calibration", text];
+    all.extend(CALIBRATION);
+    all.extend(flags);
+    all
+}
+
+fn text() -> String {
+    data().join("calibration.txt").to_str().unwrap().to_string()
+}
+
+/// A model of one MoE layer between Mamba-2 layers, its weights some pattern.
+fn moe(place: &Place) -> PathBuf {
+    let folder = copy_of(&nano(), &place.path("moe-source"));
+    edit_config(&folder, |config| {
+        config["hybrid_override_pattern"] = "ME".into();
+        config["num_hidden_layers"] = 2.into();
+        config["n_routed_experts"] = 2.into();
+        config["num_experts_per_tok"] = 1.into();
+        config["moe_intermediate_size"] = 64.into();
+        config["n_shared_experts"] = 1.into();
+        config["moe_shared_expert_intermediate_size"] = 128.into();
+        config["n_group"] = 1.into();
+        config["topk_group"] = 1.into();
+        config["norm_topk_prob"] = true.into();
+        config["routed_scaling_factor"] = 2.5.into();
+    });
+    let path = folder.join("model.safetensors");
+    let mut tensors = read_tensors(&path);
+    tensors.retain(|name, _| !name.contains("layers.") || name.contains("layers.0."));
+    let mut add = |name: &str, shape: &[usize]| {
+        let count = shape.iter().product::<usize>();
+        let value = |i: usize| half::bf16::from_f32(((i * 31 % 97) as f32 - 48.0) * 1e-3);
+        let bytes = (0..count).flat_map(|i| value(i).to_le_bytes()).collect();
+        let name = format!("backbone.layers.1.{name}");
+        tensors.insert(name, ("BF16".into(), shape.to_vec(), bytes));
+    };
+    add("norm.weight", &[256]);
+    add("mixer.gate.weight", &[2, 256]);
+    add("mixer.gate.e_score_correction_bias", &[2]);
+    for expert in 0..2 {
+        add(
+            &format!("mixer.experts.{expert}.up_proj.weight"),
+            &[64, 256],
+        );
+        add(
+            &format!("mixer.experts.{expert}.down_proj.weight"),
+            &[256, 64],
+        );
+    }
+    add("mixer.shared_experts.up_proj.weight", &[128, 256]);
+    add("mixer.shared_experts.down_proj.weight", &[256, 128]);
+    write_tensors(&path, &tensors);
+    folder
+}
+
+#[test]
+fn a_folder_is_whole_and_all_that_is_not_packed_is_as_it_was() {
+    let place = Place::new();
+    let folder = place.pack("packed", &[]);
+    assert_eq!(names(place.0.path()), ["packed"]);
+    let (source, packed) = (files(&nano()), files(&folder));
+    for name in [
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "generation_config.json",
+    ] {
+        assert!(packed[name] == source[name], "{name}");
+    }
+    let config = |files: &BTreeMap<String, Vec<u8>>| {
+        String::from_utf8(files["config.json"].clone()).unwrap()
+    };
+    let before = config(&source);
+    let unchanged = before.trim_end().trim_end_matches('}').trim_end();
+    assert!(
+        config(&packed).starts_with(unchanged),
+        "config.json was written anew"
+    );
+    let (before, after) = (
+        read_tensors(&nano().join("model.safetensors")),
+        read_tensors(&folder.join("model.safetensors")),
+    );
+    let mut packed_linears = 0;
+    for (name, tensor) in &before {
+        match after.get(name) {
+            Some(kept) => assert!(kept == tensor, "{name}"),
+            None => {
+                let module = name.strip_suffix(".weight").unwrap();
+                for part in ["weight_packed", "weight_scale", "weight_shape"] {
+                    assert!(after.contains_key(&format!("{module}.{part}")), "{name}");
+                }
+                packed_linears += 1;
+            }
+        }
+    }
+    assert_eq!(packed_linears, 12);
+    assert_eq!(
+        json_of(folder.join("config.json"))["quantization_config"]["ignore"],
+        json!(["lm_head"])
+    );
+}
+
+#[test]
+fn shards_hold_what_the_index_says() {
+    let place = Place::new();
+    let folder = place.pack("packed", &["--max-shard-size", "600K"]);
+    let index = json_of(folder.join("model.safetensors.index.json"));
+    let map = index["weight_map"].as_object().unwrap();
+    let shards: Vec<String> = names(&folder)
+        .into_iter()
+        .filter(|name| name.ends_with(".safetensors"))
+        .collect();
+    assert!(shards.len() > 2, "{shards:?}");
+    let (mut tensors, mut bytes) = (0, 0);
+    for shard in &shards {
+        for (name, (_, _, data)) in read_tensors(&folder.join(shard)) {
+            assert_eq!(map[&name], json!(shard), "{name}");
+            tensors += 1;
+            bytes += data.len();
+        }
+    }
+    assert_eq!(
+        (tensors, json!(bytes)),
+        (map.len(), index["metadata"]["total_size"].clone())
+    );
+    let one = place.pack("one", &[]);
+    let together = read_tensors(&one.join("model.safetensors"));
+    let apart = shards
+        .iter()
+        .flat_map(|shard| read_tensors(&folder.join(shard)));
+    assert!(apart.collect::<BTreeMap<_, _>>() == together);
+}
+
+#[test]
+fn threads_change_nothing() {
+    let place = Place::new();
+    for scheme in ["w4a16-asym", "w8a8", "gptq-4"] {
+        let one = place.pack(
+            &format!("{scheme}-1"),
+            &["--scheme", scheme, "--threads", "1"],
+        );
+        let three = place.pack(
+            &format!("{scheme}-3"),
+            &["--scheme", scheme, "--threads", "3"],
+        );
+        assert!(files(&one) == files(&three), "{scheme}");
+    }
+}
+
+#[test]
+fn a_phase_and_the_same_in_a_recipe_give_the_same_folder() {
+    let place = Place::new();
+    let by_flag = place.pack("flag", &["--phase", "3", "--linear", "layers\\.3\\.=keep"]);
+    let recipe = place.path("recipe.yaml");
+    fs::write(
+        &recipe,
+        "phase: 3\npacked:\n  linears:\n    - {linear: 'layers\\.3\\.', scheme: keep}\n",
+    )
+    .unwrap();
+    let by_recipe = place.pack("recipe", &["--recipe", recipe.to_str().unwrap()]);
+    assert!(files(&by_flag) == files(&by_recipe));
+    let config = json_of(by_flag.join("config.json"))["quantization_config"].clone();
+    assert_eq!(config["format"], "int-quantized");
+    let groups = &config["config_groups"];
+    assert_eq!(
+        groups["group_0"]["targets"],
+        json!(["re:.*mixer\\.(in_proj|out_proj)$"])
+    );
+    assert_eq!(groups["group_0"]["weights"]["num_bits"], 4);
+    assert_eq!(
+        groups["group_1"]["targets"],
+        json!(["re:.*mixer\\.(up_proj|down_proj)$"])
+    );
+    assert_eq!(groups["group_1"]["weights"]["num_bits"], 8);
+    assert_eq!(config["ignore"].as_array().unwrap().len(), 5);
+}
+
+#[test]
+fn calibration_loses_less_and_floats_stay_exact() {
+    let place = Place::new();
+    let text = text();
+    let folder = place.pack("packed", &calibrated(&text, &["--scheme", "w4a16"]));
+    assert_eq!(names(place.0.path()), ["packed"]);
+    let receipt = json_of(folder.join("receipt.json"));
+    let rounded = receipt["rounding"].as_array().unwrap();
+    let with_feedback: Vec<_> = rounded
+        .iter()
+        .filter(|line| line["treatment"] == "gptq")
+        .collect();
+    assert_eq!(with_feedback.len(), 12);
+    for line in with_feedback {
+        let loss = |key: &str| line[key].as_f64().unwrap();
+        assert!(loss("loss") < 0.8 * loss("rtn_loss"), "{line}");
+    }
+    let (before, after) = (
+        read_tensors(&nano().join("model.safetensors")),
+        read_tensors(&folder.join("model.safetensors")),
+    );
+    let floats = |bytes: &[u8]| -> Vec<f32> {
+        let (halves, _) = bytes.as_chunks();
+        halves
+            .iter()
+            .map(|half| half::bf16::from_le_bytes(*half).to_f32())
+            .collect()
+    };
+    for name in [
+        "lm_head.weight",
+        "backbone.embeddings.weight",
+        "backbone.layers.0.mixer.A_log",
+    ] {
+        assert!(before[name] == after[name], "{name}");
+    }
+    // What was folded into the readers leaves powers of two.
+    for norm in floats(&after["backbone.layers.1.norm.weight"].2) {
+        assert_eq!(norm.to_bits() & 0x007f_ffff, 0, "{norm}");
+    }
+}
+
+#[test]
+fn static_inputs_get_their_scale_from_the_samples() {
+    let place = Place::new();
+    place.refuses(
+        &nano(),
+        &["--scheme", "w8a8-static"],
+        &["static inputs", "--calibration"],
+    );
+    let text = text();
+    let folder = place.pack("packed", &calibrated(&text, &["--scheme", "w8a8-static"]));
+    let tensors = read_tensors(&folder.join("model.safetensors"));
+    let (dtype, shape, bytes) = &tensors["backbone.layers.1.mixer.down_proj.input_scale"];
+    assert_eq!((dtype.as_str(), shape.as_slice()), ("BF16", &[1][..]));
+    let scale = half::bf16::from_le_bytes([bytes[0], bytes[1]]).to_f32();
+    assert!(scale > 0.0 && scale < 10.0, "{scale}");
+}
+
+#[test]
+fn a_killed_run_goes_on_and_ends_with_the_same_bytes() {
+    let place = Place::new();
+    let text = text();
+    let flags = calibrated(&text, &["--scheme", "w4a16"]);
+    let expected = files(&place.pack("straight", &flags));
+    let out = place.path("killed");
+    let work = place.path("killed.work");
+    let mut kills = 0;
+    while !out.exists() {
+        let mut child = Command::new(env!("CARGO_BIN_EXE_nemoconv"))
+            .args([
+                "to-safetensors",
+                nano().to_str().unwrap(),
+                "-q",
+                "-o",
+                out.to_str().unwrap(),
+            ])
+            .args(&flags)
+            .stdout(Stdio::null())
+            .spawn()
+            .unwrap();
+        let lines = || {
+            fs::read_to_string(work.join("journal.jsonl"))
+                .unwrap_or_default()
+                .lines()
+                .count()
+        };
+        let begun = lines();
+        // After two more tensors, or when it is done.
+        while child.try_wait().unwrap().is_none() && (kills >= 3 || lines() < begun.max(1) + 2) {
+            std::thread::sleep(Duration::from_millis(2));
+        }
+        if child.try_wait().unwrap().is_none() {
+            child.kill().unwrap();
+            kills += 1;
+        }
+        child.wait().unwrap();
+    }
+    assert!(kills > 0, "the run was never killed");
+    let found = files(&out);
+    assert!(found.keys().eq(expected.keys()));
+    for (name, bytes) in &found {
+        assert!(*bytes == expected[name], "{name}");
+    }
+    assert!(!work.exists());
+}
+
+#[test]
+fn what_a_reader_would_misread_is_refused_by_its_name() {
+    let place = Place::new();
+    let refuses = |flags: &[&str], expected: &[&str]| place.refuses(&nano(), flags, expected);
+    refuses(
+        &["--linear", "q_proj=w8a16"],
+        &["vLLM fuses q, k and v", "layers.3.mixer"],
+    );
+    refuses(
+        &["--linear", "k_proj=keep"],
+        &["not quantized", "vLLM fuses"],
+    );
+    refuses(
+        &["--scheme", "gptq-4", "--linear", "up_proj=w8a8"],
+        &["one folder", "no reader"],
+    );
+    refuses(&["--group-size", "48"], &["128, 64 or 32", "found 48"]);
+    refuses(
+        &["--linear", "gate_proj=keep"],
+        &["`gate_proj` matches no linear"],
+    );
+    refuses(&["--scheme", "gptq-4"], &["multiples of 32", "in_proj"]);
+    let moe = moe(&place);
+    place.refuses(
+        &moe,
+        &["--linear", "experts\\.\\d+\\.=w8a8"],
+        &[
+            "transformers leaves experts in I8 at random",
+            "--readers vllm",
+        ],
+    );
+    place.refuses(
+        &moe,
+        &["--linear", "experts\\.1\\.=keep"],
+        &["expert 0 alone"],
+    );
+    place.refuses(
+        &moe,
+        &["--group-size", "128"],
+        &["groups of 128 do not divide rows of 64", "experts"],
+    );
+}
+
+#[test]
+fn experts_take_what_every_reader_loads() {
+    let place = Place::new();
+    let moe = moe(&place);
+    let output = place.try_pack(&moe, "both", &["--phase", "1"]);
+    assert!(output.status.success(), "{}", stderr(&output));
+    let config = json_of(place.path("both").join("config.json"))["quantization_config"].clone();
+    assert_eq!(config["format"], "mixed-precision");
+    let experts = &config["config_groups"]["group_1"];
+    assert_eq!(
+        (experts["format"].clone(), experts["targets"].clone()),
+        (
+            json!("pack-quantized"),
+            json!(["re:.*mixer\\.experts\\.\\d+\\.(up_proj|down_proj)$"])
+        )
+    );
+    assert_eq!(
+        config["ignore"],
+        json!(["backbone.layers.1.mixer.gate", "lm_head"])
+    );
+    let output = place.try_pack(&moe, "vllm", &["--phase", "1", "--readers", "vllm"]);
+    assert!(output.status.success(), "{}", stderr(&output));
+    let config = json_of(place.path("vllm").join("config.json"))["quantization_config"].clone();
+    assert_eq!(config["format"], "int-quantized");
+    // Rows of 256 and of 64: the experts of a layer share the smaller group.
+    let output = place.try_pack(&moe, "groups", &["--scheme", "w4a16"]);
+    assert!(output.status.success(), "{}", stderr(&output));
+    let config = json_of(place.path("groups").join("config.json"))["quantization_config"].clone();
+    assert_eq!(
+        config["config_groups"]["group_1"]["weights"]["group_size"],
+        64
+    );
+}
+
+#[test]
+fn a_folder_with_something_in_it_is_left_alone() {
+    let place = Place::new();
+    let out = place.path("taken");
+    fs::create_dir(&out).unwrap();
+    fs::write(out.join("mine"), "mine").unwrap();
+    let output = place.try_pack(&nano(), "taken", &[]);
+    assert_eq!(output.status.code(), Some(1));
+    assert!(
+        stderr(&output).contains("not an empty folder"),
+        "{}",
+        stderr(&output)
+    );
+    assert_eq!(names(&out), ["mine"]);
+    fs::remove_file(out.join("mine")).unwrap();
+    place.pack("taken", &[]);
+    let output = place.try_pack(&nano(), "absent/packed", &[]);
+    assert_eq!(output.status.code(), Some(1));
+    assert!(stderr(&output).contains("absent"), "{}", stderr(&output));
+}
+
+#[test]
+fn weights_that_do_not_fit_are_refused_or_allowed() {
+    let place = Place::new();
+    let model = copy_of(&nano(), &place.path("source"));
+    let path = model.join("model.safetensors");
+    let name = "backbone.layers.1.mixer.up_proj.weight";
+    let mut tensors = read_tensors(&path);
+    let set = |tensors: &mut crate::support::Tensors, value: f32| {
+        let bytes = half::bf16::from_f32(value).to_le_bytes();
+        tensors.get_mut(name).unwrap().2[..2].copy_from_slice(&bytes);
+    };
+    set(&mut tensors, 1e7);
+    write_tensors(&path, &tensors);
+    let gptq = ["--scheme", "gptq-4", "--linear", "in_proj=keep"];
+    place.refuses(&model, &gptq, &["too large for F16", "ffn_up"]);
+    let output = place.try_pack(
+        &model,
+        "allowed",
+        &[&gptq[..], &["--allow-f16-overflow"]].concat(),
+    );
+    assert!(output.status.success(), "{}", stderr(&output));
+    set(&mut tensors, f32::NAN);
+    write_tensors(&path, &tensors);
+    place.refuses(&model, &[], &["NaN or infinite", "--allow-nonfinite"]);
+}
+
+#[test]
+fn the_plan_is_shown_without_writing() {
+    let place = Place::new();
+    let output = place.try_pack(&nano(), "none", &["--dry-run", "--phase", "3"]);
+    assert!(output.status.success());
+    insta::assert_snapshot!("packed_plan", String::from_utf8_lossy(&output.stdout));
+    assert!(names(place.0.path()).is_empty());
+    let recipe = place.try_pack(
+        &nano(),
+        "none",
+        &["--print-recipe", "--scheme", "w4a16-asym"],
+    );
+    let path = place.path("printed.yaml");
+    fs::write(&path, &recipe.stdout).unwrap();
+    let by_recipe = place.pack("recipe", &["--recipe", path.to_str().unwrap()]);
+    let by_flag = place.pack("flag", &["--scheme", "w4a16-asym"]);
+    assert!(files(&by_recipe) == files(&by_flag));
+}
