@@ -6,5 +6,6 @@ mod calibration;
 mod eval;
 mod hostile;
 mod inspect;
+mod packed;
 mod recipe;
 mod validate;
