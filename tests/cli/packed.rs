@@ -75,8 +75,8 @@ fn validate_runs_all_levels_with_inputs_as_declared() {
     assert_eq!(report["verdict"], "passed", "{report:#}");
     assert_eq!(report["artifact"]["format"], "packed checkpoint");
     assert_eq!(mean(&report), Some(0.0));
-    let ty = &report["tensors"].as_array().unwrap()[1];
-    assert!(ty.to_string().contains("W4A16 g64"), "{ty}");
+    let tensors = report["tensors"].to_string();
+    assert!(tensors.contains("\"W4A16 g64\""), "{tensors}");
     let (report, _) = validated(Layout::Int8 {
         fixed_inputs: false,
     });
@@ -96,10 +96,10 @@ fn eval_asks_packed_folders() {
         let output = eval(model, folder.path(), &["--tasks", "piqa", "--json"]);
         assert!(output.status.success(), "{}", stderr(&output));
         let document: Value = serde_json::from_slice(&output.stdout).unwrap();
-        document["results"]["piqa"].clone()
+        document["results"]["results"]["piqa"].clone()
     };
     let ours = results(&packed);
-    assert!(ours.is_object(), "{ours}");
+    assert!(ours["acc,none"].is_number(), "{ours}");
     assert_eq!(ours, results(&plain));
 }
 
@@ -191,7 +191,7 @@ fn configurations_that_are_not_understood() {
     );
     check(
         &|config| config["config_groups"]["group_0"]["weights"]["group_size"] = json!(u64::MAX),
-        &["invalid value: integer `18446744073709551615`"],
+        &["quantization_config", "invalid number"],
     );
     check(
         &|config| config["ignore"] = json!(["re:(((a{500}){500}){500}"]),
