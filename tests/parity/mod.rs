@@ -9,4 +9,5 @@ mod llama_cpp;
 mod lm_eval;
 mod metadata;
 mod mixes;
+mod packed;
 mod quantization_error;
