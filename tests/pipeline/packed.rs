@@ -1,12 +1,16 @@
 //! Packed folders as models: the values that they decode to, the findings that they give, the files that are made of them.
 
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use nemoconv::artifact::{StoredModel, StoredTensor};
 use nemoconv::backend::activation::Activation;
+use nemoconv::backend::cpu::{Cpu, Residence};
 use nemoconv::formats::GgmlType;
 use nemoconv::formats::gguf::Gguf;
+use nemoconv::forward::network::{Network, Sequence};
 use nemoconv::forward::numerics::Numerics;
+use nemoconv::forward::observer::Silent;
 use nemoconv::report::Severity;
 use nemoconv_fixtures::checkpoint::{Experts, RandomCheckpoint};
 use nemoconv_fixtures::nano;
@@ -14,7 +18,7 @@ use nemoconv_fixtures::packed::{INPUT_SCALE, Layout, write};
 use tempfile::{TempDir, tempdir};
 
 use super::{expect, faults, findings};
-use crate::support::{read_tensors, to_gguf, write_tensors};
+use crate::support::{read_tensors, stderr, to_gguf, try_to_gguf, write_tensors};
 
 const LAYOUTS: [Layout; 8] = [
     packed(4, 64, true),
@@ -194,6 +198,74 @@ fn codes_go_over_bit_for_bit() {
             }
             assert!(count > 5, "{count}");
         }
+    }
+}
+
+/// The matrices that the fixtures pack.
+const LINEARS: &str = "(ssm_(in|out)|attn_(q|k|v|output)|ffn_(up|down)(_exps|_shexp)?).weight";
+
+#[test]
+fn nvfp4_goes_over_with_its_second_scale() {
+    let folder = tempdir().unwrap();
+    for source in [nano(), experts(folder.path())] {
+        let folders = Folders::of(&source, Layout::Nvfp4);
+        let path = folders.file("m.gguf");
+        let rule = format!("{LINEARS}=nvfp4");
+        to_gguf(
+            &folders.packed,
+            &path,
+            &["-t", "bf16", "--tensor-type", &rule],
+        );
+        let gguf = open(&path);
+        let plain = open(&folders.plain);
+        let coded = gguf.tensors().iter().filter(|t| t.ty == GgmlType::NVFP4);
+        let mut count = 0;
+        for tensor in coded {
+            let stem = tensor.name.strip_suffix(".weight").unwrap();
+            let scale = gguf.tensor(&format!("{stem}.scale")).unwrap();
+            assert_eq!(scale.weights(), tensor.matrices as u64);
+            let theirs = values(&plain, plain.tensor(&tensor.name).unwrap());
+            assert!(values(&gguf, tensor) == theirs, "{}", tensor.name);
+            count += 1;
+        }
+        assert!(count > 5, "{count}");
+        for reference in [None, Some(&folders.packed), Some(&folders.source)] {
+            let faults = faults(&path, reference.map(PathBuf::as_path));
+            assert_eq!(faults, [], "{reference:?}");
+        }
+        let [ours, theirs] = [&path, &folders.plain].map(|model| logits(model));
+        let differences = ours.iter().zip(&theirs).map(|(a, b)| (a - b).abs());
+        let largest = differences.fold(0.0, f32::max);
+        let size = theirs.iter().fold(0f32, |size, x| size.max(x.abs()));
+        assert!(largest < 1e-5 * size, "{largest} of {size}");
+    }
+}
+
+/// Logits after a few tokens, in f32.
+fn logits(model: &Path) -> Vec<f32> {
+    let stored = Arc::new(open(model));
+    let backend = Cpu::new(Arc::clone(&stored), Residence::Mapped);
+    let network = Network::open(&stored, backend, &Numerics::EXACT).unwrap();
+    let mut state = network.empty_state();
+    let tokens: Vec<u32> = (5..25).collect();
+    let mut batch = [Sequence {
+        tokens: &tokens,
+        state: &mut state,
+    }];
+    let normed = network.run(&mut batch, &mut Silent).unwrap();
+    network.logits(&normed, &[19], &mut Silent).unwrap()
+}
+
+#[test]
+fn nvfp4_is_not_made() {
+    let folders = Folders::of(&nano(), packed(4, 64, true));
+    let rule = format!("{LINEARS}=nvfp4");
+    let flags = ["-t", "bf16", "--tensor-type", &rule];
+    for model in [&folders.packed, &folders.source] {
+        let output = try_to_gguf(model, &folders.file("m.gguf"), &flags);
+        let message = stderr(&output);
+        assert_eq!(output.status.code(), Some(1), "{message}");
+        assert!(message.contains("only taken over as it is"), "{message}");
     }
 }
 
