@@ -22,8 +22,6 @@ use crate::write::gguf::parts::Slot;
 use calibrated::workspace::Workspace;
 use tile::{Made, Scratch, Tile, tiles};
 
-pub use exact::keeps_codes;
-
 /// Told how far the work is, in stored bytes. Called from several threads.
 pub trait Progress: Sync {
     /// A stage of `total_bytes` begins.

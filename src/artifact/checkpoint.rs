@@ -81,7 +81,9 @@ impl CheckpointStorage {
         let pieces = &self.plan.tensors[tensor.place].pieces;
         let of_piece = |piece: &Piece| match piece {
             Piece::Packed(linear) => linear.bytes(&self.checkpoint),
-            Piece::Tensor { .. } | Piece::Zeros => tensor.bytes() / tensor.matrices.max(1) as u64,
+            Piece::Tensor { .. } | Piece::SecondScale(_) | Piece::Zeros => {
+                tensor.bytes() / tensor.matrices.max(1) as u64
+            }
         };
         pieces.iter().map(of_piece).sum()
     }
@@ -149,6 +151,6 @@ impl CheckpointStorage {
 fn scheme_of(tensor: &PlannedTensor) -> Option<&Scheme> {
     tensor.pieces.iter().find_map(|piece| match piece {
         Piece::Packed(linear) => Some(linear.scheme()),
-        Piece::Tensor { .. } | Piece::Zeros => None,
+        Piece::Tensor { .. } | Piece::SecondScale(_) | Piece::Zeros => None,
     })
 }

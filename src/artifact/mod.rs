@@ -20,7 +20,7 @@ use nemoconv_formats::{GgmlType, block};
 use crate::backend::activation::Activation;
 use crate::error::{Error, Fault, Result};
 use crate::model::config::NemotronHConfig;
-use crate::model::nemotron_h::{Presence, Widths, expected_tensors};
+use crate::model::nemotron_h::{Presence, SECOND_SCALE, Widths, expected_tensors};
 use checkpoint::CheckpointStorage;
 use gguf::GgufStorage;
 use memory::MemoryStorage;
@@ -93,6 +93,8 @@ pub struct StoredModel {
     by_name: HashMap<String, usize>,
     /// How a packed checkpoint wants the inputs of its tensors taken.
     inputs: BTreeMap<String, Activation>,
+    /// Of NVFP4 tensors in GGUF: the scale above the scales of each matrix.
+    second_scales: BTreeMap<String, Vec<f32>>,
     storage: Storage,
 }
 
@@ -138,7 +140,32 @@ impl StoredModel {
         let tensors = storage.tensors();
         let config = gguf_config::parse(storage.metadata(), &tensors)
             .map_err(|fault| Error::Model(fault.in_file(path)))?;
-        Self::new(path, config, tensors, Storage::Gguf(storage))
+        let model = Self::new(path, config, tensors, Storage::Gguf(storage))?;
+        let second_scales = model.read_second_scales()?;
+        Ok(Self {
+            second_scales,
+            ..model
+        })
+    }
+
+    /// `NAME.scale` beside `NAME.weight`, one value per matrix.
+    fn read_second_scales(&self) -> Result<BTreeMap<String, Vec<f32>>> {
+        let mut scales = BTreeMap::new();
+        for tensor in self.tensors.iter().filter(|t| t.ty == GgmlType::NVFP4) {
+            let stem = tensor.name.strip_suffix(".weight").unwrap_or(&tensor.name);
+            let name = format!("{stem}.{}", SECOND_SCALE.name);
+            let Some(scale) = self.tensor(&name) else {
+                continue;
+            };
+            if scale.weights() != tensor.matrices as u64 || scale.ty != GgmlType::F32 {
+                let what = format!("must be {} values of F32", tensor.matrices);
+                return Err(self.fault(what, &name));
+            }
+            let mut values = vec![0.0; tensor.matrices];
+            self.dequantize_rows(scale, 0, 0, &mut Vec::new(), &mut values)?;
+            scales.insert(tensor.name.clone(), values);
+        }
+        Ok(scales)
     }
 
     fn open_checkpoint(path: &Path, widen: bool) -> Result<Self> {
@@ -193,6 +220,7 @@ impl StoredModel {
             tensors,
             by_name,
             inputs: BTreeMap::new(),
+            second_scales: BTreeMap::new(),
             storage,
         }
     }
@@ -318,7 +346,7 @@ impl StoredModel {
         }
     }
 
-    /// Fills `bytes` with whole rows of one matrix from `first_row` on, in the stored type.
+    /// Fills `bytes` with whole rows of one matrix from `first_row` on, in the stored type; see [`Self::second_scale`].
     ///
     /// # Errors
     /// The file cannot be read.
@@ -357,7 +385,16 @@ impl StoredModel {
         bytes.resize(values.len() / tensor.columns * tensor.row_bytes(), 0);
         self.read_rows(tensor, matrix, first_row, bytes)?;
         block::dequantize(tensor.ty, bytes, values)
-            .map_err(|error| error.in_tensor(&tensor.name).in_file(&self.path).into())
+            .map_err(|error| error.in_tensor(&tensor.name).in_file(&self.path))?;
+        if let Some(scale) = self.second_scale(tensor, matrix) {
+            values.iter_mut().for_each(|value| *value *= scale);
+        }
+        Ok(())
+    }
+
+    /// What every decoded value of a matrix is multiplied with beyond its blocks: NVFP4 in GGUF has such a scale.
+    pub fn second_scale(&self, tensor: &StoredTensor, matrix: usize) -> Option<f32> {
+        self.second_scales.get(&tensor.name)?.get(matrix).copied()
     }
 
     /// Where a row begins in the file that holds it; `None` for a checkpoint, whose rows are made, and in memory.

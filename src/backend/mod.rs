@@ -242,6 +242,9 @@ pub trait Backend: Sync {
     /// `max(x, 0)^2`, in place.
     fn relu_squared(&self, values: &mut Self::Buffer);
 
+    /// Multiplies every value, in place.
+    fn scale(&self, values: &mut Self::Buffer, factor: f32);
+
     /// Adds one row of values to every row, in place.
     fn add_bias(&self, rows: &mut Self::Buffer, bias: &Self::Buffer);
 

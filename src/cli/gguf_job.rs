@@ -14,6 +14,7 @@ use nemoconv::formats::{GgmlType, Imatrix};
 use nemoconv::model::config::NemotronHConfig;
 use nemoconv::model::description::{DescriptionSources, ModelDescription, ParameterCounts};
 use nemoconv::model::tokenizer::{TokenType, Tokenizer};
+use nemoconv::plan::packing::keeps_codes;
 use nemoconv::plan::sources::{Fate, Piece};
 use nemoconv::plan::{Plan, PlannedTensor};
 use nemoconv::write::gguf::artifact::{Artifact, create_sibling};
@@ -363,8 +364,8 @@ fn packed_source(plan: &Plan, calibrated: bool) -> Option<String> {
         tensors.filter(|tensor| tensor.pieces.iter().any(is_packed))
     };
     // Calibration rounds every matrix anew.
-    let keeps_codes = |tensor: &&PlannedTensor| !calibrated && convert::keeps_codes(tensor);
-    let kept = packed().filter(keeps_codes).count();
+    let is_kept = |tensor: &&PlannedTensor| !calibrated && keeps_codes(tensor);
+    let kept = packed().filter(is_kept).count();
     let is_float = |tensor: &&PlannedTensor| {
         matches!(tensor.ty, GgmlType::F32 | GgmlType::F16 | GgmlType::BF16)
     };

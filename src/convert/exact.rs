@@ -5,41 +5,10 @@
 
 use half::f16;
 use nemoconv_formats::GgmlType;
-use nemoconv_formats::block::{BlockQ4_0, BlockQ8_0};
-use nemoconv_formats::packed::{Group, Layout, PackedLinear};
+use nemoconv_formats::block::{BlockNVFP4, BlockQ4_0, BlockQ8_0, nvfp4_scale};
 
-use crate::plan::PlannedTensor;
-use crate::plan::sources::Piece;
-
-/// Elements of the blocks that take codes over.
+/// Elements of Q4_0 and Q8_0 blocks.
 const BLOCK: usize = 32;
-
-/// Whether the blocks of the tensor's type hold the codes of every piece: Q4_0 those of 4 bits without zero points, Q8_0
-/// all others but 8-bit ones with zero points; a group of codes must be whole blocks.
-pub fn keeps_codes(tensor: &PlannedTensor) -> bool {
-    let same_place = tensor.source == tensor.stored && tensor.factor == 1.0;
-    let holds = |piece: &Piece| match piece {
-        Piece::Packed(linear) => holds_codes(tensor.ty, linear),
-        Piece::Tensor { .. } | Piece::Zeros => false,
-    };
-    same_place && tensor.pieces.iter().all(holds)
-}
-
-fn holds_codes(ty: GgmlType, linear: &PackedLinear) -> bool {
-    let layout = linear.scheme().layout;
-    let whole_blocks = match layout.group() {
-        Some(Group::Columns(size)) => size.is_multiple_of(BLOCK),
-        Some(Group::Row | Group::Tensor) => linear.columns().is_multiple_of(BLOCK),
-        None => false,
-    };
-    let is_integer = !matches!(layout, Layout::Float8 { .. } | Layout::Nvfp4(_));
-    let fits = match ty {
-        GgmlType::Q4_0 => layout.bits() <= 4 && layout.is_symmetric(),
-        GgmlType::Q8_0 => layout.bits() <= 4 || layout.is_symmetric(),
-        _ => false,
-    };
-    whole_blocks && is_integer && fits
-}
 
 /// Codes of one row with their scales and zero points, the latter empty where there are none.
 #[derive(Debug, Clone, Copy)]
@@ -55,6 +24,9 @@ pub struct CodedRow<'a> {
 impl CodedRow<'_> {
     /// Fills `bytes`, one row of `ty`; `None` and unspecified bytes where a scale or a code does not fit.
     pub fn pack(&self, ty: GgmlType, bytes: &mut [u8]) -> Option<()> {
+        if ty == GgmlType::NVFP4 {
+            return self.pack_nvfp4(bytes);
+        }
         let of_group = self.codes.len() / self.scales.len().max(1);
         let blocks = self.codes.as_chunks::<BLOCK>().0.iter().enumerate();
         let places = bytes.chunks_exact_mut(ty.block_bytes());
@@ -89,6 +61,36 @@ impl CodedRow<'_> {
         }
         Some(())
     }
+
+    fn pack_nvfp4(&self, bytes: &mut [u8]) -> Option<()> {
+        let blocks = self.codes.as_chunks::<{ BlockNVFP4::ELEMENTS }>().0.iter();
+        let scales = self.scales.as_chunks::<4>().0;
+        let places = bytes.chunks_exact_mut(size_of::<BlockNVFP4>());
+        for ((codes, scales), place) in blocks.zip(scales).zip(places) {
+            let mut d = [0; 4];
+            for (d, scale) in d.iter_mut().zip(scales) {
+                *d = ue4m3(*scale)?;
+            }
+            let block = BlockNVFP4::pack(&d, &codes.map(i8::cast_unsigned));
+            place.copy_from_slice(bytemuck::bytes_of(&block));
+        }
+        Some(())
+    }
+}
+
+/// The byte of a scale that was read from an F8_E4M3; `None` for what is negative or no number.
+fn ue4m3(scale: f32) -> Option<u8> {
+    // The block's own function gives half of it. Bytes up to 0x7e ascend.
+    let value = |byte: u8| 2.0 * nvfp4_scale(byte);
+    let (mut below, mut above) = (0, 0x7f);
+    while below < above {
+        let middle = (below + above) / 2;
+        match value(middle) < scale {
+            true => below = middle + 1,
+            false => above = middle,
+        }
+    }
+    (below < 0x7f && value(below) == scale).then_some(below)
 }
 
 #[cfg(test)]
@@ -126,6 +128,16 @@ mod tests {
             row(GgmlType::Q8_0, &codes, &scales, &zeros).unwrap(),
             expected(5.0)
         );
+    }
+
+    #[test]
+    fn every_scale_of_nvfp4_has_its_byte() {
+        for byte in 0..0x7f {
+            assert_eq!(ue4m3(2.0 * nvfp4_scale(byte)), Some(byte));
+        }
+        for scale in [-1.0, f32::NAN, 449.0, 1.01, f32::INFINITY] {
+            assert_eq!(ue4m3(scale), None, "{scale}");
+        }
     }
 
     #[test]

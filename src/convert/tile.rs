@@ -6,10 +6,11 @@ use nemoconv_formats::checkpoint::{Checkpoint, TensorEntry};
 use nemoconv_formats::packed::{PackedLinear, RowBuffers};
 use nemoconv_formats::{Dtype, GgmlType, float};
 
-use super::exact::{CodedRow, keeps_codes};
+use super::exact::CodedRow;
 use crate::backend::cpu::exp_f64;
-use crate::error::Result;
+use crate::error::{Error, Fault, Result};
 use crate::model::nemotron_h::ValueRule;
+use crate::plan::packing::keeps_codes;
 use crate::plan::sources::Piece;
 use crate::plan::{Plan, PlannedTensor};
 use crate::quantize::quantize_rows;
@@ -146,6 +147,11 @@ impl Tile {
                 overflows: 0,
                 rounded_rows: 0,
             });
+        }
+        if tensor.ty == GgmlType::NVFP4 {
+            let what =
+                "has scales that are negative or no numbers, which blocks of NVFP4 do not hold";
+            return Err(Error::Weights(Fault::new(what).in_tensor(&tensor.name)));
         }
         let count = self.rows * tensor.stored.columns;
         scratch.values.resize(scratch.values.len().max(count), 0.0);
@@ -297,6 +303,7 @@ impl Tile {
         }
         match &tensor.pieces[self.piece] {
             Piece::Zeros => filled.fill(0.0),
+            Piece::SecondScale(linear) => filled.fill(linear.second_scale(checkpoint)?.factor()),
             Piece::Packed(linear) => {
                 self.read_packed(checkpoint, tensor, linear, filled, scratch)?;
             }

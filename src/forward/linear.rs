@@ -11,6 +11,8 @@ use crate::error::{Error, Fault, Result};
 pub struct Linear<B: Backend> {
     name: String,
     weight: B::Weight,
+    /// What the products of each matrix are multiplied with; empty for nothing.
+    scales: Vec<f32>,
     bias: Option<B::Buffer>,
     activation: Activation,
     /// `out_features`.
@@ -25,6 +27,9 @@ impl<B: Backend> Linear<B> {
         Ok(Self {
             name: tensor.name.clone(),
             weight: backend.weight(tensor)?,
+            scales: (0..tensor.matrices)
+                .filter_map(|matrix| model.second_scale(tensor, matrix))
+                .collect(),
             bias: bias.map(|bias| backend.vector(bias)).transpose()?,
             activation: numerics.activation(tensor),
             out_features: tensor.rows,
@@ -53,6 +58,9 @@ impl<B: Backend> Linear<B> {
     ) -> Result<B::Buffer> {
         observer.input(&self.name, matrix, backend, input, rows);
         let mut out = backend.matmul(&self.weight, matrix, input, rows, self.activation)?;
+        if let Some(scale) = self.scales.get(matrix) {
+            backend.scale(&mut out, *scale);
+        }
         if let Some(bias) = &self.bias {
             backend.add_bias(&mut out, bias);
         }

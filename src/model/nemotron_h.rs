@@ -246,6 +246,9 @@ const TIED_HEAD: TensorRule = TensorRule::new("lm_head.weight", "output.weight",
     .out_type()
     .optional();
 
+/// The scale above the scales of an NVFP4 matrix, one value for each of a stack; no checkpoint has it under a name of its own.
+pub static SECOND_SCALE: TensorRule = TensorRule::new("", "scale", &[One]);
+
 const BLOCK_NORM: TensorRule = TensorRule::new("norm.weight", "attn_norm.weight", &[Hidden]).norm();
 
 const MAMBA: &[TensorRule] = &[

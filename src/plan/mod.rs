@@ -21,7 +21,7 @@ use nemoconv_formats::{Dtype, GgmlType};
 use crate::error::{Error, Fault, Result};
 use crate::model::config::NemotronHConfig;
 use crate::model::hybrid_pattern::BlockKind;
-use crate::model::nemotron_h::{Dim, Stream, TensorRule, ValueRule, Widths};
+use crate::model::nemotron_h::{Dim, SECOND_SCALE, Stream, TensorRule, ValueRule, Widths};
 use mixes::ModelTraits;
 use sources::{Fate, Piece, ResolvedTensor};
 use types::{Candidate, TypeSettings};
@@ -144,6 +144,7 @@ impl Plan {
             imatrix.is_some() || settings.calibrated,
             with_mtp,
         )?;
+        let mut tensors = with_second_scales(tensors, settings)?;
         let importance_entries = match imatrix {
             Some(imatrix) => steer(&mut tensors, imatrix)?,
             None => 0,
@@ -290,12 +291,57 @@ fn choose_types(
     Ok(())
 }
 
+/// Puts behind each NVFP4 tensor the scale above its scales. Blocks of NVFP4 are taken over, never made.
+fn with_second_scales(
+    tensors: Vec<PlannedTensor>,
+    settings: &Settings,
+) -> Result<Vec<PlannedTensor>> {
+    let mut all = Vec::with_capacity(tensors.len());
+    for tensor in tensors {
+        if tensor.ty != GgmlType::NVFP4 {
+            all.push(tensor);
+            continue;
+        }
+        let stem = tensor.name.strip_suffix(".weight").unwrap_or(&tensor.name);
+        let has_scale = stem != "token_embd" && !stem.contains("latent");
+        if settings.calibrated || !has_scale || !packing::keeps_codes(&tensor) {
+            let what = "cannot be stored as NVFP4, which is only taken over as it is";
+            return Err(Error::Plan(Fault::new(what).in_tensor(&tensor.name).hint(
+                "the source must hold it as NVFP4; not for the embedding, latent projections, widened or calibrated models",
+            )));
+        }
+        let one = Extent {
+            rows: 1,
+            columns: 1,
+        };
+        let pieces = tensor.pieces.iter().map(|piece| match piece {
+            Piece::Packed(linear) => Piece::SecondScale(linear.clone()),
+            other => other.clone(),
+        });
+        let scale = PlannedTensor {
+            name: format!("{stem}.{}", SECOND_SCALE.name),
+            dims: vec![tensor.pieces.len() as u64],
+            ty: GgmlType::F32,
+            instead_of: None,
+            rule: &SECOND_SCALE,
+            pieces: pieces.collect(),
+            source: one,
+            stored: one,
+            factor: 1.0,
+            head_dim: tensor.head_dim,
+            importance: None,
+        };
+        all.extend([tensor, scale]);
+    }
+    Ok(all)
+}
+
 /// Types whose search ignores importance.
 fn ignores_importance(ty: GgmlType) -> bool {
     use GgmlType as T;
     matches!(
         ty,
-        T::F32 | T::F16 | T::BF16 | T::Q8_0 | T::MXFP4 | T::TQ1_0 | T::TQ2_0
+        T::F32 | T::F16 | T::BF16 | T::Q8_0 | T::MXFP4 | T::NVFP4 | T::TQ1_0 | T::TQ2_0
     )
 }
 

@@ -5,11 +5,12 @@
 
 use std::collections::HashMap;
 
-use nemoconv_formats::Dtype;
 use nemoconv_formats::checkpoint::{Checkpoint, TensorEntry};
-use nemoconv_formats::packed::{Inputs, Layout, PackedLinear, Quantization, Scheme};
+use nemoconv_formats::packed::{Group, Inputs, Layout, PackedLinear, Quantization, Scheme};
+use nemoconv_formats::{Dtype, GgmlType};
 
-use super::sources::fault;
+use super::PlannedTensor;
+use super::sources::{Piece, fault};
 use crate::error::{Error, Result};
 use crate::model::nemotron_h::canonical_name;
 
@@ -137,6 +138,40 @@ impl<'a> Packing<'a> {
             }
         })
     }
+}
+
+/// Whether the blocks of the tensor's type hold the codes of every piece: Q4_0 those of 4 bits without zero points, Q8_0
+/// all others but 8-bit ones with zero points, if a group of codes is whole blocks; NVFP4 its own.
+pub fn keeps_codes(tensor: &PlannedTensor) -> bool {
+    let same_place = tensor.source == tensor.stored && tensor.factor == 1.0;
+    let holds = |piece: &Piece| match piece {
+        Piece::Packed(linear) => holds_codes(tensor.ty, linear),
+        Piece::Tensor { .. } | Piece::SecondScale(_) | Piece::Zeros => false,
+    };
+    same_place && tensor.pieces.iter().all(holds)
+}
+
+fn holds_codes(ty: GgmlType, linear: &PackedLinear) -> bool {
+    let layout = linear.scheme().layout;
+    let whole_blocks = match layout.group() {
+        Some(Group::Columns(size)) => size.is_multiple_of(GgmlType::Q8_0.block_elements()),
+        Some(Group::Row | Group::Tensor) => linear
+            .columns()
+            .is_multiple_of(GgmlType::Q8_0.block_elements()),
+        None => false,
+    };
+    if let (GgmlType::NVFP4, Layout::Nvfp4(_)) = (ty, layout) {
+        return linear
+            .columns()
+            .is_multiple_of(GgmlType::NVFP4.block_elements());
+    }
+    let is_integer = !matches!(layout, Layout::Float8 { .. } | Layout::Nvfp4(_));
+    let fits = match ty {
+        GgmlType::Q4_0 => layout.bits() <= 4 && layout.is_symmetric(),
+        GgmlType::Q8_0 => layout.bits() <= 4 || layout.is_symmetric(),
+        _ => false,
+    };
+    whole_blocks && is_integer && fits
 }
 
 /// Types that hold codes where a plain weight would be.

@@ -47,6 +47,8 @@ pub enum Piece {
     },
     /// A packed linear.
     Packed(Box<PackedLinear>),
+    /// The scale above the scales of one: a single value.
+    SecondScale(Box<PackedLinear>),
     /// The checkpoint has none and the runtime wants zeros.
     Zeros,
 }

@@ -56,7 +56,8 @@ impl FromStr for WantedType {
             return Ok(Self::Keep);
         }
         let ty = text.parse()?;
-        match crate::quantize::can_quantize(ty) {
+        // NVFP4 is not rounded to, but taken over from sources that have it.
+        match crate::quantize::can_quantize(ty) || ty == GgmlType::NVFP4 {
             true => Ok(Self::As(ty)),
             false => Err(format!("{ty} cannot be written")),
         }

@@ -8,7 +8,7 @@ use serde_json::{Value, json};
 use crate::support::{nemoconv, stderr};
 
 /// Rows that every task accepts.
-fn write_data(folder: &Path) {
+pub(super) fn write_data(folder: &Path) {
     let write = |task: &str, rows: Vec<Value>| {
         let lines: String = rows.iter().map(|row| format!("{row}\n")).collect();
         std::fs::write(folder.join(format!("{task}.jsonl")), lines).unwrap();
@@ -26,7 +26,7 @@ fn write_data(folder: &Path) {
     );
 }
 
-fn eval(model: &Path, data: &Path, flags: &[&str]) -> Output {
+pub(super) fn eval(model: &Path, data: &Path, flags: &[&str]) -> Output {
     let (model, data) = (model.to_str().unwrap(), data.to_str().unwrap());
     nemoconv([&["-q", "eval", model, "--data", data], flags].concat())
 }

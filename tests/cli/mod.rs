@@ -6,6 +6,7 @@ mod calibration;
 mod eval;
 mod hostile;
 mod inspect;
+mod packed;
 mod recipe;
 mod safetensors;
 mod validate;

@@ -10,4 +10,5 @@ mod llm_compressor;
 mod lm_eval;
 mod metadata;
 mod mixes;
+mod packed;
 mod quantization_error;

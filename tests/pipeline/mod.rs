@@ -4,6 +4,7 @@ mod clean;
 mod damage;
 mod defects;
 mod mistaken;
+mod packed;
 
 use nemoconv::report::{Finding, Severity};
 use nemoconv::validate::static_levels;

@@ -262,6 +262,10 @@ impl Backend for Cpu {
         elementwise::relu_squared(self.isa, values);
     }
 
+    fn scale(&self, values: &mut Vec<f32>, factor: f32) {
+        values.iter_mut().for_each(|value| *value *= factor);
+    }
+
     fn add_bias(&self, rows: &mut Vec<f32>, bias: &Vec<f32>) {
         for row in rows.chunks_exact_mut(bias.len()) {
             row.iter_mut().zip(bias).for_each(|(x, b)| *x += b);

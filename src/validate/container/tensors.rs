@@ -40,6 +40,7 @@ pub fn inspect(parts: &[Part], config: &NemotronHConfig, found: &mut Found) {
             None => {}
         }
     }
+    stored.retain(|name, (_, tensor)| !is_second_scale(name, tensor, parts));
     let mut unknown: Vec<_> = stored.into_values().collect();
     unknown.sort_by_key(|(_, tensor)| &tensor.name);
     for (part, tensor) in unknown {
@@ -47,6 +48,18 @@ pub fn inspect(parts: &[Part], config: &NemotronHConfig, found: &mut Found) {
         let finding = Finding::new(Rule::UnknownTensor, message).severity(Severity::Error);
         push(part, tensor, finding, found);
     }
+}
+
+/// `NAME.scale` and `NAME.input_scale` beside a matrix in NVFP4.
+fn is_second_scale(name: &str, tensor: &TensorInfo, parts: &[Part]) -> bool {
+    let stem = name.strip_suffix(".scale");
+    let Some(stem) = stem.or(name.strip_suffix(".input_scale")) else {
+        return false;
+    };
+    let weight = format!("{stem}.weight");
+    let mut tensors = parts.iter().flat_map(|part| &part.header.tensors);
+    let is_nvfp4 = |tensor: &TensorInfo| tensor.name == weight && tensor.ty == GgmlType::NVFP4;
+    tensor.ty == GgmlType::F32 && tensors.any(is_nvfp4)
 }
 
 fn push(part: &Part, tensor: &TensorInfo, mut finding: Finding, found: &mut Found) {

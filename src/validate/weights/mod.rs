@@ -379,6 +379,9 @@ impl Job<'_> {
         statistics.facts = BlockFacts::of(tensor.ty, bytes);
         ours.resize(rows * tensor.columns, 0.0);
         dequantize(tensor.ty, bytes, ours).map_err(|error| error.in_tensor(&tensor.name))?;
+        if let Some(scale) = self.artifact.second_scale(tensor, matrix) {
+            ours.iter_mut().for_each(|value| *value *= scale);
+        }
         let block = self.measure.expectation.block;
         for (index, row) in ours.chunks_exact(tensor.columns.max(1)).enumerate() {
             let at = At {
