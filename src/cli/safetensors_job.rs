@@ -11,6 +11,7 @@ use nemoconv::formats::checkpoint::Checkpoint;
 use nemoconv::model::config::NemotronHConfig;
 use nemoconv::plan::packed::{PackedPlan, PackedSettings};
 use nemoconv::plan::recipe::{Recipe, RecipeEntries};
+use nemoconv::rewrite::SIDECAR_IN_FOLDER;
 use nemoconv::write::packed::folder::{PackedFolder, check_target};
 
 use super::calibration_job::{Calibration, CalibrationFlags};
@@ -18,11 +19,7 @@ use super::gguf_job::model_id;
 use super::output::{Talk, human_bytes, print_stdout, table};
 use super::packed_receipt;
 use super::progress::Report;
-use super::safetensors_args::ToSafetensors;
-
-/// Where the rewrites of a folder lie, from which `validate` undoes them. The name ends so that no reader takes it for
-/// weights.
-const REWRITES: &str = "rewrites.nemoconv";
+use super::safetensors_args::{RoundingArg, ToSafetensors};
 
 /// Writes the folder, or shows the plan with `--dry-run`.
 pub fn to_safetensors(args: &ToSafetensors, talk: &Talk, stop: &AtomicBool) -> Result<()> {
@@ -92,11 +89,16 @@ pub fn to_safetensors(args: &ToSafetensors, talk: &Talk, stop: &AtomicBool) -> R
     folder.write_companions(&checkpoint, &plan)?;
     let mut receipt = packed_receipt::plan_json(&checkpoint, &plan);
     packed_receipt::add_summary(&mut receipt, &summary, workspace.as_ref());
-    receipt["rounding_without_samples"] = format!("{:?}", args.rounding).to_lowercase().into();
+    receipt["method"] = match (&calibration, args.rounding) {
+        (Some(_), _) => recipe.rounding.method.to_string(),
+        (None, RoundingArg::Nearest) => "rtn".into(),
+        (None, RoundingArg::Llmcompressor) => "llmcompressor".into(),
+    }
+    .into();
     if let Some(calibration) = &calibration {
         receipt["calibration"] = calibration.receipt();
         if let Some(rewrites) = calibration.sidecar_bytes()? {
-            folder.write_file(REWRITES, &rewrites)?;
+            folder.write_file(SIDECAR_IN_FOLDER, &rewrites)?;
         }
     }
     folder.write_file("receipt.json", format!("{receipt:#}\n").as_bytes())?;

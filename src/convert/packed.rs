@@ -261,7 +261,7 @@ impl Index {
             let sources = tensor.pieces.iter().filter_map(|piece| match piece {
                 sources::Piece::Tensor { source, .. } => Some(*source),
                 sources::Piece::Packed(linear) => linear.positions().next(),
-                sources::Piece::Zeros => None,
+                sources::Piece::Zeros | sources::Piece::SecondScale(_) => None,
             });
             sources.map(move |source| (source, index))
         });

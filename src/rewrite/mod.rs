@@ -47,7 +47,7 @@ pub use matrix::SquareMatrix;
 pub(crate) use model::Rewritten;
 pub use model::RewrittenModel;
 pub use restore::Restore;
-pub use sidecar::{SHA256_KEY, SIDECAR_SUFFIX, SUMMARY_KEY, sidecar_of};
+pub use sidecar::{SHA256_KEY, SIDECAR_IN_FOLDER, SIDECAR_SUFFIX, SUMMARY_KEY, sidecar_of};
 pub use space::Space;
 pub use summary::RewriteSummary;
 

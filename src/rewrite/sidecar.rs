@@ -29,6 +29,8 @@ pub const SHA256_KEY: &str = "nemoconv.rewrite.sha256";
 pub const SUMMARY_KEY: &str = "nemoconv.rewrite.summary";
 /// What a sidecar's name ends in.
 pub const SIDECAR_SUFFIX: &str = ".rewrites.safetensors";
+/// The sidecar's name inside a packed folder: no reader takes it for weights.
+pub const SIDECAR_IN_FOLDER: &str = "rewrites.nemoconv";
 
 const VERSION: u32 = 1;
 /// Ten spaces in each of 512 blocks take a hundredth of it.

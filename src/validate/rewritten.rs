@@ -4,12 +4,16 @@
 
 use std::path::{Path, PathBuf};
 
+use nemoconv_formats::checkpoint::Checkpoint;
 use nemoconv_formats::gguf::Value;
 
 use crate::artifact::{Container, StoredModel};
 use crate::error::Result;
-use crate::rewrite::{Rewrites, SHA256_KEY, SIDECAR_SUFFIX, sidecar_of};
+use crate::rewrite::{Rewrites, SHA256_KEY, SIDECAR_IN_FOLDER, SIDECAR_SUFFIX, sidecar_of};
 use crate::write::whole_file::sha256_of;
+
+/// What a packed folder says of how it was made.
+const RECEIPT: &str = "receipt.json";
 
 /// What an artifact says of rewrites.
 #[derive(Debug)]
@@ -22,8 +26,12 @@ pub enum Recorded {
     Unknown(String),
 }
 
-/// Finds the sidecar whose SHA-256 the artifact records: under the artifact's name, else anywhere beside it.
+/// Finds the sidecar whose SHA-256 the artifact records: under the artifact's name, else anywhere beside it. A packed folder
+/// holds its own.
 pub fn recorded(artifact: &StoredModel) -> Recorded {
+    if let Some(checkpoint) = artifact.checkpoint() {
+        return recorded_in_folder(checkpoint);
+    }
     let expected = match artifact.metadata().and_then(|keys| keys.get(SHA256_KEY)) {
         None => return Recorded::None,
         Some(Value::String(expected)) => expected,
@@ -37,6 +45,26 @@ pub fn recorded(artifact: &StoredModel) -> Recorded {
         Some(Ok(rewrites)) => Recorded::Rewrites(Box::new(rewrites)),
         Some(Err(error)) => Recorded::Unknown(error.to_string()),
         None => Recorded::Unknown(absence(&candidates, artifact.path(), expected)),
+    }
+}
+
+/// The rewrites that a folder's `receipt.json` records.
+fn recorded_in_folder(checkpoint: &Checkpoint) -> Recorded {
+    let receipt = checkpoint.read_json(RECEIPT).ok().flatten();
+    let expected = receipt
+        .as_ref()
+        .and_then(|receipt| receipt["calibration"]["rewrites_sha256"].as_str());
+    let Some(expected) = expected else {
+        return Recorded::None;
+    };
+    let path = checkpoint.folder().join(SIDECAR_IN_FOLDER);
+    let is_the_one = sha256_of(&path).is_ok_and(|found| found == expected);
+    match is_the_one.then(|| Rewrites::open(&path)) {
+        Some(Ok(rewrites)) => Recorded::Rewrites(Box::new(rewrites)),
+        Some(Err(error)) => Recorded::Unknown(error.to_string()),
+        None => Recorded::Unknown(format!(
+            "`{SIDECAR_IN_FOLDER}` is not the one that was written with the folder: its sha256 is not {expected}"
+        )),
     }
 }
 

@@ -117,7 +117,7 @@ fn modules(checkpoint: &Checkpoint, tensor: &PlannedTensor, layer: Option<usize>
         let entry = match part {
             Piece::Tensor { source, .. } => &checkpoint.tensors()[*source],
             Piece::Packed(linear) => return Some(linear.module().to_string()),
-            Piece::Zeros => return None,
+            Piece::Zeros | Piece::SecondScale(_) => return None,
         };
         let module = entry.name.strip_suffix(".weight").unwrap_or(&entry.name);
         let is_stack = tensor.pieces.len() > 1 && entry.shape.len() == 3;

@@ -99,7 +99,7 @@ fn uses(plan: &Plan) -> HashMap<usize, Vec<Use>> {
             let source = match part {
                 Piece::Tensor { source, .. } => Some(*source),
                 Piece::Packed(linear) => linear.positions().next(),
-                Piece::Zeros => None,
+                Piece::Zeros | Piece::SecondScale(_) => None,
             };
             if let Some(source) = source {
                 uses.entry(source).or_default().push(Use { tensor, piece });

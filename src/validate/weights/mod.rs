@@ -167,14 +167,14 @@ fn rounding_of(model: &StoredModel) -> Rounding {
     }
 }
 
-/// The folder's `receipt.json`, its `rounding.method`.
+/// The `method` of the folder's `receipt.json`.
 fn rounding_of_folder(checkpoint: &Checkpoint) -> Rounding {
     let receipt = checkpoint.read_json("receipt.json").ok().flatten();
     let method = receipt
         .as_ref()
-        .and_then(|receipt| receipt["rounding"]["method"].as_str());
+        .and_then(|receipt| receipt["method"].as_str());
     match method {
-        Some("nearest") => Rounding::Nearest,
+        Some("rtn") => Rounding::Nearest,
         Some("imatrix") => Rounding::Steered,
         _ => Rounding::FedBack,
     }
