@@ -18,7 +18,7 @@ use regex::Regex;
 use serde_json::{Value, json};
 
 use super::args::ToGguf;
-use super::calibration_job::Calibration;
+use super::calibration_job::{Calibration, Source};
 use super::gguf_job::{Prepared, prepare};
 use super::output::{Talk, table};
 use super::progress::Report;
@@ -40,15 +40,16 @@ pub fn allocate(args: &ToGguf, recipe: Recipe, talk: &Talk, stop: &AtomicBool) -
     // What cannot be is refused before the model reads anything.
     let allocator = Allocator::new(args, recipe.clone(), &weights, Vec::new())?;
     allocator.choose(&vec![None; allocator.groups.len()], allocator.budget())?;
-    let checkpoint = &allocator.base.checkpoint;
-    let calibration = Calibration::begin(
-        args.calibration_flags(),
-        text,
-        &recipe,
-        checkpoint,
-        talk,
-        stop,
-    )?;
+    let source = Source {
+        checkpoint: &allocator.base.checkpoint,
+        type_of: &|name| allocator.middle_type(name),
+    };
+    let calibration =
+        Calibration::begin(args.calibration_flags(), text, &recipe, &source, talk, stop)?;
+    let mut recipe = recipe;
+    if let Some(rewrite) = &mut recipe.rewrite {
+        rewrite.rotation = calibration.rotation().into();
+    }
     let allocator = Allocator::new(args, recipe, &weights, calibration.keys())?;
     let measurement = Measurement {
         weights: &weights,
@@ -134,6 +135,19 @@ impl<'a> Allocator<'a> {
             .iter()
             .find(|tensor| tensor.name == name)
             .expect("groups are made of planned tensors")
+    }
+
+    /// What stands for the type of a tensor before it is chosen: the smallest of about four bits that a group may have.
+    fn middle_type(&self, name: &str) -> GgmlType {
+        let group = self
+            .groups
+            .iter()
+            .find(|group| group.tensors.iter().any(|tensor| tensor == name));
+        let middle = group.and_then(|group| {
+            let types = group.types.iter();
+            types.copied().find(|ty| ty.bits_per_weight() >= 4.5)
+        });
+        middle.unwrap_or_else(|| self.base.plan.type_of(name))
     }
 
     fn budget(&self) -> Budget {

@@ -8,16 +8,18 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use nemoconv::artifact::StoredModel;
 use nemoconv::calibrate::samples::Samples;
 use nemoconv::calibrate::statistics::Statistics;
+use nemoconv::convert::calibrated::rotation::{RotationChoice, RotationLoss, RotationTrial};
 use nemoconv::convert::calibrated::workspace::Workspace;
 use nemoconv::convert::calibrated::{Calibrated, Rounding};
 use nemoconv::error::{Error, Result};
+use nemoconv::formats::GgmlType;
 use nemoconv::formats::checkpoint::Checkpoint;
 use nemoconv::formats::gguf::Value;
 use nemoconv::plan::Plan;
 use nemoconv::plan::recipe::Recipe;
 use nemoconv::quantize::integer::IntegerGrid;
 use nemoconv::rewrite::{
-    RewriteSettings, Rewrites, RewrittenModel, SHA256_KEY, SUMMARY_KEY, sidecar_of,
+    RewriteSettings, Rewrites, RewrittenModel, Rotation, SHA256_KEY, SUMMARY_KEY, sidecar_of,
 };
 use nemoconv::write::whole_file::sha256_of;
 use serde_json::json;
@@ -43,6 +45,15 @@ pub struct Calibration {
     sidecar: Option<String>,
     /// SHA-256 of the statistics, if they were given.
     statistics: Option<String>,
+    /// What rounding would lose under each rotation, where one was chosen.
+    rotation_losses: Vec<RotationLoss>,
+}
+
+/// What a calibration begins with.
+pub struct Source<'a> {
+    pub checkpoint: &'a Checkpoint,
+    /// What a tensor will be stored as, as far as that is known.
+    pub type_of: &'a (dyn Fn(&str) -> GgmlType + Sync),
 }
 
 /// What the user said of a calibration.
@@ -94,10 +105,14 @@ impl Calibration {
         flags: CalibrationFlags,
         text: &Path,
         recipe: &Recipe,
-        checkpoint: &Checkpoint,
+        source: &Source,
         talk: &Talk,
         stop: &AtomicBool,
     ) -> Result<Self> {
+        let Source {
+            checkpoint,
+            type_of,
+        } = *source;
         let stored = match recipe.widen {
             true => StoredModel::open_widened(flags.model)?,
             false => StoredModel::open(flags.model)?,
@@ -123,8 +138,8 @@ impl Calibration {
             floats: flags.floats,
             ..settings
         });
-        let rewrites = match settings {
-            None => Rewrites::none(),
+        let RotationChoice { rewrites, losses } = match settings {
+            None => RotationChoice::default(),
             Some(settings) => on_workers(flags.threads, || {
                 let watch = || match stop.load(Ordering::Relaxed) {
                     true => Err(Error::Interrupted),
@@ -134,9 +149,27 @@ impl Calibration {
                     Some(given) => given.statistics.for_rewrites(),
                     None => Statistics::collect(&stored, &samples, false, &watch)?.for_rewrites(),
                 };
-                Rewrites::choose(&stored, &settings, &statistics)
+                let is_decided = recipe
+                    .rewrite
+                    .is_none_or(|rewrite| rewrite.rotation.decided().is_some());
+                if is_decided {
+                    let rewrites = Rewrites::choose(&stored, &settings, &statistics)?;
+                    return Ok(RotationChoice::without_trial(rewrites));
+                }
+                let trial = RotationTrial {
+                    model: &stored,
+                    settings: &settings,
+                    statistics: &statistics,
+                    rounding: recipe.rounding,
+                    type_of,
+                    watch: &watch,
+                };
+                trial.choose()
             })?,
         };
+        if !losses.is_empty() {
+            talk.say(rotation_line(rewrites.settings().rotation, &losses));
+        }
         let sidecar = match rewrites.is_none() {
             true => None,
             false => {
@@ -152,6 +185,7 @@ impl Calibration {
             shards,
             sidecar,
             statistics: given.map(|given| given.sha256),
+            rotation_losses: losses,
         })
     }
 
@@ -180,6 +214,11 @@ impl Calibration {
         let path = folder.path().join(REWRITES);
         self.weights.rewrites().save(&path)?;
         Ok(Some(std::fs::read(path).map_err(failed)?))
+    }
+
+    /// The rotation of the residual stream.
+    pub fn rotation(&self) -> Rotation {
+        self.weights.rewrites().settings().rotation
     }
 
     /// What the artifact says of it.
@@ -278,9 +317,19 @@ impl Calibration {
             "rounding": self.rounding,
             "rewrites": self.weights.rewrites().describe(),
             "rewrites_sha256": self.sidecar,
+            "rotation_losses": self.rotation_losses,
             "statistics_sha256": self.statistics,
         })
     }
+}
+
+/// What was chosen, and from what.
+fn rotation_line(chosen: Rotation, losses: &[RotationLoss]) -> String {
+    let losses: Vec<_> = losses
+        .iter()
+        .map(|tried| format!("{} {:.4e}", tried.rotation, tried.loss))
+        .collect();
+    format!("rotation {chosen}: relative losses {}", losses.join(", "))
 }
 
 fn digest(bytes: &[u8]) -> String {

@@ -22,7 +22,7 @@ use nemoconv::write::gguf::{self, NamedImatrix};
 use serde_json::Value;
 
 use super::args::ToGguf;
-use super::calibration_job::Calibration;
+use super::calibration_job::{Calibration, Source};
 use super::output::{Talk, human_bytes, print_stdout, shape, table};
 use super::progress::Report;
 use super::receipt;
@@ -50,7 +50,10 @@ pub fn to_gguf(args: &ToGguf, talk: &Talk, stop: &AtomicBool) -> Result<()> {
             args.calibration_flags(),
             text,
             &chosen.recipe,
-            &prepared.checkpoint,
+            &Source {
+                checkpoint: &prepared.checkpoint,
+                type_of: &|name| prepared.plan.type_of(name),
+            },
             talk,
             stop,
         )?),

@@ -6,6 +6,7 @@
 
 mod ledger;
 mod moments;
+pub mod rotation;
 mod rounding;
 pub mod sensitivity;
 mod stages;
