@@ -422,6 +422,10 @@ pub struct CalibrationArgs {
     /// Added to the diagonal of second moments, as a share of its mean. Default: 0.01
     #[arg(long, value_name = "SHARE")]
     pub damp_percent: Option<f64>,
+    /// Memory to stay within, such as 16G: what does not fit is kept in a file or collected in several passes, with the
+    /// same bytes. Default: three quarters of what is free
+    #[arg(long, value_name = "SIZE", value_parser = parse_size, requires = "calibration")]
+    pub max_ram: Option<u64>,
 }
 
 /// `--rotate`.

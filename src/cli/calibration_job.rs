@@ -8,6 +8,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use nemoconv::artifact::StoredModel;
 use nemoconv::calibrate::samples::Samples;
 use nemoconv::calibrate::statistics::Statistics;
+use nemoconv::convert::calibrated::needs::{Arrangement, Needs};
 use nemoconv::convert::calibrated::rotation::{RotationChoice, RotationLoss, RotationTrial};
 use nemoconv::convert::calibrated::workspace::Workspace;
 use nemoconv::convert::calibrated::{Calibrated, Rounding};
@@ -27,6 +28,7 @@ use sha2::{Digest, Sha256};
 
 use super::args::{CalibrationArgs, ToGguf};
 use super::calibrate_job::read_samples;
+use super::memory;
 use super::output::Talk;
 use super::progress::Report;
 use super::workers::on_workers;
@@ -45,6 +47,8 @@ pub struct Calibration {
     sidecar: Option<String>,
     /// SHA-256 of the statistics, if they were given.
     statistics: Option<String>,
+    /// Memory to stay within.
+    memory_bytes: u64,
     /// What rounding would lose under each rotation, where one was chosen.
     rotation_losses: Vec<RotationLoss>,
 }
@@ -133,6 +137,8 @@ impl Calibration {
             Some(path) => Some(GivenStatistics::open(path, &stored, &shards, &samples)?),
             None => None,
         };
+        let (statistics, given) = given.map(|given| (given.statistics, given.sha256)).unzip();
+        let memory_bytes = memory::limit(flags.calibration.max_ram);
         let settings = recipe.rewrites(stored.config().nextn_predict_layers > 0);
         let settings = settings.map(|settings| RewriteSettings {
             floats: flags.floats,
@@ -145,10 +151,14 @@ impl Calibration {
                     true => Err(Error::Interrupted),
                     false => Ok(()),
                 };
-                let statistics = match &given {
-                    Some(given) => given.statistics.for_rewrites(),
-                    None => Statistics::collect(&stored, &samples, false, &watch)?.for_rewrites(),
+                let statistics = match statistics {
+                    Some(statistics) => statistics,
+                    None => {
+                        let in_file = Statistics::needs_file(&stored, &samples, memory_bytes)?;
+                        Statistics::collect(&stored, &samples, in_file, &watch)?
+                    }
                 };
+                let statistics = statistics.into_rewrites();
                 let is_decided = recipe
                     .rewrite
                     .is_none_or(|rewrite| rewrite.rotation.decided().is_some());
@@ -184,7 +194,8 @@ impl Calibration {
             rounding: recipe.rounding,
             shards,
             sidecar,
-            statistics: given.map(|given| given.sha256),
+            statistics: given,
+            memory_bytes,
             rotation_losses: losses,
         })
     }
@@ -248,6 +259,16 @@ impl Calibration {
         keys
     }
 
+    /// How the rounding stays within its memory.
+    pub fn arrange(&self, plan: &Plan) -> Result<Arrangement> {
+        self.needs(plan).arrange(self.memory_bytes)
+    }
+
+    /// What the rounding needs.
+    pub fn needs<'a>(&self, plan: &'a Plan) -> Needs<'a> {
+        Needs::of_samples(plan, self.rounding, &self.samples)
+    }
+
     /// Rounds every tensor; an interrupted run of the same settings goes on where it was.
     pub fn round(
         &self,
@@ -289,7 +310,7 @@ impl Calibration {
             integers,
             samples: &self.samples,
             rounding: self.rounding,
-            memory_bytes: 4 << 30,
+            memory_bytes: self.memory_bytes,
             progress: &Report::new(*talk),
             stop,
         };
