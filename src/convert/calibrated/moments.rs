@@ -154,12 +154,7 @@ impl<'a> StageMoments<'a> {
         capture: &mut Capture,
     ) -> Result<()> {
         let config = self.job.weights.stored().config();
-        let is_latent = config
-            .moe
-            .as_ref()
-            .is_some_and(|moe| moe.moe_latent_size.is_some());
-        let reads_stream = |name: &&str| stages::reads_stream(name, is_latent);
-        if self.members.iter().all(reads_stream) {
+        if stages::reads_stream(layer.kind(), config, self.members) {
             layer.show_readers(stream, routing, capture);
             return Ok(());
         }

@@ -18,6 +18,7 @@ use crate::artifact::{StoredModel, StoredTensor};
 use crate::backend::cpu::kernels::Isa;
 use crate::error::Result;
 use crate::model::hybrid_pattern::BlockKind;
+use crate::model::nemotron_h::stream_readers;
 use crate::quantize::feedback::{self, InputMoments, can_feed_back};
 use crate::quantize::{is_searched, quantize_rows};
 use crate::rewrite::{
@@ -140,7 +141,7 @@ impl RotationTrial<'_> {
         let blocks = self.blocks();
         for block in &blocks {
             (self.watch)()?;
-            let names = readers(self.kind(*block), self.has_latent());
+            let names = stream_readers(self.kind(*block), self.model.config());
             let names = names
                 .iter()
                 .map(|name| format!("blk.{block}.{name}.weight"));
@@ -365,17 +366,6 @@ impl Rotated<'_> {
             seen(views, &turned(&rows), &ones),
         );
         Ok(shares.relative())
-    }
-}
-
-/// Readers of the normed stream of a block.
-fn readers(kind: BlockKind, has_latent: bool) -> &'static [&'static str] {
-    match kind {
-        BlockKind::Mamba => &["ssm_in"],
-        BlockKind::Attention => &["attn_q", "attn_k", "attn_v"],
-        BlockKind::Mlp => &["ffn_up"],
-        BlockKind::Moe if has_latent => &["ffn_latent_down", "ffn_up_shexp"],
-        BlockKind::Moe => &["ffn_up_exps", "ffn_up_shexp"],
     }
 }
 
