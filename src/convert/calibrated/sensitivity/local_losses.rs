@@ -65,11 +65,11 @@ impl Measurement<'_> {
             probes: vec![Vec::new(); types.len()],
         };
         for name in &group.tensors {
-            let tensor = required(self.weights, name)?;
+            let tensor = required(self.weights.stored(), name)?;
             let mut stored: Vec<Vec<u8>> = vec![Vec::new(); types.len()];
             for matrix in 0..tensor.matrices {
                 self.check_stop()?;
-                let values = self.matrix(tensor, matrix)?;
+                let values = self.weights.matrix(name, matrix)?;
                 let inputs = seen
                     .get(&(stages::input_of(name), matrix))
                     .and_then(|seen| self.inputs(seen));
@@ -147,7 +147,7 @@ impl Measurement<'_> {
     }
 
     /// What is known of the inputs of a matrix, damped the more the fewer tokens were seen.
-    fn inputs(&self, seen: &SecondMoments) -> Option<Inputs> {
+    pub fn inputs(&self, seen: &SecondMoments) -> Option<Inputs> {
         let scarcity = seen.n as f64 / (2 * seen.tokens.max(1)) as f64;
         let damping = Damping {
             first: self.rounding.damp_percent + scarcity,

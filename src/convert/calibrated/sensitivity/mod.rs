@@ -5,27 +5,30 @@
 //!
 //! A group is rounded alone, at its lowest type and at one of about four bits, and the network is run on text that the
 //! rounding has not seen: `KL = a l`, l the local loss `tr(E M E^T) / tr(W M W^T)`. Local losses of all other types come
-//! from a sample of rows. Everything before a group's block is run once for all.
+//! from a sample of rows. Everything before a group's block is run once for all. Weights are those after their rewrites;
+//! behind the block that is looked at the stream is turned back and the stored network goes on.
+//!
+//! [`trial`] then rounds all groups at once, with the types that were chosen, and measures what that does.
 
 mod batches;
 mod curve;
 mod local_losses;
 mod predictions;
 mod probing;
+pub mod trial;
 
 use std::collections::BTreeMap;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use nemoconv_formats::GgmlType;
 
 use super::Rounding;
-use crate::artifact::{StoredModel, StoredTensor};
 use crate::backend::cpu::kernels::Isa;
 use crate::calibrate::samples::Samples;
 use crate::convert::Progress;
 use crate::error::{Error, Result};
 use crate::forward::required;
+use crate::rewrite::RewrittenModel;
 use probing::Probing;
 
 /// Bits of the second probe.
@@ -64,8 +67,8 @@ pub struct Sensitivity {
 
 /// A measurement about to be made.
 pub struct Measurement<'a> {
-    /// The original weights, by GGUF name.
-    pub weights: &'a Arc<StoredModel>,
+    /// The original weights after their rewrites, by GGUF name.
+    pub weights: &'a RewrittenModel,
     /// What the network reads.
     pub samples: &'a Samples,
     /// How weights will be rounded.
@@ -86,13 +89,13 @@ impl Measurement<'_> {
     pub fn run(&self) -> Result<Vec<Sensitivity>> {
         let mut bytes = 0;
         for tensor in self.groups.iter().flat_map(|group| &group.tensors) {
-            bytes += required(self.weights, tensor)?.bytes();
+            bytes += required(self.weights.stored(), tensor)?.bytes();
         }
         self.progress.begin("measuring", bytes);
         let mut probing = Probing::begin(self)?;
         let mut measured: BTreeMap<&str, Sensitivity> = BTreeMap::new();
         probing.embedding(&mut measured)?;
-        for block in 0..self.weights.config().pattern.kinds().len() {
+        for block in 0..self.weights.stored().config().pattern.kinds().len() {
             probing.block(block, &mut measured)?;
         }
         probing.head(&mut measured)?;
@@ -114,13 +117,19 @@ impl Measurement<'_> {
             false => Ok(()),
         }
     }
+}
 
-    /// All values of one matrix, f32.
-    fn matrix(&self, tensor: &StoredTensor, matrix: usize) -> Result<Vec<f32>> {
-        let mut values = vec![0.0; tensor.rows * tensor.columns];
-        self.weights
-            .dequantize_rows(tensor, matrix, 0, &mut Vec::new(), &mut values)?;
-        Ok(values)
+impl Sensitivity {
+    /// With every divergence multiplied by a factor.
+    pub fn scaled(&self, factor: f64) -> Self {
+        let scaled = |found: &TypeLoss| TypeLoss {
+            kl_divergence: found.kl_divergence * factor,
+            ..*found
+        };
+        Self {
+            gain: self.gain * factor,
+            types: self.types.iter().map(scaled).collect(),
+        }
     }
 }
 

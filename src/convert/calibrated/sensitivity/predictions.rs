@@ -10,6 +10,7 @@ use crate::backend::cpu::{Cpu, Residence};
 use crate::error::Result;
 use crate::forward::log_softmax::LogSoftmax;
 use crate::forward::required;
+use crate::model::config::NemotronHConfig;
 
 /// Positions whose logits are compared, and how many logits may be kept for it.
 pub const POSITIONS: usize = 2048;
@@ -30,14 +31,11 @@ pub struct Head {
 }
 
 impl Head {
-    /// Of a tensor of the network.
-    pub fn new(weights: &StoredModel, tensor: MemoryTensor) -> Result<Self> {
+    /// Of a tensor of a network.
+    pub fn new(config: &NemotronHConfig, tensor: MemoryTensor) -> Result<Self> {
         let (name, hidden) = (tensor.name.clone(), tensor.columns);
-        let model = StoredModel::in_memory(
-            Path::new("a rounded head"),
-            weights.config().clone(),
-            vec![tensor],
-        )?;
+        let model =
+            StoredModel::in_memory(Path::new("a rounded head"), config.clone(), vec![tensor])?;
         let model = Arc::new(model);
         let backend = Cpu::new(Arc::clone(&model), Residence::Mapped);
         let weight = backend.weight(required(&model, &name)?)?;

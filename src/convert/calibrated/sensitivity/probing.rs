@@ -13,6 +13,7 @@ use super::local_losses::{LocalLosses, memory_tensor, sum_of_squares};
 use super::predictions::{Head, KEPT_LOGITS, POSITIONS, Reference, kl_divergence};
 use super::{Group, Measurement, Sensitivity, TypeLoss, probe_types};
 use crate::artifact::{MemoryTensor, StoredTensor};
+use crate::backend::Backend;
 use crate::backend::cpu::{Cpu, Residence};
 use crate::calibrate::capture::Capture;
 use crate::calibrate::cells::Merge;
@@ -24,13 +25,22 @@ use crate::forward::network::Network;
 use crate::forward::numerics::Numerics;
 use crate::forward::observer::Silent;
 use crate::forward::required;
+use crate::model::config::NemotronHConfig;
+use crate::rewrite::Restore;
+
+/// Second moments by the tensor whose input they are of, and matrix.
+pub type SeenMoments = BTreeMap<(String, usize), SecondMoments>;
 
 /// A measurement on its way through the network.
 pub struct Probing<'a> {
-    job: &'a Measurement<'a>,
+    pub job: &'a Measurement<'a>,
+    /// As it is stored: what comes behind the block that is looked at.
     network: Network<Cpu>,
+    /// From the rewritten stream to the stored one.
+    restore: Restore<'a>,
+    /// Residual streams are those of the rewritten network.
     moment_batches: Vec<Batch>,
-    probe_batches: Vec<Batch>,
+    pub probe_batches: Vec<Batch>,
     /// Parallel to the probe's batches.
     references: Vec<Reference>,
 }
@@ -38,27 +48,26 @@ pub struct Probing<'a> {
 impl<'a> Probing<'a> {
     /// Embeds what is read and takes what the original network predicts.
     pub fn begin(job: &'a Measurement<'a>) -> Result<Self> {
-        let backend = Cpu::new(Arc::clone(job.weights), Residence::Mapped);
-        let network = Network::open(job.weights, backend, &Numerics::EXACT)?;
+        let stored = job.weights.stored();
+        let backend = Cpu::new(Arc::clone(stored), Residence::Mapped);
+        let network = Network::open(stored, backend, &Numerics::EXACT)?;
         let (for_moments, for_probes) = choose_sequences(&job.samples.sequences);
+        let hidden = stored.config().hidden_size;
+        let table = job.weights.matrix("token_embd.weight", 0)?;
         let embed = |mut batch: Batch| {
-            batch.residual = network.embed(&batch.tokens)?;
-            Ok(batch)
+            let tokens = batch.tokens.iter();
+            let rows = tokens.flat_map(|token| &table[*token as usize * hidden..][..hidden]);
+            batch.residual = rows.copied().collect();
+            batch
         };
-        let moment_batches = batches(&for_moments)
-            .into_iter()
-            .map(embed)
-            .collect::<Result<_>>()?;
-        let probe_batches: Vec<Batch> = batches(&for_probes)
-            .into_iter()
-            .map(embed)
-            .collect::<Result<_>>()?;
+        let moment_batches = batches(&for_moments).into_iter().map(embed).collect();
+        let probe_batches: Vec<Batch> = batches(&for_probes).into_iter().map(embed).collect();
         let tokens = probe_batches
             .iter()
             .map(|batch| batch.tokens.len())
             .sum::<usize>();
         let positions = POSITIONS
-            .min(KEPT_LOGITS / job.weights.config().vocab_size)
+            .min(KEPT_LOGITS / stored.config().vocab_size)
             .max(1);
         let stride = tokens.div_ceil(positions);
         let references = probe_batches.iter().map(|batch| {
@@ -67,7 +76,7 @@ impl<'a> Probing<'a> {
                 .skip(stride - 1)
                 .step_by(stride)
                 .collect();
-            let normed = network.run_from(0, batch.residual.clone(), &batch.lengths)?;
+            let normed = network.run_from(0, network.embed(&batch.tokens)?, &batch.lengths)?;
             Ok(Reference {
                 logits: network.logits(&normed, &rows, &mut Silent)?,
                 rows,
@@ -77,6 +86,7 @@ impl<'a> Probing<'a> {
         Ok(Self {
             job,
             network,
+            restore: job.weights.rewrites().restore(),
             moment_batches,
             probe_batches,
             references,
@@ -89,7 +99,7 @@ impl<'a> Probing<'a> {
         let Some(group) = self.group_of(name) else {
             return Ok(());
         };
-        let tensor = required(self.job.weights, name)?;
+        let tensor = required(self.job.weights.stored(), name)?;
         let rounded = |ty: GgmlType, rows: &[f32]| {
             let bytes = self.job.round(ty, tensor.columns, rows, None);
             let mut values = vec![0.0; rows.len()];
@@ -112,27 +122,55 @@ impl<'a> Probing<'a> {
                 *loss += sum_of_squares(&errors);
             }
         }
-        let is_tied = self.job.weights.tensor("output.weight").is_none();
         let mut probed = Vec::new();
         for ty in probe_types(group) {
-            let head = match is_tied {
-                true => Some(Head::new(self.job.weights, self.plainly(tensor, ty)?)?),
+            let head = match self.is_tied() {
+                true => Some(self.head_of(self.plainly(tensor, ty)?)?),
                 false => None,
             };
-            let run = |batch: &Batch| {
-                self.network
-                    .run_from(0, rounded(ty, &batch.residual)?, &batch.lengths)
-            };
+            let run =
+                |_, batch: &Batch| self.rest(0, rounded(ty, &batch.residual)?, &batch.lengths);
             probed.push((ty, self.divergence(run, head.as_ref())?));
         }
         self.conclude(group, &local, &probed, measured)
     }
 
+    /// Whether the embedding is the head too.
+    pub fn is_tied(&self) -> bool {
+        self.job.weights.stored().tensor("output.weight").is_none()
+    }
+
+    /// A head in memory.
+    pub fn head_of(&self, tensor: MemoryTensor) -> Result<Head> {
+        Head::new(self.config(), tensor)
+    }
+
+    pub fn config(&self) -> &NemotronHConfig {
+        self.job.weights.stored().config()
+    }
+
+    /// The normed stream of the stored network, from rewritten streams before block `first`.
+    pub fn rest(
+        &self,
+        first: usize,
+        mut residual: Vec<f32>,
+        lengths: &[usize],
+    ) -> Result<Vec<f32>> {
+        self.restore.stream(&mut residual);
+        self.network.run_from(first, residual, lengths)
+    }
+
+    /// What the rewritten head reads, from rewritten streams behind the last block.
+    pub fn normed(&self, residual: &Vec<f32>) -> Result<Vec<f32>> {
+        let norm = self.job.weights.matrix("output_norm.weight", 0)?;
+        let backend = self.network.backend();
+        Ok(backend.rms_norm(residual, &norm, self.config().norm_epsilon()))
+    }
+
     /// A tensor rounded to the nearest.
-    fn plainly(&self, tensor: &StoredTensor, ty: GgmlType) -> Result<MemoryTensor> {
-        let bytes = self
-            .job
-            .round(ty, tensor.columns, &self.job.matrix(tensor, 0)?, None);
+    pub fn plainly(&self, tensor: &StoredTensor, ty: GgmlType) -> Result<MemoryTensor> {
+        let values = self.job.weights.matrix(&tensor.name, 0)?;
+        let bytes = self.job.round(ty, tensor.columns, &values, None);
         Ok(memory_tensor(tensor, ty, bytes))
     }
 
@@ -143,39 +181,26 @@ impl<'a> Probing<'a> {
         measured: &mut BTreeMap<&'a str, Sensitivity>,
     ) -> Result<()> {
         let prefix = format!("blk.{block}.");
-        let tensors = self
-            .job
-            .weights
-            .tensors()
-            .iter()
-            .filter(|tensor| tensor.name.starts_with(&prefix));
-        let originals = tensors
-            .map(|tensor| self.original(tensor))
-            .collect::<Result<Vec<_>>>()?;
-        let layer = Layer::open(self.job.weights.config(), block, originals.clone())?;
+        let originals = self.originals(block)?;
+        let layer = Layer::open(self.config(), block, originals.clone())?;
         let groups: Vec<&Group> = self
             .job
             .groups
             .iter()
             .filter(|group| group.tensors[0].starts_with(&prefix))
             .collect();
-        let seen = self.advance_moments(&layer, &groups)?;
+        let tensors = groups.iter().flat_map(|group| &group.tensors);
+        let tensors: Vec<&str> = tensors.map(String::as_str).collect();
+        let seen = self.advance_moments(&layer, &tensors)?;
         for group in groups {
             let looked = self.job.look_at(group, &seen)?;
             let mut probed = Vec::new();
             for (ty, tensors) in probe_types(group).into_iter().zip(looked.probes) {
-                let mut replaced = originals.clone();
-                for tensor in tensors {
-                    let place = replaced
-                        .iter_mut()
-                        .find(|original| original.name == tensor.name);
-                    *place.expect("a group's tensors are of its block") = tensor;
-                }
-                let layer = Layer::open(self.job.weights.config(), block, replaced)?;
-                let run = |batch: &Batch| {
+                let layer = self.replaced(block, &originals, tensors)?;
+                let run = |_, batch: &Batch| {
                     let mut residual = batch.residual.clone();
                     layer.run(&mut residual, &batch.lengths, &mut Capture::default())?;
-                    self.network.run_from(block + 1, residual, &batch.lengths)
+                    self.rest(block + 1, residual, &batch.lengths)
                 };
                 probed.push((ty, self.divergence(run, None)?));
             }
@@ -187,19 +212,38 @@ impl<'a> Probing<'a> {
         Ok(())
     }
 
-    /// Runs the moments' streams through a block and sums up what its groups read.
-    fn advance_moments(
-        &mut self,
-        layer: &Layer,
-        groups: &[&Group],
-    ) -> Result<BTreeMap<(String, usize), SecondMoments>> {
-        let inputs: Vec<String> = groups
-            .iter()
-            .flat_map(|group| &group.tensors)
-            .map(|name| stages::input_of(name))
-            .collect();
+    /// The tensors of a block, rewritten.
+    pub fn originals(&self, block: usize) -> Result<Vec<MemoryTensor>> {
+        let prefix = format!("blk.{block}.");
+        let tensors = self.job.weights.stored().tensors().iter();
+        let tensors = tensors.filter(|tensor| tensor.name.starts_with(&prefix));
+        tensors
+            .map(|tensor| self.job.weights.in_memory(&tensor.name))
+            .collect()
+    }
+
+    /// A block with some of its tensors replaced.
+    pub fn replaced(
+        &self,
+        block: usize,
+        originals: &[MemoryTensor],
+        tensors: Vec<MemoryTensor>,
+    ) -> Result<Layer> {
+        let mut replaced = originals.to_vec();
+        for tensor in tensors {
+            let place = replaced
+                .iter_mut()
+                .find(|original| original.name == tensor.name);
+            *place.expect("a group's tensors are of its block") = tensor;
+        }
+        Layer::open(self.config(), block, replaced)
+    }
+
+    /// Runs the moments' streams through a block and sums up what some tensors read.
+    pub fn advance_moments(&mut self, layer: &Layer, tensors: &[&str]) -> Result<SeenMoments> {
+        let inputs: Vec<String> = tensors.iter().map(|name| stages::input_of(name)).collect();
         let inputs: Vec<&str> = inputs.iter().map(String::as_str).collect();
-        let mut seen: BTreeMap<(String, usize), SecondMoments> = BTreeMap::new();
+        let mut seen = SeenMoments::new();
         for batch in &mut self.moment_batches {
             self.job.check_stop()?;
             let mut capture = Capture::new(&inputs, None);
@@ -223,27 +267,27 @@ impl<'a> Probing<'a> {
         let Some(group) = self.group_of(name) else {
             return Ok(());
         };
-        let end = self.job.weights.config().pattern.kinds().len();
-        let mut moments = SecondMoments::empty(self.job.weights.config().hidden_size);
-        for batch in &self.moment_batches {
-            let normed = self
-                .network
-                .run_from(end, batch.residual.clone(), &batch.lengths)?;
-            moments.add(self.job.isa(), &normed, None);
-        }
-        let seen = [((name.to_string(), 0), moments)].into_iter().collect();
+        let seen = self.head_moments()?;
         let looked = self.job.look_at(group, &seen)?;
         let mut probed = Vec::new();
         for (ty, tensors) in probe_types(group).into_iter().zip(looked.probes) {
             let tensor = tensors.into_iter().next().expect("a head is one tensor");
-            let head = Head::new(self.job.weights, tensor)?;
-            let run = |batch: &Batch| {
-                self.network
-                    .run_from(end, batch.residual.clone(), &batch.lengths)
-            };
+            let head = self.head_of(tensor)?;
+            let run = |_, batch: &Batch| self.normed(&batch.residual);
             probed.push((ty, self.divergence(run, Some(&head))?));
         }
         self.conclude(group, &looked.local, &probed, measured)
+    }
+
+    /// Second moments of what the head reads; the moments' streams must be behind the last block.
+    pub fn head_moments(&self) -> Result<SeenMoments> {
+        let mut moments = SecondMoments::empty(self.config().hidden_size);
+        for batch in &self.moment_batches {
+            moments.add(self.job.isa(), &self.normed(&batch.residual)?, None);
+        }
+        Ok([(("output.weight".to_string(), 0), moments)]
+            .into_iter()
+            .collect())
     }
 
     fn group_of(&self, tensor: &str) -> Option<&'a Group> {
@@ -253,25 +297,17 @@ impl<'a> Probing<'a> {
             .find(|group| group.tensors.iter().any(|name| name == tensor))
     }
 
-    fn original(&self, tensor: &StoredTensor) -> Result<MemoryTensor> {
-        let mut bytes = vec![0; tensor.bytes() as usize];
-        let matrix_bytes = tensor.rows * tensor.row_bytes();
-        for (matrix, bytes) in bytes.chunks_mut(matrix_bytes.max(1)).enumerate() {
-            self.job.weights.read_rows(tensor, matrix, 0, bytes)?;
-        }
-        Ok(memory_tensor(tensor, tensor.ty, bytes))
-    }
-
     /// Mean KL divergence from the original of what `run` makes of the probe's batches.
-    fn divergence(
+    pub fn divergence(
         &self,
-        run: impl Fn(&Batch) -> Result<Vec<f32>>,
+        run: impl Fn(usize, &Batch) -> Result<Vec<f32>>,
         head: Option<&Head>,
     ) -> Result<f64> {
         let (mut sum, mut positions) = (0.0, 0);
-        for (batch, reference) in self.probe_batches.iter().zip(&self.references) {
+        let batches = self.probe_batches.iter().zip(&self.references);
+        for (index, (batch, reference)) in batches.enumerate() {
             self.job.check_stop()?;
-            let normed = run(batch)?;
+            let normed = run(index, batch)?;
             let logits = match head {
                 Some(head) => head.logits(&normed, &reference.rows)?,
                 None => self.network.logits(&normed, &reference.rows, &mut Silent)?,
@@ -320,7 +356,7 @@ impl<'a> Probing<'a> {
         for name in &group.tensors {
             self.job
                 .progress
-                .advance(required(self.job.weights, name)?.bytes());
+                .advance(required(self.job.weights.stored(), name)?.bytes());
         }
         Ok(())
     }
