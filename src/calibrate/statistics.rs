@@ -173,7 +173,7 @@ impl Statistics {
 /// Bytes held at most while statistics are collected: second moments of all blocks and those on their way through the
 /// tree, the weights of the largest block, what a cell shows of it, residual streams.
 fn peak_bytes(model: &StoredModel, samples: &Samples, in_file: bool) -> u64 {
-    const BASE_BYTES: u64 = 96 << 20;
+    const BASE_BYTES: u64 = 128 << 20;
     let config = model.config();
     let hidden = config.hidden_size as u64;
     let blocks = config.pattern.kinds().len();

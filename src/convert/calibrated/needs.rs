@@ -17,7 +17,7 @@ use crate::model::hybrid_pattern::BlockKind;
 use crate::plan::{Plan, PlannedTensor};
 
 /// The program, its threads' stacks and what else is small.
-const BASE_BYTES: u64 = 96 << 20;
+const BASE_BYTES: u64 = 128 << 20;
 /// Sums that the tree over cells holds at a time: one per level, and the next leaf.
 const TREE_LEVELS: u64 = CELLS.ilog2() as u64 + 1;
 /// Bytes per element of second moments while a matrix is rounded: mean, damped, in strips, two of the factor, differences.
