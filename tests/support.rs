@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 
 use serde_json::{Value, json};
+use tempfile::{TempDir, tempdir};
 
 /// The binary under test.
 pub fn nemoconv<S: AsRef<OsStr>>(args: impl IntoIterator<Item = S>) -> Output {
@@ -31,6 +32,56 @@ pub fn try_to_gguf(model: &Path, outfile: &Path, flags: &[&str]) -> Output {
         "-q".as_ref(),
     ];
     nemoconv(fixed.into_iter().chain(flags.iter().map(OsStr::new)))
+}
+
+/// A folder of a test, with a text in it.
+pub struct Place {
+    pub folder: TempDir,
+    pub text: PathBuf,
+}
+
+impl Place {
+    /// With a text of these bytes.
+    pub fn new(text: impl AsRef<[u8]>) -> Self {
+        let folder = tempdir().expect("there is a temporary folder");
+        let path = folder.path().join("text.txt");
+        std::fs::write(&path, text).expect("the text can be written");
+        Self { folder, text: path }
+    }
+
+    /// A path in the folder.
+    pub fn file(&self, name: &str) -> PathBuf {
+        self.folder.path().join(name)
+    }
+}
+
+/// Runs `validate` on a text.
+pub fn validate(artifact: &Path, reference: &Path, text: &Path, flags: &[&str]) -> Output {
+    let fixed: [&OsStr; 9] = [
+        "-q".as_ref(),
+        "validate".as_ref(),
+        artifact.as_ref(),
+        "--context".as_ref(),
+        "128".as_ref(),
+        "--reference".as_ref(),
+        reference.as_ref(),
+        "--text".as_ref(),
+        text.as_ref(),
+    ];
+    nemoconv(fixed.into_iter().chain(flags.iter().map(OsStr::new)))
+}
+
+/// The JSON on a program's stdout.
+pub fn report(output: &Output) -> Value {
+    serde_json::from_slice(&output.stdout)
+        .unwrap_or_else(|error| panic!("{error}: {}", stderr(output)))
+}
+
+/// The mean KL divergence of a report of `validate`.
+pub fn mean_kl(report: &Value) -> f64 {
+    report["logits"]["kl_divergence"]["mean"]["value"]
+        .as_f64()
+        .unwrap_or_else(|| panic!("{}", report["logits"]["kl_divergence"]))
 }
 
 /// What the program said.

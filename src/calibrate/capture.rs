@@ -1,6 +1,7 @@
 //! Looking into a block while it runs: copies of the inputs of some matrices, and where tokens were routed.
 
 use std::collections::BTreeMap;
+use std::ops::Range;
 
 use crate::backend::ExpertRows;
 use crate::backend::cpu::Cpu;
@@ -20,7 +21,7 @@ pub struct Captured {
 /// Copies what it is asked for.
 #[derive(Debug, Default)]
 pub struct Capture<'a> {
-    wanted: &'a [&'a str],
+    wanted: BTreeMap<&'a str, Range<usize>>,
     routing: Option<&'a [ExpertRows]>,
     /// By tensor and matrix.
     pub inputs: BTreeMap<(String, usize), Captured>,
@@ -30,17 +31,21 @@ pub struct Capture<'a> {
 
 impl<'a> Capture<'a> {
     /// Copies inputs of the tensors `wanted`; with `routing`, tokens go where it says.
-    pub fn new(wanted: &'a [&'a str], routing: Option<&'a [ExpertRows]>) -> Self {
+    pub fn new(wanted: &[&'a str], routing: Option<&'a [ExpertRows]>) -> Self {
+        let all = wanted.iter().map(|tensor| (*tensor, 0..usize::MAX));
+        Self::of_matrices(&all.collect(), routing)
+    }
+
+    /// Copies inputs of some matrices of the tensors `wanted`.
+    pub fn of_matrices(
+        wanted: &BTreeMap<&'a str, Range<usize>>,
+        routing: Option<&'a [ExpertRows]>,
+    ) -> Self {
         Self {
-            wanted,
+            wanted: wanted.clone(),
             routing,
             ..Self::default()
         }
-    }
-
-    /// The tensors whose inputs are copied.
-    pub fn wanted(&self) -> &[&'a str] {
-        self.wanted
     }
 
     /// An expert's output is multiplied with its weight, and so is its error: the square counts. Where no token chose an
@@ -68,7 +73,8 @@ impl Observer<Cpu> for Capture<'_> {
 
     fn input(&mut self, tensor: &str, matrix: usize, _: &Cpu, input: &Vec<f32>, rows: usize) {
         // A cell without sequences shows nothing, not even how wide inputs are.
-        if rows > 0 && self.wanted.contains(&tensor) {
+        let wanted = self.wanted.get(tensor);
+        if rows > 0 && wanted.is_some_and(|matrices| matrices.contains(&matrix)) {
             let captured = Captured {
                 in_features: input.len() / rows,
                 rows: input.clone(),

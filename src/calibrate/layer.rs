@@ -12,6 +12,7 @@ use crate::forward::block::Block;
 use crate::forward::numerics::Numerics;
 use crate::forward::observer::Observer;
 use crate::model::config::NemotronHConfig;
+use crate::model::hybrid_pattern::BlockKind;
 
 /// A block with all its weights in memory.
 pub struct Layer {
@@ -50,6 +51,11 @@ impl Layer {
     /// The machine.
     pub fn backend(&self) -> &Cpu {
         &self.backend
+    }
+
+    /// What the block is.
+    pub fn kind(&self) -> BlockKind {
+        self.block.kind()
     }
 
     /// Runs fresh sequences of `lengths` tokens, one after the other in `residual`, through the block.

@@ -70,21 +70,28 @@ impl SecondMoments {
 
     /// `E[u^T u]`: `[n, n]`; zero where nothing was seen.
     pub fn mean(&self) -> Vec<f64> {
-        let per_weight = if self.weight > 0.0 {
-            1.0 / self.weight
-        } else {
-            0.0
-        };
+        let per_weight = self.per_weight();
         self.sums.iter().map(|sum| sum * per_weight).collect()
+    }
+
+    /// The same in the place of the sums.
+    pub fn into_mean(self) -> Vec<f64> {
+        let per_weight = self.per_weight();
+        let mut mean = self.sums;
+        mean.iter_mut().for_each(|sum| *sum *= per_weight);
+        mean
+    }
+
+    fn per_weight(&self) -> f64 {
+        match self.weight > 0.0 {
+            true => 1.0 / self.weight,
+            false => 0.0,
+        }
     }
 
     /// `E[u_j^2]`, `[n]`.
     pub fn mean_squares(&self) -> Vec<f32> {
-        let per_weight = if self.weight > 0.0 {
-            1.0 / self.weight
-        } else {
-            0.0
-        };
+        let per_weight = self.per_weight();
         (0..self.n)
             .map(|j| (self.sums[j * self.n + j] * per_weight) as f32)
             .collect()

@@ -7,7 +7,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use super::capture::{Capture, Captured};
-use super::cells::{Merge, Tree};
+use super::cells::{CELLS, Merge, Tree};
 use super::layer::Layer;
 use super::samples::Samples;
 use super::second_moments::SecondMoments;
@@ -16,7 +16,7 @@ use crate::artifact::StoredModel;
 use crate::backend::Backend;
 use crate::backend::cpu::kernels::Isa;
 use crate::backend::cpu::{Cpu, Residence};
-use crate::error::Result;
+use crate::error::{Error, Fault, Result};
 use crate::rewrite::{ChannelStatistics, RewriteStatistics, RewrittenModel};
 
 /// Inputs of one matrix: sums over tokens.
@@ -112,8 +112,29 @@ impl Statistics {
         Ok(statistics)
     }
 
+    /// Whether residual streams must be kept in a file for [`Self::collect`] to stay within `limit` bytes.
+    ///
+    /// # Errors
+    /// It would not even then; the error says what it takes.
+    pub fn needs_file(model: &StoredModel, samples: &Samples, limit: u64) -> Result<bool> {
+        let needed = |in_file| peak_bytes(model, samples, in_file);
+        if needed(false) <= limit {
+            return Ok(false);
+        }
+        if needed(true) <= limit {
+            return Ok(true);
+        }
+        let needed = needed(true);
+        let fault = Fault::new(format!(
+            "{limit} bytes of memory are too few: the statistics of all blocks and the weights of one need {needed}"
+        ));
+        Err(Error::Plan(fault.hint(format!(
+            "allow them with `--max-ram {needed}`, or read shorter sequences with `--calibration-context`"
+        ))))
+    }
+
     /// As the choice of rewrites takes them.
-    pub fn for_rewrites(&self) -> RewriteStatistics {
+    pub fn into_rewrites(self) -> RewriteStatistics {
         let channels = |matrices: &Vec<Option<InputSums>>| {
             let width = matrices
                 .iter()
@@ -139,7 +160,7 @@ impl Statistics {
             all
         };
         RewriteStatistics {
-            residual: self.residual.iter().map(symmetric_mean).collect(),
+            residual: self.residual.into_iter().map(symmetric_mean).collect(),
             inputs: self
                 .inputs
                 .iter()
@@ -149,10 +170,42 @@ impl Statistics {
     }
 }
 
+/// Bytes held at most while statistics are collected: second moments of all blocks and those on their way through the
+/// tree, the weights of the largest block, what a cell shows of it, residual streams.
+fn peak_bytes(model: &StoredModel, samples: &Samples, in_file: bool) -> u64 {
+    const BASE_BYTES: u64 = 128 << 20;
+    let config = model.config();
+    let hidden = config.hidden_size as u64;
+    let blocks = config.pattern.kinds().len();
+    let tokens = samples.cells().map(|cell| cell.iter().map(Vec::len).sum());
+    let cell_tokens: usize = tokens.max().unwrap_or(0);
+    let visits = |matrices: usize| match &config.moe {
+        Some(moe) if matrices > 1 => moe.num_experts_per_tok as u64,
+        _ => 1,
+    };
+    let block = |block: usize| {
+        let prefix = format!("blk.{block}.");
+        let tensors = model.tensors().iter();
+        let tensors = tensors.filter(|tensor| tensor.name.starts_with(&prefix));
+        let bytes = tensors.map(|tensor| {
+            let widths = (tensor.columns + 2 * tensor.rows) as u64 * visits(tensor.matrices);
+            4 * (tensor.weights() + cell_tokens as u64 * widths)
+        });
+        bytes.sum::<u64>()
+    };
+    let embedding = model.tensor("token_embd.weight");
+    let embedding = embedding.map_or(0, |tensor| 4 * tensor.weights());
+    let largest = (0..blocks).map(block).max().unwrap_or(0).max(embedding);
+    let levels = CELLS.ilog2() as u64 + 1;
+    let moments = (blocks as u64 + 1 + levels) * 8 * hidden * hidden;
+    let streams = u64::from(!in_file) * 4 * samples.tokens() as u64 * hidden;
+    BASE_BYTES + moments + largest + streams
+}
+
 /// The whole of a mean of which one half is meant.
-fn symmetric_mean(moments: &SecondMoments) -> Vec<f64> {
+fn symmetric_mean(moments: SecondMoments) -> Vec<f64> {
     let n = moments.n;
-    let mut mean = moments.mean();
+    let mut mean = moments.into_mean();
     for i in 0..n {
         for j in 0..i {
             mean[i * n + j] = mean[j * n + i];
@@ -329,6 +382,23 @@ mod tests {
                 "{path}: {threads} threads"
             );
         }
+    }
+
+    #[test]
+    fn less_memory_means_a_file_and_then_an_error() {
+        let model = StoredModel::open(nemoconv_fixtures::nano().to_str().unwrap()).unwrap();
+        let needs_file = |limit| Statistics::needs_file(&model, &samples(), limit);
+        let roomy = peak_bytes(&model, &samples(), false);
+        assert!(!needs_file(roomy).unwrap());
+        assert!(needs_file(roomy - 1).unwrap());
+        let least = peak_bytes(&model, &samples(), true);
+        let error = needs_file(least - 1).unwrap_err();
+        assert!(
+            error
+                .hint()
+                .unwrap()
+                .contains(&format!("--max-ram {least}"))
+        );
     }
 
     #[test]

@@ -4,6 +4,7 @@ use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 
 use nemoconv::artifact::StoredModel;
+use nemoconv::convert::calibrated::sensitivity::trial::{self, Trial, Types};
 use nemoconv::convert::calibrated::sensitivity::{Group, Measurement, Sensitivity};
 use nemoconv::error::{Error, Fault, Result};
 use nemoconv::formats::GgmlType;
@@ -18,7 +19,7 @@ use regex::Regex;
 use serde_json::{Value, json};
 
 use super::args::ToGguf;
-use super::calibration_job::Calibration;
+use super::calibration_job::{Calibration, Source};
 use super::gguf_job::{Prepared, prepare};
 use super::output::{Talk, table};
 use super::progress::Report;
@@ -40,26 +41,43 @@ pub fn allocate(args: &ToGguf, recipe: Recipe, talk: &Talk, stop: &AtomicBool) -
     // What cannot be is refused before the model reads anything.
     let allocator = Allocator::new(args, recipe.clone(), &weights, Vec::new())?;
     allocator.choose(&vec![None; allocator.groups.len()], allocator.budget())?;
-    let checkpoint = &allocator.base.checkpoint;
-    let calibration = Calibration::begin(
-        args.calibration_flags(),
-        text,
-        &recipe,
-        checkpoint,
-        talk,
-        stop,
-    )?;
+    let source = Source {
+        checkpoint: &allocator.base.checkpoint,
+        type_of: &|name| allocator.middle_type(name),
+    };
+    let calibration =
+        Calibration::begin(args.calibration_flags(), text, &recipe, &source, talk, stop)?;
+    let mut recipe = recipe;
+    if let Some(rewrite) = &mut recipe.rewrite {
+        rewrite.rotation = calibration.rotation().into();
+    }
     let allocator = Allocator::new(args, recipe, &weights, calibration.keys())?;
     let measurement = Measurement {
-        weights: &weights,
+        weights: calibration.weights(),
         samples: calibration.samples(),
         rounding: allocator.recipe.rounding,
         groups: &allocator.groups,
         progress: &Report::new(*talk),
         stop,
     };
-    let measured = on_workers(args.threads, || measurement.run())?;
-    let allocation = allocator.fit(measured)?;
+    let prices = on_workers(args.threads, || measurement.run())?;
+    let check = |allocation: Allocation| {
+        on_workers(args.threads, || {
+            allocation.checked(&allocator, &measurement)
+        })
+    };
+    let mut allocation = check(allocator.fit(prices)?)?;
+    if let Some(prices) = allocation.rescaled(&allocator) {
+        talk.say(format_args!(
+            "measured KL divergence {:.6} instead of {:.6}: prices follow what each block added",
+            allocation.measured(),
+            allocation.predicted()
+        ));
+        let again = check(allocator.fit(prices)?)?;
+        if again.measured() < allocation.measured() {
+            allocation = again;
+        }
+    }
     talk.say(allocation.table(&allocator));
     talk.say(allocation.summary(&allocator));
     Ok(Chosen {
@@ -67,6 +85,9 @@ pub fn allocate(args: &ToGguf, recipe: Recipe, talk: &Talk, stop: &AtomicBool) -
         ..allocation.chosen(&allocator)
     })
 }
+
+/// How far what is measured may be from what was predicted, as a share of it.
+const TOLERANCE: f64 = 0.25;
 
 /// What is allocated, and what it may take.
 struct Allocator<'a> {
@@ -134,6 +155,19 @@ impl<'a> Allocator<'a> {
             .iter()
             .find(|tensor| tensor.name == name)
             .expect("groups are made of planned tensors")
+    }
+
+    /// What stands for the type of a tensor before it is chosen: the smallest of about four bits that a group may have.
+    fn middle_type(&self, name: &str) -> GgmlType {
+        let group = self
+            .groups
+            .iter()
+            .find(|group| group.tensors.iter().any(|tensor| tensor == name));
+        let middle = group.and_then(|group| {
+            let types = group.types.iter();
+            types.copied().find(|ty| ty.bits_per_weight() >= 4.5)
+        });
+        middle.unwrap_or_else(|| self.base.plan.type_of(name))
     }
 
     fn budget(&self) -> Budget {
@@ -258,15 +292,16 @@ impl<'a> Allocator<'a> {
                 _ => 0,
             };
             if excess == 0 {
-                let measured = measured.into_iter().flatten().collect();
-                let plan = prepared.plan;
+                let prices: Vec<_> = measured.into_iter().flatten().collect();
                 return Ok(Allocation {
+                    mix: self.named_mix(file_bytes, &prices),
                     recipe,
                     scheme,
                     types,
-                    measured,
+                    prices,
                     file_bytes,
-                    plan,
+                    plan: prepared.plan,
+                    trial: None,
                 });
             }
             budget.bytes = budget.bytes.saturating_sub(excess);
@@ -311,8 +346,8 @@ impl<'a> Allocator<'a> {
         Ok((recipe, scheme))
     }
 
-    /// The largest named mix that is no larger than the allocation, with its size and its predicted divergence.
-    fn named_mix(&self, file_bytes: u64, measured: &[Sensitivity]) -> Option<(FileType, u64, f64)> {
+    /// The largest named mix that is no larger than the allocation.
+    fn named_mix(&self, file_bytes: u64, prices: &[Sensitivity]) -> Option<NamedMix> {
         let header = self.base.parts.file_bytes() - aligned_bytes(&self.base.plan);
         let mixes = FileType::all()
             .filter(|file_type| !file_type.is_float())
@@ -327,21 +362,49 @@ impl<'a> Allocator<'a> {
                     None,
                 )
                 .ok()?;
-                let divergences = self
-                    .groups
-                    .iter()
-                    .zip(measured)
-                    .map(|(group, measured)| of_plan(&plan, group, measured));
-                Some((
+                let groups = self.groups.iter().zip(prices);
+                let divergences = groups.map(|(group, prices)| of_plan(&plan, group, prices));
+                Some(NamedMix {
                     file_type,
-                    header + aligned_bytes(&plan),
-                    divergences.sum::<Option<f64>>()?,
-                ))
+                    file_bytes: header + aligned_bytes(&plan),
+                    predicted: divergences.sum::<Option<f64>>()?,
+                    types: self.types_of(&plan),
+                    measured: None,
+                })
             });
         // The header of a mix may be some bytes longer.
         mixes
-            .filter(|mix| mix.1 <= file_bytes + file_bytes / 100)
-            .max_by_key(|mix| mix.1)
+            .filter(|mix| mix.file_bytes <= file_bytes + file_bytes / 100)
+            .max_by_key(|mix| mix.file_bytes)
+    }
+
+    /// What a plan gives the tensors that are allocated.
+    fn types_of(&self, plan: &Plan) -> Types {
+        let names = self.groups.iter().flat_map(|group| &group.tensors);
+        names
+            .map(|name| (name.clone(), plan.type_of(name)))
+            .collect()
+    }
+
+    /// The step of the network's trial at which a group comes.
+    fn step_of(&self, group: &Group) -> usize {
+        let blocks = self.base.plan.config.pattern.kinds().len();
+        trial::step_of(&group.tensors[0], blocks)
+    }
+}
+
+/// A uniform choice to compare with.
+struct NamedMix {
+    file_type: FileType,
+    file_bytes: u64,
+    predicted: f64,
+    types: Types,
+    measured: Option<f64>,
+}
+
+impl NamedMix {
+    fn measured(&self) -> f64 {
+        self.measured.unwrap_or(self.predicted)
     }
 }
 
@@ -351,18 +414,58 @@ struct Allocation {
     scheme: Scheme,
     /// One per group.
     types: Vec<GgmlType>,
-    measured: Vec<Sensitivity>,
+    /// One per group.
+    prices: Vec<Sensitivity>,
     file_bytes: u64,
     plan: Plan,
+    mix: Option<NamedMix>,
+    /// What the types do together.
+    trial: Option<Trial>,
 }
 
 impl Allocation {
     fn predicted(&self) -> f64 {
-        self.measured
-            .iter()
-            .zip(&self.types)
-            .map(|(measured, ty)| divergence(measured, *ty))
-            .sum()
+        let prices = self.prices.iter().zip(&self.types);
+        prices.map(|(prices, ty)| divergence(prices, *ty)).sum()
+    }
+
+    fn measured(&self) -> f64 {
+        let trial = self.trial.as_ref();
+        trial.map_or_else(|| self.predicted(), Trial::kl_divergence)
+    }
+
+    /// With the network rounded to these types, and to those of the mix beside it.
+    fn checked(mut self, allocator: &Allocator, measurement: &Measurement) -> Result<Self> {
+        let mix = self.mix.iter().map(|mix| mix.types.clone());
+        let own = std::iter::once(allocator.types_of(&self.plan));
+        let wanted: Vec<Types> = own.chain(mix).collect();
+        let mut trials = measurement.try_types(&wanted)?.into_iter();
+        self.trial = trials.next();
+        if let Some(mix) = &mut self.mix {
+            mix.measured = trials.next().map(|trial| trial.kl_divergence());
+        }
+        Ok(self)
+    }
+
+    /// Prices that follow what each block added, where what was measured is far from what was predicted.
+    fn rescaled(&self, allocator: &Allocator) -> Option<Vec<Sensitivity>> {
+        let trial = self.trial.as_ref()?;
+        let off = (self.measured() - self.predicted()).abs();
+        if off <= TOLERANCE * self.predicted() {
+            return None;
+        }
+        let mut predicted = vec![0.0; trial.steps.len()];
+        let groups = allocator.groups.iter().zip(&self.prices).zip(&self.types);
+        for ((group, prices), ty) in groups {
+            predicted[allocator.step_of(group)] += divergence(prices, *ty);
+        }
+        let factors = trial.rescale(&predicted);
+        let scaled = allocator.groups.iter().zip(&self.prices);
+        Some(
+            scaled
+                .map(|(group, prices)| prices.scaled(factors[allocator.step_of(group)]))
+                .collect(),
+        )
     }
 
     fn table(&self, allocator: &Allocator) -> String {
@@ -376,7 +479,7 @@ impl Allocation {
         ]
         .map(String::from)
         .to_vec();
-        let groups = allocator.groups.iter().zip(&self.measured).zip(&self.types);
+        let groups = allocator.groups.iter().zip(&self.prices).zip(&self.types);
         let rows = groups.map(|((group, measured), ty)| {
             let found = measured.types.iter().find(|found| found.ty == *ty);
             vec![
@@ -400,18 +503,25 @@ impl Allocation {
             _ => format!("{} bytes", self.file_bytes),
         };
         let bits = self.plan.bits_per_weight();
-        let beside = match allocator.named_mix(self.file_bytes, &self.measured) {
-            Some((mix, bytes, divergence)) => format!("; {mix} of {bytes} bytes: {divergence:.6}"),
+        let beside = match &self.mix {
+            Some(mix) => format!(
+                "; {} of {} bytes: predicted {:.6}, measured {:.6}",
+                mix.file_type,
+                mix.file_bytes,
+                mix.predicted,
+                mix.measured()
+            ),
             None => String::new(),
         };
         format!(
-            "allocated {bits:.3} bits per weight, {target}, predicted KL divergence {:.6}{beside}",
-            self.predicted()
+            "allocated {bits:.3} bits per weight, {target}, KL divergence predicted {:.6}, measured {:.6}{beside}",
+            self.predicted(),
+            self.measured()
         )
     }
 
     fn json(&self, allocator: &Allocator) -> Value {
-        let groups = allocator.groups.iter().zip(&self.measured).zip(&self.types);
+        let groups = allocator.groups.iter().zip(&self.prices).zip(&self.types);
         let groups: Vec<_> = groups
             .map(|((group, measured), ty)| {
                 let types = measured.types.iter().map(|found| {
@@ -436,14 +546,20 @@ impl Allocation {
             Aim::BitsPerWeight(bits) => json!({ "bits_per_weight": bits }),
             Aim::OwnType | Aim::Scheme(_) => Value::Null,
         };
-        let mix = allocator.named_mix(self.file_bytes, &self.measured).map(|(mix, bytes, divergence)| {
-            json!({ "file_type": mix.name(), "file_bytes": bytes, "predicted_kl": divergence })
+        let mix = self.mix.as_ref().map(|mix| {
+            json!({
+                "file_type": mix.file_type.name(),
+                "file_bytes": mix.file_bytes,
+                "predicted_kl": mix.predicted,
+                "measured_kl": mix.measured,
+            })
         });
         json!({
             "target": target,
             "file_bytes": self.file_bytes,
             "bits_per_weight": self.plan.bits_per_weight(),
             "predicted_kl": self.predicted(),
+            "measured_kl": self.trial.as_ref().map(Trial::kl_divergence),
             "named_mix": mix,
             "groups": groups,
         })

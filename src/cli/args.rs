@@ -11,11 +11,10 @@ use nemoconv::formats::gguf::Value;
 use nemoconv::forward::numerics::TimeStepRule;
 use nemoconv::plan::phase::Phase;
 use nemoconv::plan::recipe::{
-    CalibrationEntries, OutType, RecipeEntries, RewriteEntries, parse_size,
+    CalibrationEntries, OutType, RecipeEntries, RewriteEntries, WantedRotation, parse_size,
 };
 use nemoconv::plan::types::{TensorTypeRule, WantedType};
 use nemoconv::report::{FailOn, Gates};
-use nemoconv::rewrite::Rotation;
 use nemoconv::write::gguf::parts::SplitLimits;
 use regex::Regex;
 
@@ -404,7 +403,8 @@ pub struct CalibrationArgs {
     /// Share of the correction towards the original outputs on the inputs of the rounded network, 0 to 1. Default: 1
     #[arg(long, value_name = "BETA")]
     pub target_correction: Option<f64>,
-    /// Rotate the residual stream: principal axes and Hadamard, Hadamard alone, or not. Default: none
+    /// Rotate the residual stream: principal axes and Hadamard, Hadamard alone, not, or as loses least when a few blocks
+    /// are rounded each way. Default: auto
     #[arg(long, value_name = "HOW")]
     pub rotate: Option<RotationArg>,
     /// Leave all other exact rewrites out too: scales, folded norms, order
@@ -422,11 +422,16 @@ pub struct CalibrationArgs {
     /// Added to the diagonal of second moments, as a share of its mean. Default: 0.01
     #[arg(long, value_name = "SHARE")]
     pub damp_percent: Option<f64>,
+    /// Memory to stay within, such as 16G: what does not fit is kept in a file or collected in several passes, with the
+    /// same bytes. Default: three quarters of what is free
+    #[arg(long, value_name = "SIZE", value_parser = parse_size, requires = "calibration")]
+    pub max_ram: Option<u64>,
 }
 
 /// `--rotate`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
 pub enum RotationArg {
+    Auto,
     None,
     Hadamard,
     Klt,
@@ -440,9 +445,10 @@ pub enum MethodArg {
     Gptq,
 }
 
-impl From<RotationArg> for Rotation {
+impl From<RotationArg> for WantedRotation {
     fn from(rotation: RotationArg) -> Self {
         match rotation {
+            RotationArg::Auto => Self::Auto,
             RotationArg::None => Self::None,
             RotationArg::Hadamard => Self::Hadamard,
             RotationArg::Klt => Self::Klt,
@@ -524,7 +530,7 @@ impl CalibrationArgs {
             },
             rewrite: RewriteEntries {
                 apply: self.no_rewrites.then_some(false),
-                rotation: self.rotate.map(Rotation::from),
+                rotation: self.rotate.map(WantedRotation::from),
                 smoothing: self.no_smoothing.then_some(false),
                 balance: self.balance,
                 sort: self.no_sort.then_some(false),

@@ -4,6 +4,7 @@ use std::path::{Path, PathBuf};
 
 use clap::Args;
 use nemoconv::calibrate::samples::SampleSettings;
+use nemoconv::plan::recipe::parse_size;
 
 const HELP: &str = "\
 A dataset has one document per line: {\"text\": \"...\"}, or {\"messages\": [...]} for the model's own chat
@@ -44,6 +45,10 @@ pub struct Calibrate {
     /// Seed of the choice
     #[arg(long, default_value_t = 0, value_name = "N")]
     pub seed: u64,
+    /// Memory to stay within, such as 16G: residual streams that do not fit are kept in a temporary file. Default: three
+    /// quarters of what is free
+    #[arg(long, value_name = "SIZE", value_parser = parse_size)]
+    pub max_ram: Option<u64>,
     /// Worker threads; the numbers do not depend on it. Default: all cores
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..))]
     pub threads: Option<u16>,

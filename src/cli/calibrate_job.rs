@@ -19,12 +19,10 @@ use serde_json::{Value, json};
 
 use super::calibrate_args::Calibrate;
 use super::eval_model::{files_of, name_of, open_encoder};
+use super::memory;
 use super::output::{Talk, print_stdout, table};
 use super::progress::Report;
 use super::workers::on_workers;
-
-/// Residual streams above this many bytes are kept in a file.
-const STREAM_MEMORY_BYTES: usize = 2 << 30;
 
 /// Reads the samples, runs the model on them and writes what was asked for.
 pub fn calibrate(args: &Calibrate, talk: &Talk, stop: &AtomicBool) -> Result<()> {
@@ -99,6 +97,7 @@ fn collect(
     stop: &AtomicBool,
 ) -> Result<Statistics> {
     let config = stored.config();
+    let in_file = Statistics::needs_file(stored, samples, memory::limit(args.max_ram))?;
     let stream_bytes = samples.tokens() * config.hidden_size * size_of::<f32>();
     let streams = config.pattern.kinds().len() + 1;
     let progress = Report::new(*talk);
@@ -111,7 +110,6 @@ fn collect(
             false => Ok(()),
         }
     };
-    let in_file = stream_bytes > STREAM_MEMORY_BYTES;
     let statistics = on_workers(args.threads, || {
         Statistics::collect(stored, samples, in_file, &watch)
     })?;

@@ -8,16 +8,19 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use nemoconv::artifact::StoredModel;
 use nemoconv::calibrate::samples::Samples;
 use nemoconv::calibrate::statistics::Statistics;
+use nemoconv::convert::calibrated::needs::{Arrangement, Needs};
+use nemoconv::convert::calibrated::rotation::{RotationChoice, RotationLoss, RotationTrial};
 use nemoconv::convert::calibrated::workspace::Workspace;
 use nemoconv::convert::calibrated::{Calibrated, Rounding};
 use nemoconv::error::{Error, Result};
+use nemoconv::formats::GgmlType;
 use nemoconv::formats::checkpoint::Checkpoint;
 use nemoconv::formats::gguf::Value;
 use nemoconv::plan::Plan;
 use nemoconv::plan::recipe::Recipe;
 use nemoconv::quantize::integer::IntegerGrid;
 use nemoconv::rewrite::{
-    RewriteSettings, Rewrites, RewrittenModel, SHA256_KEY, SUMMARY_KEY, sidecar_of,
+    RewriteSettings, Rewrites, RewrittenModel, Rotation, SHA256_KEY, SUMMARY_KEY, sidecar_of,
 };
 use nemoconv::write::whole_file::sha256_of;
 use serde_json::json;
@@ -25,6 +28,7 @@ use sha2::{Digest, Sha256};
 
 use super::args::{CalibrationArgs, ToGguf};
 use super::calibrate_job::read_samples;
+use super::memory;
 use super::output::Talk;
 use super::progress::Report;
 use super::workers::on_workers;
@@ -43,6 +47,17 @@ pub struct Calibration {
     sidecar: Option<String>,
     /// SHA-256 of the statistics, if they were given.
     statistics: Option<String>,
+    /// Memory to stay within.
+    memory_bytes: u64,
+    /// What rounding would lose under each rotation, where one was chosen.
+    rotation_losses: Vec<RotationLoss>,
+}
+
+/// What a calibration begins with.
+pub struct Source<'a> {
+    pub checkpoint: &'a Checkpoint,
+    /// What a tensor will be stored as, as far as that is known.
+    pub type_of: &'a (dyn Fn(&str) -> GgmlType + Sync),
 }
 
 /// What the user said of a calibration.
@@ -94,10 +109,14 @@ impl Calibration {
         flags: CalibrationFlags,
         text: &Path,
         recipe: &Recipe,
-        checkpoint: &Checkpoint,
+        source: &Source,
         talk: &Talk,
         stop: &AtomicBool,
     ) -> Result<Self> {
+        let Source {
+            checkpoint,
+            type_of,
+        } = *source;
         let stored = match recipe.widen {
             true => StoredModel::open_widened(flags.model)?,
             false => StoredModel::open(flags.model)?,
@@ -118,25 +137,49 @@ impl Calibration {
             Some(path) => Some(GivenStatistics::open(path, &stored, &shards, &samples)?),
             None => None,
         };
+        let (statistics, given) = given.map(|given| (given.statistics, given.sha256)).unzip();
+        let memory_bytes = memory::limit(flags.calibration.max_ram);
         let settings = recipe.rewrites(stored.config().nextn_predict_layers > 0);
         let settings = settings.map(|settings| RewriteSettings {
             floats: flags.floats,
             ..settings
         });
-        let rewrites = match settings {
-            None => Rewrites::none(),
+        let RotationChoice { rewrites, losses } = match settings {
+            None => RotationChoice::default(),
             Some(settings) => on_workers(flags.threads, || {
                 let watch = || match stop.load(Ordering::Relaxed) {
                     true => Err(Error::Interrupted),
                     false => Ok(()),
                 };
-                let statistics = match &given {
-                    Some(given) => given.statistics.for_rewrites(),
-                    None => Statistics::collect(&stored, &samples, false, &watch)?.for_rewrites(),
+                let statistics = match statistics {
+                    Some(statistics) => statistics,
+                    None => {
+                        let in_file = Statistics::needs_file(&stored, &samples, memory_bytes)?;
+                        Statistics::collect(&stored, &samples, in_file, &watch)?
+                    }
                 };
-                Rewrites::choose(&stored, &settings, &statistics)
+                let statistics = statistics.into_rewrites();
+                let is_decided = recipe
+                    .rewrite
+                    .is_none_or(|rewrite| rewrite.rotation.decided().is_some());
+                if is_decided {
+                    let rewrites = Rewrites::choose(&stored, &settings, &statistics)?;
+                    return Ok(RotationChoice::without_trial(rewrites));
+                }
+                let trial = RotationTrial {
+                    model: &stored,
+                    settings: &settings,
+                    statistics: &statistics,
+                    rounding: recipe.rounding,
+                    type_of,
+                    watch: &watch,
+                };
+                trial.choose()
             })?,
         };
+        if !losses.is_empty() {
+            talk.say(rotation_line(rewrites.settings().rotation, &losses));
+        }
         let sidecar = match rewrites.is_none() {
             true => None,
             false => {
@@ -151,7 +194,9 @@ impl Calibration {
             rounding: recipe.rounding,
             shards,
             sidecar,
-            statistics: given.map(|given| given.sha256),
+            statistics: given,
+            memory_bytes,
+            rotation_losses: losses,
         })
     }
 
@@ -182,6 +227,11 @@ impl Calibration {
         Ok(Some(std::fs::read(path).map_err(failed)?))
     }
 
+    /// The rotation of the residual stream.
+    pub fn rotation(&self) -> Rotation {
+        self.weights.rewrites().settings().rotation
+    }
+
     /// What the artifact says of it.
     pub fn keys(&self) -> Vec<(&'static str, Value)> {
         let mut keys = vec![
@@ -207,6 +257,16 @@ impl Calibration {
             ));
         }
         keys
+    }
+
+    /// How the rounding stays within its memory.
+    pub fn arrange(&self, plan: &Plan) -> Result<Arrangement> {
+        self.needs(plan).arrange(self.memory_bytes)
+    }
+
+    /// What the rounding needs.
+    pub fn needs<'a>(&self, plan: &'a Plan) -> Needs<'a> {
+        Needs::of_samples(plan, self.rounding, &self.samples)
     }
 
     /// Rounds every tensor; an interrupted run of the same settings goes on where it was.
@@ -250,7 +310,7 @@ impl Calibration {
             integers,
             samples: &self.samples,
             rounding: self.rounding,
-            memory_bytes: 4 << 30,
+            memory_bytes: self.memory_bytes,
             progress: &Report::new(*talk),
             stop,
         };
@@ -278,9 +338,19 @@ impl Calibration {
             "rounding": self.rounding,
             "rewrites": self.weights.rewrites().describe(),
             "rewrites_sha256": self.sidecar,
+            "rotation_losses": self.rotation_losses,
             "statistics_sha256": self.statistics,
         })
     }
+}
+
+/// What was chosen, and from what.
+fn rotation_line(chosen: Rotation, losses: &[RotationLoss]) -> String {
+    let losses: Vec<_> = losses
+        .iter()
+        .map(|tried| format!("{} {:.4e}", tried.rotation, tried.loss))
+        .collect();
+    format!("rotation {chosen}: relative losses {}", losses.join(", "))
 }
 
 fn digest(bytes: &[u8]) -> String {

@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::AtomicBool;
 
 use nemoconv::artifact::locate;
+use nemoconv::convert::calibrated::needs::{Arrangement, Needs, measured_rate};
 use nemoconv::convert::{self, Conduct};
 use nemoconv::error::{Error, Fault, Result};
 use nemoconv::formats::checkpoint::Checkpoint;
@@ -23,11 +24,13 @@ use nemoconv::write::gguf::{self, NamedImatrix};
 use serde_json::Value;
 
 use super::args::ToGguf;
-use super::calibration_job::Calibration;
+use super::calibration_job::{Calibration, Source};
+use super::memory;
 use super::output::{Talk, human_bytes, print_stdout, shape, table};
 use super::progress::Report;
 use super::receipt;
 use super::recipe_job::{self, Chosen};
+use super::workers::on_workers;
 
 /// Everything known before a weight is read.
 pub struct Prepared {
@@ -51,7 +54,10 @@ pub fn to_gguf(args: &ToGguf, talk: &Talk, stop: &AtomicBool) -> Result<()> {
             args.calibration_flags(),
             text,
             &chosen.recipe,
-            &prepared.checkpoint,
+            &Source {
+                checkpoint: &prepared.checkpoint,
+                type_of: &|name| prepared.plan.type_of(name),
+            },
             talk,
             stop,
         )?),
@@ -59,6 +65,11 @@ pub fn to_gguf(args: &ToGguf, talk: &Talk, stop: &AtomicBool) -> Result<()> {
     };
     if let Some(calibration) = &calibration {
         prepared = prepare(args, &chosen, &calibration.keys())?;
+        let plan = &prepared.plan;
+        let arrangement = calibration.arrange(plan)?;
+        prepared.peak_bytes = prepared.peak_bytes.max(arrangement.peak_bytes);
+        let seconds = seconds_of(args, &calibration.needs(plan));
+        talk.say(effort(&arrangement, seconds));
     }
     let Prepared {
         checkpoint,
@@ -136,7 +147,14 @@ pub fn plan(args: &ToGguf, talk: &Talk, stop: &AtomicBool) -> Result<()> {
         return Ok(());
     };
     let keys = chosen.calibration.as_ref().map(Calibration::keys);
-    let prepared = prepare(args, &chosen, &keys.unwrap_or_default())?;
+    let mut prepared = prepare(args, &chosen, &keys.unwrap_or_default())?;
+    if args.calibration.calibration.is_some() {
+        let recipe = &chosen.recipe;
+        let needs = Needs::at_most(&prepared.plan, recipe.rounding, recipe.samples);
+        let arrangement = needs.arrange(memory::limit(args.calibration.max_ram))?;
+        talk.say(effort(&arrangement, seconds_of(args, &needs)));
+        prepared.peak_bytes = prepared.peak_bytes.max(arrangement.peak_bytes);
+    }
     if args.json {
         let Prepared {
             checkpoint,
@@ -377,6 +395,36 @@ fn packed_source(plan: &Plan, calibrated: bool) -> Option<String> {
             total - kept - float
         )
     })
+}
+
+/// An estimate by the multiply-adds that are to be made and the rate of this machine.
+fn seconds_of(args: &ToGguf, needs: &Needs) -> f64 {
+    needs.multiply_adds() / on_workers(args.threads, measured_rate)
+}
+
+/// What the calibrated part of a run takes.
+fn effort(arrangement: &Arrangement, seconds: f64) -> String {
+    let mut means = Vec::new();
+    if arrangement.streams_in_file {
+        means.push("residual streams in a file".to_owned());
+    }
+    if arrangement.most_passes > 1 {
+        let passes = arrangement.most_passes;
+        means.push(format!("second moments in up to {passes} passes"));
+    }
+    let by = match means.is_empty() {
+        true => String::new(),
+        false => format!(" ({})", means.join(", ")),
+    };
+    let time = match seconds {
+        seconds if seconds < 90.0 => format!("{seconds:.0} s"),
+        seconds if seconds < 5400.0 => format!("{:.0} min", seconds / 60.0),
+        seconds => format!("{:.1} h", seconds / 3600.0),
+    };
+    format!(
+        "rounding takes about {} of memory{by} and {time}",
+        human_bytes(arrangement.peak_bytes)
+    )
 }
 
 fn totals(prepared: &Prepared) -> String {

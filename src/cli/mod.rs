@@ -11,6 +11,7 @@ mod eval_progress;
 mod eval_report;
 mod gguf_job;
 mod inspect;
+mod memory;
 mod output;
 mod packed_receipt;
 mod progress;

@@ -7,6 +7,7 @@ use nemoconv::artifact::locate;
 use nemoconv::convert::Conduct;
 use nemoconv::convert::packed::{PackedJob, Rounded};
 use nemoconv::error::Result;
+use nemoconv::formats::GgmlType;
 use nemoconv::formats::checkpoint::Checkpoint;
 use nemoconv::model::config::NemotronHConfig;
 use nemoconv::plan::packed::{PackedPlan, PackedSettings};
@@ -14,7 +15,7 @@ use nemoconv::plan::recipe::{Recipe, RecipeEntries};
 use nemoconv::rewrite::SIDECAR_IN_FOLDER;
 use nemoconv::write::packed::folder::{PackedFolder, check_target};
 
-use super::calibration_job::{Calibration, CalibrationFlags};
+use super::calibration_job::{Calibration, CalibrationFlags, Source};
 use super::gguf_job::model_id;
 use super::output::{Talk, human_bytes, print_stdout, table};
 use super::packed_receipt;
@@ -45,7 +46,11 @@ pub fn to_safetensors(args: &ToSafetensors, talk: &Talk, stop: &AtomicBool) -> R
                 calibration: &args.calibration,
                 floats: Some(floats(&plan)),
             };
-            let begun = Calibration::begin(flags, text, &recipe, &checkpoint, talk, stop)?;
+            let source = Source {
+                checkpoint: &checkpoint,
+                type_of: &|_| GgmlType::F32,
+            };
+            let begun = Calibration::begin(flags, text, &recipe, &source, talk, stop)?;
             settings.is_rewritten = begun.is_rewritten();
             plan = self::plan(&checkpoint, &settings)?;
             Some(begun)

@@ -231,6 +231,19 @@ impl TensorRule {
     }
 }
 
+/// Matrices of a block that read its normed stream, as stems of GGUF names; the router, which is never rounded, aside.
+pub fn stream_readers(kind: BlockKind, config: &NemotronHConfig) -> &'static [&'static str] {
+    let moe = config.moe.as_ref();
+    let is_latent = moe.is_some_and(|moe| moe.moe_latent_size.is_some());
+    match kind {
+        BlockKind::Mamba => &["ssm_in"],
+        BlockKind::Attention => &["attn_q", "attn_k", "attn_v"],
+        BlockKind::Mlp => &["ffn_up"],
+        BlockKind::Moe if is_latent => &["ffn_latent_down", "ffn_up_shexp"],
+        BlockKind::Moe => &["ffn_up_exps", "ffn_up_shexp"],
+    }
+}
+
 use Dim::*;
 
 const EMBEDDINGS: TensorRule =

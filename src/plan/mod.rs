@@ -173,6 +173,12 @@ impl Plan {
         self.tensors.iter().map(PlannedTensor::bytes).sum()
     }
 
+    /// What a tensor is stored as; F32 if the plan has none of this name.
+    pub fn type_of(&self, name: &str) -> GgmlType {
+        let tensor = self.tensors.iter().find(|tensor| tensor.name == name);
+        tensor.map_or(GgmlType::F32, |tensor| tensor.ty)
+    }
+
     /// Weights of all tensors, padding included.
     pub fn weights(&self) -> u64 {
         self.tensors.iter().map(PlannedTensor::weights).sum()

@@ -66,11 +66,48 @@ pub struct Recipe {
     pub packed: PackedRecipe,
 }
 
+/// `rotation`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum WantedRotation {
+    /// The one whose rounding loses least on a few blocks; none unless another is clearly better.
+    #[default]
+    Auto,
+    /// Not rotated.
+    None,
+    /// Random signs and a Hadamard matrix.
+    Hadamard,
+    /// Principal axes, then the same.
+    Klt,
+}
+
+impl WantedRotation {
+    /// The rotation, where it is decided.
+    pub fn decided(self) -> Option<Rotation> {
+        match self {
+            Self::Auto => None,
+            Self::None => Some(Rotation::None),
+            Self::Hadamard => Some(Rotation::Hadamard),
+            Self::Klt => Some(Rotation::Klt),
+        }
+    }
+}
+
+impl From<Rotation> for WantedRotation {
+    fn from(rotation: Rotation) -> Self {
+        match rotation {
+            Rotation::None => Self::None,
+            Rotation::Hadamard => Self::Hadamard,
+            Rotation::Klt => Self::Klt,
+        }
+    }
+}
+
 /// How a calibrated network is rewritten.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct RewriteRecipe {
     /// Of the residual stream.
-    pub rotation: Rotation,
+    pub rotation: WantedRotation,
     /// Scales of every space.
     pub smoothing: bool,
     /// How they share.
@@ -97,10 +134,11 @@ impl Recipe {
         }
     }
 
-    /// How the network is rewritten; `has_mtp`: the model has a multi-token-prediction head.
+    /// How the network is rewritten, without a rotation where that is still to be chosen; `has_mtp`: the model has a
+    /// multi-token-prediction head.
     pub fn rewrites(&self, has_mtp: bool) -> Option<RewriteSettings> {
         self.rewrite.map(|rewrite| RewriteSettings {
-            rotation: rewrite.rotation,
+            rotation: rewrite.rotation.decided().unwrap_or_default(),
             smoothing: rewrite.smoothing,
             balance: rewrite.balance,
             magnitude: Magnitude::RootMeanSquare,
@@ -154,9 +192,10 @@ fn push_rewrite(yaml: &mut String, rewrite: Option<RewriteRecipe>) {
         return;
     };
     let rotation = match rewrite.rotation {
-        Rotation::None => "none",
-        Rotation::Hadamard => "hadamard",
-        Rotation::Klt => "klt",
+        WantedRotation::Auto => "auto",
+        WantedRotation::None => "none",
+        WantedRotation::Hadamard => "hadamard",
+        WantedRotation::Klt => "klt",
     };
     yaml.push_str(&format!(
         "rewrite:\n  rotation: {rotation}\n  smoothing: {}\n  balance: {}\n  sort: {}\n",
@@ -279,7 +318,7 @@ pub struct RewriteEntries {
     /// Whether it is.
     pub apply: Option<bool>,
     /// Of the residual stream.
-    pub rotation: Option<Rotation>,
+    pub rotation: Option<WantedRotation>,
     /// Scales of every space.
     pub smoothing: Option<bool>,
     /// Quarters of a channel's size that go to its activation.
@@ -634,6 +673,7 @@ rewrite: {rotation: klt}
         let file = "outtype: q8_0\npasses: 1\nrules: [{tensor: a, type: q8_0}]";
         let merged = entries("phase: 2\nrules: [{tensor: b, type: q8_0}]").or(entries(file));
         let recipe = merged.resolve().unwrap();
+        assert!(recipe.to_yaml().contains("rotation: auto\n"));
         assert_eq!(recipe.aim, Aim::Scheme(Scheme::Phase(Phase::W4A8)));
         assert_eq!(recipe.rounding.passes, 1);
         let patterns: Vec<_> = recipe

@@ -18,6 +18,7 @@ use crate::artifact::{StoredModel, StoredTensor};
 use crate::error::{Error, Fault, Result};
 use crate::model::config::NemotronHConfig;
 use crate::model::hybrid_pattern::BlockKind;
+use crate::model::nemotron_h::stream_readers;
 
 /// Rows of a tensor by which the sizes of its columns are known after a rotation, evenly spread.
 const SAMPLED_ROWS: usize = 1024;
@@ -82,17 +83,6 @@ fn has_mtp(model: &StoredModel) -> bool {
     model.tensor(&norm).is_some()
 }
 
-/// Readers of the normed stream of a block that are quantized; the router stays F32.
-fn readers(kind: BlockKind, config: &NemotronHConfig) -> &'static [&'static str] {
-    match kind {
-        BlockKind::Mamba => &["ssm_in"],
-        BlockKind::Attention => &["attn_q", "attn_k", "attn_v"],
-        BlockKind::Mlp => &["ffn_up"],
-        BlockKind::Moe if has_latent(config) => &["ffn_latent_down", "ffn_up_shexp"],
-        BlockKind::Moe => &["ffn_up_exps", "ffn_up_shexp"],
-    }
-}
-
 fn has_latent(config: &NemotronHConfig) -> bool {
     let moe = config.moe.as_ref();
     moe.is_some_and(|moe| moe.moe_latent_size.is_some())
@@ -149,7 +139,7 @@ impl Choice<'_> {
         let size = self.config().hidden_size;
         let mut pooled = vec![0.0; size * size];
         for (block, kind) in self.config().pattern.kinds().iter().enumerate() {
-            let rows: usize = readers(*kind, self.config())
+            let rows: usize = stream_readers(*kind, self.config())
                 .iter()
                 .filter_map(|name| self.model.tensor(&format!("blk.{block}.{name}.weight")))
                 .map(|tensor| tensor.rows * self.visited(tensor))
@@ -442,7 +432,7 @@ impl Choice<'_> {
         }
         let kinds = self.config().pattern.kinds().to_vec();
         for (block, kind) in kinds.iter().enumerate() {
-            let names = readers(*kind, self.config());
+            let names = stream_readers(*kind, self.config());
             let names = names
                 .iter()
                 .map(|name| format!("blk.{block}.{name}.weight"));

@@ -44,6 +44,7 @@ use std::collections::BTreeMap;
 use serde::{Deserialize, Serialize};
 
 pub use matrix::SquareMatrix;
+pub(crate) use matrix::product;
 pub(crate) use model::Rewritten;
 pub use model::RewrittenModel;
 pub use restore::Restore;
@@ -62,6 +63,16 @@ pub enum Rotation {
     Hadamard,
     /// Principal axes of the normed stream, then signs and Hadamard: every channel gets the same mean square.
     Klt,
+}
+
+impl std::fmt::Display for Rotation {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.pad(match self {
+            Self::None => "none",
+            Self::Hadamard => "hadamard",
+            Self::Klt => "klt",
+        })
+    }
 }
 
 /// What of an activation stands for its size.

@@ -29,7 +29,7 @@ impl RewrittenModel {
     }
 
     /// The model before the rewrites.
-    pub fn stored(&self) -> &StoredModel {
+    pub fn stored(&self) -> &Arc<StoredModel> {
         &self.stored
     }
 

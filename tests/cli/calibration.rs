@@ -7,9 +7,9 @@ use std::time::{Duration, Instant};
 use nemoconv_fixtures::checkpoint::cases;
 use nemoconv_fixtures::{models, nano};
 use serde_json::Value;
-use tempfile::{TempDir, tempdir};
+use tempfile::tempdir;
 
-use crate::support::{nemoconv, stderr, to_gguf};
+use crate::support::{Place, mean_kl, nemoconv, report, stderr, to_gguf, validate};
 
 const HELD_OUT: &str = "\
 The committee met again in the spring to consider the report of the engineers, who had measured the river at four places \
@@ -17,23 +17,11 @@ and found it lower than in any year on record. It was agreed that the bridge sho
 that the cost should be divided between the two towns. A letter was read from the minister, who regretted that he could \
 not be present. After a short discussion the members walked down to the bank to look at the stones for themselves. ";
 
-struct Place {
-    folder: TempDir,
-    text: PathBuf,
+fn place() -> Place {
+    Place::new(std::fs::read(nemoconv_fixtures::data().join("calibration.txt")).unwrap())
 }
 
 impl Place {
-    fn new() -> Self {
-        let folder = tempdir().unwrap();
-        let text = folder.path().join("calibration.txt");
-        std::fs::copy(nemoconv_fixtures::data().join("calibration.txt"), &text).unwrap();
-        Self { folder, text }
-    }
-
-    fn file(&self, name: &str) -> PathBuf {
-        self.folder.path().join(name)
-    }
-
     fn flags<'a>(&'a self, more: &[&'a str]) -> Vec<&'a str> {
         let fixed = [
             "--calibration",
@@ -54,23 +42,8 @@ impl Place {
     fn validated(&self, artifact: &Path, model: &Path) -> (f64, Value) {
         let text = self.file("held-out.txt");
         std::fs::write(&text, HELD_OUT.repeat(12)).unwrap();
-        let paths = [artifact, model, &text].map(|path| path.to_str().unwrap());
-        let output = nemoconv([
-            "-q",
-            "validate",
-            paths[0],
-            "--reference",
-            paths[1],
-            "--text",
-            paths[2],
-            "--context",
-            "128",
-            "--json",
-        ]);
-        let report: Value = serde_json::from_slice(&output.stdout)
-            .unwrap_or_else(|_| panic!("{}", stderr(&output)));
-        let mean = &report["logits"]["kl_divergence"]["mean"]["value"];
-        (mean.as_f64().unwrap(), report)
+        let report = report(&validate(artifact, model, &text, &["--json"]));
+        (mean_kl(&report), report)
     }
 }
 
@@ -84,7 +57,7 @@ fn receipt(artifact: &Path) -> Value {
 
 #[test]
 fn feedback_comes_closer_to_the_model_than_the_search_and_the_search_than_nothing() {
-    let place = Place::new();
+    let place = place();
     let data_free = place.file("data-free.gguf");
     to_gguf(&nano(), &data_free, &["-t", "q4_0", "--pure"]);
     let kl = |artifact: &Path| place.validated(artifact, &nano()).0;
@@ -103,7 +76,7 @@ fn feedback_comes_closer_to_the_model_than_the_search_and_the_search_than_nothin
 
 #[test]
 fn the_receipt_says_what_became_of_every_tensor_and_validate_undoes_the_rewrites() {
-    let place = Place::new();
+    let place = place();
     let artifact = place.converted(
         &nano(),
         "klt.gguf",
@@ -158,7 +131,7 @@ fn the_receipt_says_what_became_of_every_tensor_and_validate_undoes_the_rewrites
 
 #[test]
 fn bytes_do_not_depend_on_threads() {
-    let place = Place::new();
+    let place = place();
     let made = ["1", "2", "3"].map(|threads| {
         let flags = [
             "-t",
@@ -177,7 +150,7 @@ fn bytes_do_not_depend_on_threads() {
 
 #[test]
 fn a_run_that_is_killed_goes_on_and_ends_with_the_same_bytes() {
-    let place = Place::new();
+    let place = place();
     let flags = ["-t", "q4_k_m", "--target-correction", "1"];
     let begun = Instant::now();
     let whole = bytes(&place.converted(&nano(), "whole.gguf", &flags));
@@ -212,7 +185,7 @@ fn a_run_that_is_killed_goes_on_and_ends_with_the_same_bytes() {
 
 #[test]
 fn other_settings_do_not_take_over_what_is_left() {
-    let place = Place::new();
+    let place = place();
     let work = place.file("out.work");
     std::fs::create_dir(&work).unwrap();
     std::fs::write(
@@ -226,7 +199,7 @@ fn other_settings_do_not_take_over_what_is_left() {
 
 #[test]
 fn every_kind_of_block_is_calibrated() {
-    let place = Place::new();
+    let place = place();
     for case in cases().into_iter().filter(|case| {
         ["moe", "latent"]
             .iter()
@@ -253,7 +226,7 @@ fn every_kind_of_block_is_calibrated() {
 
 #[test]
 fn texts_that_say_nothing_are_refused() {
-    let place = Place::new();
+    let place = place();
     std::fs::write(&place.text, "Too short.").unwrap();
     let outfile = place.file("never.gguf");
     let (model, outfile) = (nano(), outfile.to_str().unwrap().to_string());
@@ -286,7 +259,7 @@ fn rewrites_take_hostile_scales_away() {
         return;
     };
     let outlier = tiny.with_file_name("nemotron-h-tiny-outlier");
-    let place = Place::new();
+    let place = place();
     let kl = |model: &Path| {
         let artifact = place.converted(model, "rotated.gguf", &["-t", "q4_k_m", "--rotate", "klt"]);
         place.validated(&artifact, model).0

@@ -6,31 +6,19 @@ use std::process::{Command, Output, Stdio};
 use nemoconv_fixtures::checkpoint::{RandomCheckpoint, cases};
 use nemoconv_fixtures::{models, nano};
 use serde_json::Value;
-use tempfile::{TempDir, tempdir};
+use tempfile::tempdir;
 
-use crate::support::{nemoconv, stderr, to_gguf};
+use crate::support::{Place, mean_kl, nemoconv, report, stderr, to_gguf, validate};
 
 /// Text whose every chunk is scored.
 const TEXT: &str =
     "The old harbour lay quiet under the morning fog, and the boats came in one after another. ";
 
-struct Place {
-    folder: TempDir,
-    text: PathBuf,
+fn place() -> Place {
+    Place::new(TEXT.repeat(40))
 }
 
 impl Place {
-    fn new() -> Self {
-        let folder = tempdir().unwrap();
-        let text = folder.path().join("text.txt");
-        std::fs::write(&text, TEXT.repeat(40)).unwrap();
-        Self { folder, text }
-    }
-
-    fn file(&self, name: &str) -> PathBuf {
-        self.folder.path().join(name)
-    }
-
     fn artifact(&self, file_type: &str) -> PathBuf {
         let path = self.file(&format!("{file_type}.gguf"));
         to_gguf(&nano(), &path, &["-t", file_type]);
@@ -38,29 +26,13 @@ impl Place {
     }
 
     fn validate(&self, artifact: &Path, reference: &Path, flags: &[&str]) -> Output {
-        let path = |path: &Path| path.to_str().unwrap().to_string();
-        let fixed = ["-q", "validate", &path(artifact), "--context", "128"].map(String::from);
-        let reference =
-            ["--reference", &path(reference), "--text", &path(&self.text)].map(String::from);
-        let flags = flags.iter().map(|flag| flag.to_string());
-        nemoconv(fixed.into_iter().chain(reference).chain(flags))
+        validate(artifact, reference, &self.text, flags)
     }
-}
-
-fn report(output: &Output) -> Value {
-    serde_json::from_slice(&output.stdout)
-        .unwrap_or_else(|error| panic!("{error}: {}", stderr(output)))
-}
-
-fn mean_kl(report: &Value) -> f64 {
-    report["logits"]["kl_divergence"]["mean"]["value"]
-        .as_f64()
-        .unwrap_or_else(|| panic!("{}", report["logits"]["kl_divergence"]))
 }
 
 #[test]
 fn a_gate_decides_the_exit_code_and_every_report_is_written() {
-    let place = Place::new();
+    let place = place();
     let artifact = place.artifact("q4_0");
     let files = ["r.xml", "r.sarif", "r.html"].map(|name| place.file(name));
     let [junit, sarif, html] = files.each_ref().map(|path| path.to_str().unwrap());
@@ -93,7 +65,7 @@ fn a_gate_decides_the_exit_code_and_every_report_is_written() {
 
 #[test]
 fn the_same_function_has_no_drift() {
-    let place = Place::new();
+    let place = place();
     let found = report(&place.validate(
         &place.artifact("f32"),
         &nano(),
@@ -112,7 +84,7 @@ fn the_same_function_has_no_drift() {
 
 #[test]
 fn gates_come_from_a_file_and_flags_win() {
-    let place = Place::new();
+    let place = place();
     let artifact = place.artifact("q8_0");
     let gates = place.file("gates.yaml");
     std::fs::write(&gates, "max-kld: 1e-9\n").unwrap();
@@ -127,7 +99,7 @@ fn gates_come_from_a_file_and_flags_win() {
 
 #[test]
 fn saved_references_stand_in_for_the_model() {
-    let place = Place::new();
+    let place = place();
     let artifact = place.artifact("q4_0");
     let exact = mean_kl(&report(&place.validate(&artifact, &nano(), &["--json"])));
     for (name, tolerance) in [("reference.nref", 0.02), ("base.kld", 0.02)] {
@@ -166,7 +138,7 @@ fn saved_references_stand_in_for_the_model() {
 
 #[test]
 fn every_activation_scheme_runs_and_none_drifts_least() {
-    let place = Place::new();
+    let place = place();
     let artifact = place.artifact("q8_0");
     let kl = |act: &str| {
         mean_kl(&report(&place.validate(
@@ -183,7 +155,7 @@ fn every_activation_scheme_runs_and_none_drifts_least() {
 
 #[test]
 fn what_cannot_be_compared_is_an_error_that_says_why() {
-    let place = Place::new();
+    let place = place();
     let artifact = place.artifact("q8_0");
     let check = |output: Output, expected: &str| {
         assert_eq!(
@@ -242,7 +214,7 @@ fn peak_kilobytes(mut command: Command) -> (u64, Option<i32>) {
 #[cfg(target_os = "linux")]
 #[test]
 fn a_model_larger_than_max_ram_is_scored_under_it() {
-    let place = Place::new();
+    let place = place();
     let checkpoint = RandomCheckpoint {
         pattern: "M-*M-".into(),
         hidden_size: 1024,

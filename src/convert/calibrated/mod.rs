@@ -6,9 +6,13 @@
 
 mod ledger;
 mod moments;
+pub mod needs;
+pub mod rotation;
 mod rounding;
 pub mod sensitivity;
 mod stages;
+#[cfg(test)]
+mod tests;
 pub mod workspace;
 
 use std::collections::BTreeMap;
@@ -33,6 +37,7 @@ use crate::quantize::integer::IntegerGrid;
 use crate::rewrite::RewrittenModel;
 pub use ledger::{ExpertTokens, TensorOutcome, Treatment};
 use moments::StageMoments;
+use needs::{Arrangement, Needs};
 use workspace::Workspace;
 
 /// How weights are rounded when there are samples.
@@ -92,7 +97,7 @@ pub struct Calibrated<'a> {
     pub samples: &'a Samples,
     /// How weights are rounded.
     pub rounding: Rounding,
-    /// Residual streams that would take more than half of so many bytes go to a temporary file.
+    /// Memory to stay within, see [`Needs::arrange`](needs::Needs::arrange); the bytes do not depend on it.
     pub memory_bytes: u64,
     /// Told how far the work is.
     pub progress: &'a dyn Progress,
@@ -104,14 +109,19 @@ impl Calibrated<'_> {
     /// Rounds every tensor of the network into the workspace; what is there already is taken as it is.
     ///
     /// # Errors
-    /// A weight cannot be read, a block computes something that is not a number, the workspace cannot be written, a raised
-    /// `stop`.
+    /// The memory is too little, a weight cannot be read, a block computes something that is not a number, the workspace
+    /// cannot be written, a raised `stop`.
     pub fn run(&self, workspace: &mut Workspace) -> Result<()> {
+        let needs = Needs::of_samples(self.plan, self.rounding, self.samples);
+        self.run_arranged(&needs.arrange(self.memory_bytes)?, workspace)
+    }
+
+    fn run_arranged(&self, arrangement: &Arrangement, workspace: &mut Workspace) -> Result<()> {
         let total = self.tensors().map(PlannedTensor::bytes).sum();
         self.progress.begin("calibrating", total);
-        let mut streams = self.embed(workspace)?;
+        let mut streams = self.embed(arrangement.streams_in_file, workspace)?;
         for block in 0..self.plan.config.pattern.kinds().len() {
-            self.block(block, &mut streams, workspace)?;
+            self.block(block, arrangement, &mut streams, workspace)?;
         }
         self.finish(&streams, workspace)?;
         self.progress.end();
@@ -168,7 +178,7 @@ impl Calibrated<'_> {
     }
 
     /// Rounds the embedding, whose inputs are one-hot, and looks up every token in both versions.
-    fn embed(&self, workspace: &mut Workspace) -> Result<BothStreams> {
+    fn embed(&self, in_file: bool, workspace: &mut Workspace) -> Result<BothStreams> {
         let name = "token_embd.weight";
         self.round_plainly(name, workspace)?;
         let hidden = self.weights.stored().config().hidden_size;
@@ -187,8 +197,6 @@ impl Calibrated<'_> {
             .iter()
             .map(|cell| hidden * cell.iter().sum::<usize>())
             .collect();
-        let stream_bytes = 8 * lengths.iter().sum::<usize>() as u64;
-        let in_file = stream_bytes > self.memory_bytes / 2;
         let mut streams = BothStreams {
             original: Streams::new(lengths.clone(), in_file)?,
             rounded: Streams::new(lengths, in_file)?,
@@ -216,6 +224,7 @@ impl Calibrated<'_> {
     fn block(
         &self,
         block: usize,
+        arrangement: &Arrangement,
         streams: &mut BothStreams,
         workspace: &mut Workspace,
     ) -> Result<()> {
@@ -237,7 +246,7 @@ impl Calibrated<'_> {
             .collect::<Result<Vec<_>>>()?;
         let original = Layer::open(config, block, originals.clone())?;
         let routes = self.run_original(&original, streams)?;
-        for stage in &stages {
+        for (index, stage) in stages.iter().enumerate() {
             self.check_stop()?;
             let open = stage.iter().filter(|name| !workspace.is_finished(name));
             let open: Vec<&str> = open.copied().collect();
@@ -248,6 +257,8 @@ impl Calibrated<'_> {
             let current = self.current_layer(block, &names, &originals, workspace)?;
             let stage = StageMoments {
                 job: self,
+                passes: arrangement.passes(block, index),
+                members: stage,
                 original: &original,
                 current: &current,
                 streams,

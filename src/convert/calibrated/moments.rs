@@ -1,8 +1,10 @@
 //! Second moments of one stage: every cell through the block as it is now, inputs of the stage's matrices summed up.
 
 use std::collections::BTreeMap;
+use std::ops::Range;
 
-use super::{BothStreams, Calibrated, Workspace, rounding, routing_of, stages};
+use super::rounding::{TensorRounding, add_to_pool};
+use super::{BothStreams, Calibrated, Workspace, routing_of, stages};
 use crate::backend::cpu::kernels::Isa;
 use crate::backend::{Backend, ExpertRows};
 use crate::calibrate::capture::{Capture, Captured};
@@ -38,37 +40,101 @@ pub type SeenInputs = BTreeMap<(String, usize), Seen>;
 /// A stage of a block about to be rounded.
 pub struct StageMoments<'a> {
     pub job: &'a Calibrated<'a>,
+    /// All tensors of the stage.
+    pub members: &'a [&'a str],
+    /// Which of its inputs are looked at together.
+    pub passes: &'a [Range<usize>],
     pub original: &'a Layer,
     pub current: &'a Layer,
     pub streams: &'a BothStreams,
     pub routes: &'a [Vec<ExpertRows>],
 }
 
-impl StageMoments<'_> {
-    /// Collects what the tensors read, then rounds them one by one.
+/// An input: the tensor under whose name it is seen, and the matrix.
+type Key = (String, usize);
+
+impl<'a> StageMoments<'a> {
+    /// Collects what the tensors read, and rounds them one by one, in as many passes over the cells as memory asks for.
     pub fn round(&self, tensors: &[&str], workspace: &mut Workspace) -> Result<()> {
-        let mut inputs: Vec<String> = tensors.iter().map(|name| stages::input_of(name)).collect();
-        inputs.dedup();
-        let inputs: Vec<&str> = inputs.iter().map(String::as_str).collect();
-        let seen = self.collect(&inputs)?;
-        for name in tensors {
-            self.job.check_stop()?;
-            let Some(tensor) = self.job.tensor(name) else {
-                continue;
-            };
-            let (bytes, outcome) =
-                rounding::with_inputs(self.job, tensor, &stages::input_of(name), &seen)?;
-            workspace.finish(&bytes, outcome)?;
-            self.job.progress.advance(tensor.bytes());
+        let mut open = Vec::new();
+        for tensor in tensors.iter().filter_map(|name| self.job.tensor(name)) {
+            let input = stages::input_of(&tensor.name);
+            open.push(TensorRounding::begin(self.job, tensor, input)?);
+        }
+        let keys = self.keys();
+        let passes = self.passes.iter().map(|pass| &keys[pass.clone()]);
+        let is_read = |keys: &&[Key]| {
+            let mut inputs = keys.iter().map(|(input, _)| input);
+            inputs.any(|input| open.iter().any(|tensor| tensor.input() == input))
+        };
+        let passes: Vec<&[Key]> = passes.filter(is_read).collect();
+        self.pool(&passes, &mut open)?;
+        for keys in passes {
+            let seen = self.collect(keys)?;
+            for mut tensor in std::mem::take(&mut open) {
+                self.job.check_stop()?;
+                tensor.round(count_of(keys, tensor.input()), &seen)?;
+                if !tensor.is_complete() {
+                    open.push(tensor);
+                    continue;
+                }
+                let planned_bytes = tensor.planned_bytes();
+                let (bytes, outcome) = tensor.finish();
+                workspace.finish(&bytes, outcome)?;
+                self.job.progress.advance(planned_bytes);
+            }
         }
         Ok(())
     }
 
-    fn collect(&self, inputs: &[&str]) -> Result<SeenInputs> {
-        let mut trees: BTreeMap<(String, usize), Tree<Seen>> = BTreeMap::new();
+    /// All inputs of the stage, in the order of [`Needs`](super::needs::Needs).
+    fn keys(&self) -> Vec<Key> {
+        let mut inputs: Vec<String> = Vec::new();
+        for input in self.members.iter().map(|name| stages::input_of(name)) {
+            if !inputs.contains(&input) {
+                inputs.push(input);
+            }
+        }
+        let stored = self.job.weights.stored();
+        let matrices = |input: &str| stored.tensor(input).map_or(0, |tensor| tensor.matrices);
+        let keys = inputs.into_iter().map(|input| (matrices(&input), input));
+        keys.flat_map(|(matrices, input)| (0..matrices).map(move |matrix| (input.clone(), matrix)))
+            .collect()
+    }
+
+    /// Inputs of all experts together, for tensors that are not rounded in one pass: a pass over the cells of their own.
+    fn pool(&self, passes: &[&[Key]], open: &mut [TensorRounding]) -> Result<()> {
+        let most = |input: &str| passes.iter().map(|keys| count_of(keys, input)).max();
+        for tensor in open {
+            let most = most(tensor.input()).unwrap_or(0);
+            let Some(input) = tensor.missing_pool(most).map(str::to_owned) else {
+                continue;
+            };
+            let mut pool = None;
+            for keys in passes {
+                let keys: Vec<Key> = keys
+                    .iter()
+                    .filter(|(name, _)| *name == input)
+                    .cloned()
+                    .collect();
+                let seen = self.collect(&keys)?;
+                seen.values().for_each(|seen| add_to_pool(&mut pool, seen));
+            }
+            pool.iter().for_each(|pool| tensor.set_pool(pool));
+        }
+        Ok(())
+    }
+
+    fn collect(&self, keys: &[Key]) -> Result<SeenInputs> {
+        let mut wanted: BTreeMap<&str, Range<usize>> = BTreeMap::new();
+        for (input, matrix) in keys {
+            let range = wanted.entry(input).or_insert(*matrix..*matrix);
+            range.end = matrix + 1;
+        }
+        let mut trees: BTreeMap<Key, Tree<Seen>> = BTreeMap::new();
         for cell in 0..self.streams.cells.len() {
             self.job.check_stop()?;
-            for (key, seen) in self.cell(cell, inputs)? {
+            for (key, seen) in self.cell(cell, &wanted)? {
                 trees.entry(key).or_default().push(seen);
             }
         }
@@ -88,12 +154,7 @@ impl StageMoments<'_> {
         capture: &mut Capture,
     ) -> Result<()> {
         let config = self.job.weights.stored().config();
-        let is_latent = config
-            .moe
-            .as_ref()
-            .is_some_and(|moe| moe.moe_latent_size.is_some());
-        let reads_stream = |name: &&str| stages::reads_stream(name, is_latent);
-        if capture.wanted().iter().all(reads_stream) {
+        if stages::reads_stream(layer.kind(), config, self.members) {
             layer.show_readers(stream, routing, capture);
             return Ok(());
         }
@@ -101,12 +162,12 @@ impl StageMoments<'_> {
     }
 
     /// What one cell shows.
-    fn cell(&self, cell: usize, inputs: &[&str]) -> Result<SeenInputs> {
+    fn cell(&self, cell: usize, wanted: &BTreeMap<&str, Range<usize>>) -> Result<SeenInputs> {
         let (lengths, routing) = (&self.streams.cells[cell], routing_of(self.routes, cell));
-        let mut capture = Capture::new(inputs, routing);
+        let mut capture = Capture::of_matrices(wanted, routing);
         let mut stream = self.streams.rounded.read(cell)?;
         self.show(self.current, &mut stream, lengths, routing, &mut capture)?;
-        let mut originals = Capture::new(inputs, routing);
+        let mut originals = Capture::of_matrices(wanted, routing);
         if self.job.rounding.target_correction > 0.0 {
             let mut stream = self.streams.original.read(cell)?;
             self.show(self.original, &mut stream, lengths, routing, &mut originals)?;
@@ -117,6 +178,11 @@ impl StageMoments<'_> {
         };
         Ok(capture.inputs.into_iter().map(seen).collect())
     }
+}
+
+/// How many matrices of an input are among the keys.
+fn count_of(keys: &[Key], input: &str) -> usize {
+    keys.iter().filter(|(name, _)| name == input).count()
 }
 
 fn seen(isa: Isa, captured: &Captured, original: Option<&Captured>) -> Seen {
@@ -169,7 +235,9 @@ pub fn round_head(
         .map(|seen| ((name.to_string(), 0), seen))
         .into_iter()
         .collect();
-    let (bytes, outcome) = rounding::with_inputs(job, tensor, name, &seen)?;
+    let mut rounding = TensorRounding::begin(job, tensor, name.to_string())?;
+    rounding.round(1, &seen)?;
+    let (bytes, outcome) = rounding.finish();
     workspace.finish(&bytes, outcome)?;
     job.progress.advance(tensor.bytes());
     Ok(())

@@ -2,6 +2,8 @@
 
 use super::moments::{Seen, SeenInputs};
 use super::{Calibrated, ExpertTokens, Method, TensorOutcome, Treatment};
+use crate::artifact::StoredTensor;
+use crate::calibrate::cells::Merge;
 use crate::calibrate::experts::own_share;
 use crate::calibrate::second_moments::SecondMoments;
 use crate::error::Result;
@@ -25,34 +27,109 @@ pub fn plain(job: &Calibrated, tensor: &PlannedTensor) -> Result<(Vec<u8>, Tenso
     Ok((bytes, outcome))
 }
 
-/// Rounds a tensor with what is known of its inputs, under the name of the tensor that was captured.
-pub fn with_inputs(
-    job: &Calibrated,
-    tensor: &PlannedTensor,
-    input: &str,
-    seen: &SeenInputs,
-) -> Result<(Vec<u8>, TensorOutcome)> {
-    let shape = crate::forward::required(job.weights.stored(), &tensor.name)?.clone();
-    let pool = (shape.matrices > 1).then(|| pool(input, seen)).flatten();
-    let mut sums = Sums::default();
-    let form = job.form(tensor);
-    let mut outcome = empty_outcome(tensor, form, shape.columns);
-    let mut bytes = Vec::new();
-    for matrix in 0..shape.matrices {
-        let values = job.weights.matrix(&tensor.name, matrix)?;
-        outcome.nonfinite += nonfinite(&values);
-        let seen = seen.get(&(input.to_string(), matrix));
-        let rows = Rows {
+/// What stands in for second moments of an expert that saw little.
+#[derive(Debug)]
+pub enum Prior {
+    /// Every token was seen.
+    None,
+    /// Inputs of all experts together.
+    Pool(SecondMoments),
+    /// Its own mean diagonal: inputs of writers lie in a basis of their own.
+    OwnDiagonal,
+}
+
+/// A tensor on its way, one matrix after the other.
+pub struct TensorRounding<'a> {
+    job: &'a Calibrated<'a>,
+    tensor: &'a PlannedTensor,
+    form: Form,
+    shape: StoredTensor,
+    /// The tensor under whose name its inputs are seen.
+    input: String,
+    prior: Option<Prior>,
+    done: usize,
+    sums: Sums,
+    outcome: TensorOutcome,
+    bytes: Vec<u8>,
+}
+
+impl<'a> TensorRounding<'a> {
+    /// Nothing is rounded yet; `input`: the tensor under whose name the inputs are seen.
+    pub fn begin(
+        job: &'a Calibrated<'a>,
+        tensor: &'a PlannedTensor,
+        input: String,
+    ) -> Result<Self> {
+        let shape = crate::forward::required(job.weights.stored(), &tensor.name)?.clone();
+        let form = job.form(tensor);
+        let outcome = empty_outcome(tensor, form, shape.columns);
+        let prior = match (shape.matrices > 1, is_writer(&tensor.name)) {
+            (false, _) => Some(Prior::None),
+            (true, true) => Some(Prior::OwnDiagonal),
+            (true, false) => None,
+        };
+        Ok(Self {
             job,
+            tensor,
             form,
-            columns: shape.columns,
+            shape,
+            input,
+            prior,
+            done: 0,
+            sums: Sums::default(),
+            outcome,
+            bytes: Vec::new(),
+        })
+    }
+
+    /// The input whose second moments over all experts are needed, and are not all in `seen`.
+    pub fn missing_pool(&self, seen: usize) -> Option<&str> {
+        let is_missing = self.prior.is_none() && seen < self.shape.matrices;
+        is_missing.then_some(&self.input)
+    }
+
+    /// Gives inputs of all experts together.
+    pub fn set_pool(&mut self, pool: &SecondMoments) {
+        self.prior = Some(Prior::Pool(pool.clone()));
+    }
+
+    /// The tensor under whose name its inputs are seen.
+    pub fn input(&self) -> &str {
+        &self.input
+    }
+
+    /// Stored bytes, as the plan counts them.
+    pub fn planned_bytes(&self) -> u64 {
+        self.tensor.bytes()
+    }
+
+    /// Rounds the next `count` matrices, which must be all where the prior is still to be made of `seen`.
+    pub fn round(&mut self, count: usize, seen: &SeenInputs) -> Result<()> {
+        let prior = self.prior.take().unwrap_or_else(|| pool(&self.input, seen));
+        for matrix in self.done..self.done + count {
+            self.matrix(matrix, &prior, seen)?;
+        }
+        self.done += count;
+        self.prior = Some(prior);
+        Ok(())
+    }
+
+    fn matrix(&mut self, matrix: usize, prior: &Prior, seen: &SeenInputs) -> Result<()> {
+        let values = self.job.weights.matrix(&self.tensor.name, matrix)?;
+        let outcome = &mut self.outcome;
+        outcome.nonfinite += nonfinite(&values);
+        let seen = seen.get(&(self.input.clone(), matrix));
+        let rows = Rows {
+            job: self.job,
+            form: self.form,
+            columns: self.shape.columns,
             values: &values,
         };
-        let rounded = rows.round(seen, pool.as_ref(), is_writer(&tensor.name));
+        let rounded = rows.round(seen, prior);
         outcome.overflows += rounded.overflows;
         outcome.dead_inputs = outcome.dead_inputs.max(rounded.dead_inputs);
-        sums.add(&rounded);
-        if shape.matrices > 1 {
+        self.sums.add(&rounded);
+        if self.shape.matrices > 1 {
             let moments = seen.map(|seen| &seen.moments);
             outcome.experts.push(ExpertTokens {
                 tokens: moments.map_or(0, |moments| moments.tokens),
@@ -67,10 +144,20 @@ pub fn with_inputs(
         };
         outcome.tokens =
             Some(outcome.tokens.unwrap_or(0) + seen.map_or(0, |seen| seen.moments.tokens));
-        bytes.extend(rounded.bytes);
+        self.bytes.extend(rounded.bytes);
+        Ok(())
     }
-    sums.write(&mut outcome);
-    Ok((bytes, outcome))
+
+    /// Whether every matrix is rounded.
+    pub fn is_complete(&self) -> bool {
+        self.done == self.shape.matrices
+    }
+
+    /// What is stored, and what became of it.
+    pub fn finish(mut self) -> (Vec<u8>, TensorOutcome) {
+        self.sums.write(&mut self.outcome);
+        (self.bytes, self.outcome)
+    }
 }
 
 fn empty_outcome(tensor: &PlannedTensor, form: Form, columns: usize) -> TensorOutcome {
@@ -106,15 +193,20 @@ fn is_writer(name: &str) -> bool {
 }
 
 /// All experts' inputs together.
-fn pool(input: &str, seen: &SeenInputs) -> Option<SecondMoments> {
+fn pool(input: &str, seen: &SeenInputs) -> Prior {
     let mut pool: Option<SecondMoments> = None;
     for (_, seen) in seen.iter().filter(|((name, _), _)| name == input) {
-        match &mut pool {
-            None => pool = Some(seen.moments.clone()),
-            Some(pool) => crate::calibrate::cells::Merge::merge(pool, seen.moments.clone()),
-        }
+        add_to_pool(&mut pool, seen);
     }
-    pool
+    pool.map_or(Prior::None, Prior::Pool)
+}
+
+/// In the order of experts, however many of them are seen at a time.
+pub fn add_to_pool(pool: &mut Option<SecondMoments>, seen: &Seen) {
+    match pool {
+        None => *pool = Some(seen.moments.clone()),
+        Some(pool) => pool.merge(seen.moments.clone()),
+    }
 }
 
 /// Losses of all matrices of a tensor.
@@ -179,12 +271,7 @@ struct Rows<'a> {
 }
 
 impl Rows<'_> {
-    fn round(
-        &self,
-        seen: Option<&Seen>,
-        pool: Option<&SecondMoments>,
-        is_writer: bool,
-    ) -> RoundedMatrix {
+    fn round(&self, seen: Option<&Seen>, prior: &Prior) -> RoundedMatrix {
         let (rtn, rtn_overflows) = self.form.nearest(self.columns, self.values, None);
         let rtn_overflows = rtn_overflows.0;
         let unknown = |bytes, treatment, overflows| RoundedMatrix {
@@ -203,7 +290,7 @@ impl Rows<'_> {
         let Some(seen) = seen else {
             return unknown(rtn, Treatment::Rtn, rtn_overflows);
         };
-        let matrix = shrunk(&seen.moments, pool, is_writer);
+        let matrix = shrunk(&seen.moments, prior);
         let damping = self.job.rounding.damping();
         let Some(moments) = InputMoments::new(self.job.isa(), self.columns, &matrix, damping)
         else {
@@ -265,28 +352,27 @@ impl Rows<'_> {
     }
 }
 
-/// An expert's second moments, drawn towards what is known of all where it saw little: readers towards the pool, writers,
-/// whose inputs lie in a basis of their own, towards their own mean diagonal. How far: [`own_share`].
-fn shrunk(own: &SecondMoments, pool: Option<&SecondMoments>, is_writer: bool) -> Vec<f64> {
-    let Some(pool) = pool else {
+/// An expert's second moments, drawn towards what stands in for them where it saw little. How far: [`own_share`].
+fn shrunk(own: &SecondMoments, prior: &Prior) -> Vec<f64> {
+    if matches!(prior, Prior::None) {
         return own.mean();
-    };
+    }
     let n = own.n;
     // In tokens, since weights of experts are no counts.
     let own_share = own_share(own.tokens, n);
     let prior_share = 1.0 - own_share;
     let mut mean = own.mean();
     mean.iter_mut().for_each(|value| *value *= own_share);
-    if is_writer {
-        let diagonal = (0..n).map(|j| mean[j * n + j]).sum::<f64>() / n as f64;
-        // The mean diagonal was scaled with the rest.
-        let own_diagonal = diagonal / own_share.max(f64::MIN_POSITIVE);
-        (0..n).for_each(|j| mean[j * n + j] += prior_share * own_diagonal);
-    } else {
+    if let Prior::Pool(pool) = prior {
         let pool = pool.mean();
         mean.iter_mut()
             .zip(pool)
             .for_each(|(value, pool)| *value += prior_share * pool);
+        return mean;
     }
+    let diagonal = (0..n).map(|j| mean[j * n + j]).sum::<f64>() / n as f64;
+    // The mean diagonal was scaled with the rest.
+    let own_diagonal = diagonal / own_share.max(f64::MIN_POSITIVE);
+    (0..n).for_each(|j| mean[j * n + j] += prior_share * own_diagonal);
     mean
 }

@@ -1,6 +1,8 @@
 //! In which order the matrices of a block are rounded: those that read the same input together, writers after readers.
 
+use crate::model::config::NemotronHConfig;
 use crate::model::hybrid_pattern::BlockKind;
+use crate::model::nemotron_h::stream_readers;
 
 /// Names by stage; every name that is in `present`.
 pub fn of<'a>(kind: BlockKind, prefix: &str, present: &[&'a str]) -> Vec<Vec<&'a str>> {
@@ -48,9 +50,24 @@ pub fn input_of(name: &str) -> String {
     name.to_string()
 }
 
-/// Whether a tensor's input is the normed stream itself.
-pub fn reads_stream(name: &str, is_latent: bool) -> bool {
-    let readers = ["ssm_in.", "attn_q.", "ffn_up.", "ffn_up_shexp."];
-    readers.iter().any(|reader| name.contains(reader))
-        || name.contains("ffn_up_exps.") && !is_latent
+/// Whether all tensors of a stage read the normed stream itself.
+pub fn reads_stream(kind: BlockKind, config: &NemotronHConfig, stage: &[&str]) -> bool {
+    let readers = stream_readers(kind, config);
+    stage.iter().all(|name| {
+        let stem = name.rsplit('.').nth(1).unwrap_or_default();
+        readers.contains(&stem)
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn tensors_of_a_stage_share_inputs() {
+        let check = |name: &str, input: &str| assert_eq!(input_of(name), input);
+        check("blk.3.attn_v.weight", "blk.3.attn_q.weight");
+        check("blk.3.ffn_latent_down.weight", "blk.3.ffn_up_shexp.weight");
+        check("blk.3.ffn_down.weight", "blk.3.ffn_down.weight");
+    }
 }
