@@ -5,7 +5,7 @@
 
 use std::fmt;
 
-use super::feedback::{self, InputMoments, Rounded};
+use super::feedback::{self, Feedback, Rounded};
 use super::integer::{IntegerGrid, Nearest};
 use super::{ScaleOverflow, is_searched, quantize_rows};
 use crate::backend::cpu::kernels::Isa;
@@ -72,20 +72,12 @@ impl Form {
     }
 
     /// Rounds whole rows with error feedback.
-    pub fn feed_back(
-        &self,
-        isa: Isa,
-        rows: &[f32],
-        moments: &InputMoments,
-        passes: usize,
-    ) -> (Vec<u8>, Rounded) {
-        let columns = moments.in_features();
+    pub fn feed_back(&self, isa: Isa, rows: &[f32], how: Feedback) -> (Vec<u8>, Rounded) {
+        let columns = how.moments.in_features();
         let mut bytes = vec![0; rows.len() / columns * self.row_bytes(columns)];
         let rounded = match self {
-            Self::Block(ty) => feedback::quantize_rows(isa, *ty, rows, moments, passes, &mut bytes),
-            Self::Integer(grid) => {
-                feedback::quantize_integers(isa, *grid, rows, moments, passes, &mut bytes)
-            }
+            Self::Block(ty) => feedback::quantize_rows(isa, *ty, rows, how, &mut bytes),
+            Self::Integer(grid) => feedback::quantize_integers(isa, *grid, rows, how, &mut bytes),
         };
         (bytes, rounded)
     }

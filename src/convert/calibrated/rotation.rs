@@ -19,7 +19,7 @@ use crate::backend::cpu::kernels::Isa;
 use crate::error::Result;
 use crate::model::hybrid_pattern::BlockKind;
 use crate::model::nemotron_h::stream_readers;
-use crate::quantize::feedback::{self, InputMoments, can_feed_back};
+use crate::quantize::feedback::{self, Feedback, InputMoments, can_feed_back};
 use crate::quantize::{is_searched, quantize_rows};
 use crate::rewrite::{
     RewriteSettings, RewriteStatistics, Rewrites, Rewritten, Rotation, SquareMatrix, product,
@@ -202,8 +202,8 @@ impl RotationTrial<'_> {
         let mut bytes = vec![0; ty.bytes_for(rows.len() as u64).unwrap_or(0) as usize];
         match (self.rounding.method, inputs) {
             (Method::Gptq, Some((moments, _))) if can_feed_back(ty) => {
-                let passes = self.rounding.passes.min(1);
-                feedback::quantize_rows(Isa::detect(), ty, rows, moments, passes, &mut bytes);
+                let how = Feedback::of_inputs(moments, self.rounding.passes.min(1));
+                feedback::quantize_rows(Isa::detect(), ty, rows, how, &mut bytes);
             }
             (Method::Gptq | Method::Imatrix, Some((_, importance))) => {
                 nearest(ty, columns, rows, Some(importance), &mut bytes);

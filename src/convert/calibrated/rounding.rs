@@ -8,7 +8,7 @@ use crate::calibrate::experts::own_share;
 use crate::calibrate::second_moments::SecondMoments;
 use crate::error::Result;
 use crate::plan::PlannedTensor;
-use crate::quantize::feedback::{self, Correction, InputMoments};
+use crate::quantize::feedback::{self, Correction, Feedback, InputMoments};
 use crate::quantize::form::Form;
 
 /// Rounds a tensor whose inputs are not known.
@@ -333,8 +333,8 @@ impl Rows<'_> {
             correction.apply(self.job.isa(), self.values, moments)
         });
         let rows = corrected.as_deref().unwrap_or(self.values);
-        let passes = self.job.rounding.passes;
-        let (bytes, rounded) = self.form.feed_back(self.job.isa(), rows, moments, passes);
+        let how = Feedback::of_inputs(moments, self.job.rounding.passes);
+        let (bytes, rounded) = self.form.feed_back(self.job.isa(), rows, how);
         (bytes, rounded.overflow)
     }
 

@@ -1,11 +1,11 @@
 //! Rounding with error feedback onto the grids of ggml's types: GPTQ, with scales chosen on the way.
 //!
 //! Enters: rows of a weight, second moments of its inputs. Leaves: packed rows and what they lose. Knows no model and no
-//! calibration. Rows are independent of each other, so threads change nothing.
+//! calibration. Rows that are rounded together are independent of each other, so threads change nothing.
 //!
 //! Source: GPTQ, arXiv:2210.17323. We depart from it: one factorization without an inverse ([`cholesky`]); scales are
 //! chosen when their sub-block is reached, by simulated feedback (`sweep`); passes of coordinate descent follow over
-//! scales and codes (`descent`).
+//! scales and codes (`descent`). Where gradients at the outputs are known, rows repair each other too (`outputs`).
 
 pub mod cholesky;
 mod correction;
@@ -13,11 +13,12 @@ mod descent;
 mod grid;
 mod integer_grid;
 mod moments;
+mod outputs;
 mod sweep;
 #[cfg(test)]
 mod tests;
 
-use std::ops::Range;
+use std::ops::{AddAssign, Range};
 
 use pulp::Arch;
 use rayon::prelude::*;
@@ -32,6 +33,7 @@ pub use correction::Correction;
 use descent::Pass;
 use grid::{FeedbackGrid, RoundedRow};
 pub use moments::{Damping, InputMoments};
+pub use outputs::OutputFactor;
 use sweep::{FirstPass, Half, ROWS, Row};
 
 /// Columns that are rounded between two products with everything before them: a multiple of every block.
@@ -40,10 +42,18 @@ const CHUNK: usize = 256;
 /// What rounding cost.
 #[derive(Debug, Clone, Copy, Default, PartialEq)]
 pub struct Rounded {
-    /// `tr(E M E^T)`, M the second moments with their damping, E wanted less rounded.
+    /// `tr(E M E^T)`, M the second moments with their damping, E wanted less rounded; what rows repair for each other is
+    /// part of what was wanted.
     pub loss: f64,
     /// Scales too large for F16.
     pub overflow: u64,
+}
+
+impl AddAssign for Rounded {
+    fn add_assign(&mut self, other: Self) {
+        self.loss += other.loss;
+        self.overflow += other.overflow;
+    }
 }
 
 /// Calls `$run::<Grid, Sub>` with the grid of `$ty`, or evaluates `$otherwise`.
@@ -78,8 +88,8 @@ pub fn can_feed_back(ty: GgmlType) -> bool {
 
 /// Rounds whole rows.
 ///
-/// `rows`: `[n, in_features]`, row-major: what the rounded weights should be; `passes`: how often scales and codes are
-/// gone over again; `out`: exactly the bytes of n rows.
+/// `rows`: `[n, in_features]`, row-major: what the rounded weights should be; `how`: what repairs what, and how often
+/// scales and codes are gone over again; `out`: exactly the bytes of n rows.
 ///
 /// # Panics
 /// The lengths do not belong together, rows are not whole blocks, or the type has no feedback (see [`can_feed_back`]).
@@ -87,18 +97,13 @@ pub fn quantize_rows(
     isa: Isa,
     ty: GgmlType,
     rows: &[f32],
-    moments: &InputMoments,
-    passes: usize,
+    how: Feedback,
     out: &mut [u8],
 ) -> Rounded {
-    let columns = moments.in_features();
+    let columns = how.moments.in_features();
     assert!(columns.is_multiple_of(ty.block_elements()) && rows.len().is_multiple_of(columns));
     assert_eq!(ty.bytes_for(rows.len() as u64), Some(out.len() as u64));
-    let job = Job {
-        isa,
-        moments,
-        passes,
-    };
+    let job = Job { isa, how };
     with_grid!(ty, run(job, rows, out), panic!("{ty} has no feedback"))
 }
 
@@ -120,18 +125,13 @@ pub fn quantize_integers(
     isa: Isa,
     grid: IntegerGrid,
     rows: &[f32],
-    moments: &InputMoments,
-    passes: usize,
+    how: Feedback,
     out: &mut [u8],
 ) -> Rounded {
-    let columns = moments.in_features();
+    let columns = how.moments.in_features();
     assert!(can_feed_back_integers(&grid, columns) && rows.len().is_multiple_of(columns));
     assert_eq!(out.len(), rows.len() / columns * grid.row_bytes(columns));
-    let job = Job {
-        isa,
-        moments,
-        passes,
-    };
+    let job = Job { isa, how };
     match (grid.width, grid.group_size) {
         (Width::Eight, _) => {
             run::<_, { integer_grid::ROWS_SUB }>(integer_grid::Rows(grid), job, rows, out)
@@ -156,11 +156,32 @@ pub fn loss(isa: Isa, errors: &[f32], moments: &InputMoments) -> f64 {
     losses.iter().sum()
 }
 
+/// What errors are repaired by.
+#[derive(Debug, Clone, Copy)]
+pub struct Feedback<'a> {
+    /// Of the inputs.
+    pub moments: &'a InputMoments,
+    /// Of the outputs, of consecutive rows; empty where nothing is known of them.
+    pub outputs: &'a [OutputFactor],
+    /// Passes after the first.
+    pub passes: usize,
+}
+
+impl<'a> Feedback<'a> {
+    /// Rows apart.
+    pub fn of_inputs(moments: &'a InputMoments, passes: usize) -> Self {
+        Self {
+            moments,
+            outputs: &[],
+            passes,
+        }
+    }
+}
+
 #[derive(Clone, Copy)]
 struct Job<'a> {
     isa: Isa,
-    moments: &'a InputMoments,
-    passes: usize,
+    how: Feedback<'a>,
 }
 
 fn run<G: FeedbackGrid, const SUB: usize>(
@@ -169,21 +190,20 @@ fn run<G: FeedbackGrid, const SUB: usize>(
     rows: &[f32],
     out: &mut [u8],
 ) -> Rounded {
-    let columns = job.moments.in_features();
+    let columns = job.how.moments.in_features();
+    if job.how.outputs.is_empty() {
+        return job.panels::<G, SUB>(&grid, rows, out, None);
+    }
     let row_bytes = grid.row_bytes(columns);
-    let panels = rows
-        .par_chunks(FLOAT_ROWS * columns)
-        .zip(out.par_chunks_mut(FLOAT_ROWS * row_bytes));
-    let rounded: Vec<Rounded> = panels
-        .map(|(rows, out)| job.panel::<G, SUB>(&grid, rows, out))
-        .collect();
-    // In the order of rows, whoever was first.
-    rounded
-        .iter()
-        .fold(Rounded::default(), |sum, panel| Rounded {
-            loss: sum.loss + panel.loss,
-            overflow: sum.overflow + panel.overflow,
-        })
+    let (mut rows, mut out, mut sum) = (rows, out, Rounded::default());
+    for outputs in job.how.outputs {
+        let (part, rest) = rows.split_at(outputs.rows() * columns);
+        let (part_out, rest_out) = out.split_at_mut(outputs.rows() * row_bytes);
+        sum += job.row_after_row::<G, SUB>(&grid, part, outputs, part_out);
+        (rows, out) = (rest, rest_out);
+    }
+    assert!(rows.is_empty(), "factors of all rows");
+    sum
 }
 
 /// The first sixteen rows and the rest.
@@ -193,28 +213,110 @@ fn halves_of<'r, 'a>(rows: &'r [&'a [f32]]) -> [&'r [&'a [f32]]; 2] {
 }
 
 impl Job<'_> {
+    /// Rows that are rounded without regard to each other. Their errors against `rows` go to `errors`.
+    fn panels<G: FeedbackGrid, const SUB: usize>(
+        &self,
+        grid: &G,
+        rows: &[f32],
+        out: &mut [u8],
+        errors: Option<&mut [f32]>,
+    ) -> Rounded {
+        let columns = self.how.moments.in_features();
+        let row_bytes = grid.row_bytes(columns);
+        let mut nowhere = Vec::new();
+        let errors: Vec<Option<&mut [f32]>> = match errors {
+            Some(errors) => errors.chunks_mut(FLOAT_ROWS * columns).map(Some).collect(),
+            None => {
+                nowhere.resize_with(rows.len().div_ceil(FLOAT_ROWS * columns), || None);
+                nowhere
+            }
+        };
+        let panels = rows
+            .par_chunks(FLOAT_ROWS * columns)
+            .zip(out.par_chunks_mut(FLOAT_ROWS * row_bytes))
+            .zip(errors);
+        let rounded: Vec<Rounded> = panels
+            .map(|((rows, out), errors)| self.panel::<G, SUB>(grid, rows, out, errors))
+            .collect();
+        // In the order of rows, whoever was first.
+        let mut sum = Rounded::default();
+        rounded.into_iter().for_each(|panel| sum += panel);
+        sum
+    }
+
+    /// Blocks of rows, each with the repairs of those before it.
+    fn row_after_row<G: FeedbackGrid, const SUB: usize>(
+        &self,
+        grid: &G,
+        rows: &[f32],
+        outputs: &OutputFactor,
+        out: &mut [u8],
+    ) -> Rounded {
+        let columns = self.how.moments.in_features();
+        let row_bytes = grid.row_bytes(columns);
+        let (mut all_errors, mut done) = (vec![0.0; rows.len()], 0);
+        let mut sum = Rounded::default();
+        for block in outputs.blocks() {
+            let (before, errors) = all_errors.split_at_mut(done * columns);
+            let errors = &mut errors[..block.len() * columns];
+            let repairs = outputs.repairs(self.isa, done, block.len(), before, columns);
+            let mut targets = repairs.clone();
+            for (target, row) in targets.chunks_exact_mut(columns).zip(block) {
+                let wanted = &rows[row * columns..][..columns];
+                target
+                    .iter_mut()
+                    .zip(wanted)
+                    .for_each(|(target, wanted)| *target += wanted);
+            }
+            let mut packed = vec![0; block.len() * row_bytes];
+            sum += self.panels::<G, SUB>(grid, &targets, &mut packed, Some(errors));
+            // From errors against targets to errors against what was wanted.
+            errors
+                .iter_mut()
+                .zip(&repairs)
+                .for_each(|(error, repair)| *error -= repair);
+            for (packed, row) in packed.chunks_exact(row_bytes).zip(block) {
+                out[row * row_bytes..][..row_bytes].copy_from_slice(packed);
+            }
+            done += block.len();
+        }
+        sum
+    }
+
     fn panel<G: FeedbackGrid, const SUB: usize>(
         &self,
         grid: &G,
         rows: &[f32],
         out: &mut [u8],
+        errors: Option<&mut [f32]>,
     ) -> Rounded {
-        let columns = self.moments.in_features();
+        let columns = self.how.moments.in_features();
         let rows: Vec<&[f32]> = rows.chunks_exact(columns).collect();
         let mut halves = halves_of(&rows).map(|rows| Half::new(rows, columns, SUB));
         for half in &mut halves {
-            grid.preset(half, &self.moments.factor.pivots);
+            grid.preset(half, &self.how.moments.factor.pivots);
         }
         for chunk in chunks(columns) {
             self.first_pass::<G, SUB>(grid, &mut halves, chunk);
         }
         let mut changes = vec![[0.0; ROWS]; columns];
-        for _ in 0..self.passes {
+        for _ in 0..self.how.passes {
             for chunk in chunks(columns) {
                 self.descend::<G, SUB>(grid, &mut halves, chunk, &mut changes);
             }
         }
-        let loss = loss_of(self.isa, &halves, &self.moments.matrix);
+        let loss = loss_of(self.isa, &halves, &self.how.moments.matrix);
+        for (row, errors) in errors
+            .into_iter()
+            .flat_map(|e| e.chunks_exact_mut(columns))
+            .enumerate()
+        {
+            let (half, lane) = (&halves[row / ROWS], row % ROWS);
+            errors
+                .iter_mut()
+                .zip(&half.errors)
+                .for_each(|(error, lanes)| *error = lanes[lane]);
+        }
         let mut overflow = 0;
         for (row, out) in out.chunks_exact_mut(grid.row_bytes(columns)).enumerate() {
             let (half, lane) = (&halves[row / ROWS], row % ROWS);
@@ -229,7 +331,7 @@ impl Job<'_> {
         halves: &mut [Half; 2],
         chunk: Range<usize>,
     ) {
-        let feedback = &self.moments.factor.feedback;
+        let feedback = &self.how.moments.factor.feedback;
         let repairs = products(self.isa, halves, feedback, 0..chunk.start, chunk.clone());
         for (half, mut targets) in halves.iter_mut().zip(repairs) {
             for (target, wanted) in targets.iter_mut().zip(&half.wanted[chunk.clone()]) {
@@ -242,7 +344,7 @@ impl Job<'_> {
                 half,
                 chunk: chunk.clone(),
                 targets: &mut targets,
-                factor: &self.moments.factor,
+                factor: &self.how.moments.factor,
                 grid,
             });
         }
@@ -255,15 +357,21 @@ impl Job<'_> {
         chunk: Range<usize>,
         changes: &mut [Row],
     ) {
-        let all = 0..self.moments.in_features();
-        let gradients = products(self.isa, halves, &self.moments.matrix, all, chunk.clone());
+        let all = 0..self.how.moments.in_features();
+        let gradients = products(
+            self.isa,
+            halves,
+            &self.how.moments.matrix,
+            all,
+            chunk.clone(),
+        );
         for (half, mut gradient) in halves.iter_mut().zip(gradients) {
             Arch::new().dispatch(Pass::<G, SUB> {
                 half,
                 chunk: chunk.clone(),
                 gradient: &mut gradient,
                 changes,
-                moments: &self.moments.matrix,
+                moments: &self.how.moments.matrix,
                 grid,
             });
         }

@@ -71,7 +71,8 @@ fn rounded(
     moments: &InputMoments,
     passes: usize,
 ) -> (Vec<u8>, Rounded) {
-    form.feed_back(isa, rows, moments, passes)
+    let how = Feedback::of_inputs(moments, passes);
+    form.feed_back(isa, rows, how)
 }
 
 fn direct_loss(n: usize, rows: &[f32], bytes: &[u8], form: Form, moments: &InputMoments) -> f64 {
@@ -203,8 +204,7 @@ fn codes_are_those_of_textbook_gptq_on_the_same_grid() {
             .collect();
         let job = Job {
             isa: Isa::detect(),
-            moments: &moments,
-            passes: 0,
+            how: Feedback::of_inputs(&moments, 0),
         };
         let rows: Vec<&[f32]> = rows.chunks(n).collect();
         let mut halves = halves_of(&rows).map(|rows| Half::new(rows, n, SUB));
@@ -279,4 +279,96 @@ fn moments_that_say_nothing_are_refused() {
     }
     let prepared = InputMoments::new(isa, n, &m, Damping::default()).unwrap();
     assert_eq!((prepared.dead_inputs, prepared.damping), (1, 0.01));
+}
+
+/// `tr(G E M E^T)` in f64.
+fn two_sided_loss(
+    n: usize,
+    outputs: &[f64],
+    rows: &[f32],
+    bytes: &[u8],
+    form: Form,
+    moments: &InputMoments,
+) -> f64 {
+    let mut values = vec![0.0; rows.len()];
+    form.dequantize(n, bytes, &mut values).unwrap();
+    let errors: Vec<f64> = rows
+        .iter()
+        .zip(&values)
+        .map(|(x, y)| f64::from(*x) - f64::from(*y))
+        .collect();
+    let count = rows.len() / n;
+    let images: Vec<f64> = errors
+        .chunks(n)
+        .flat_map(|row| {
+            (0..n).map(|j| {
+                (0..n)
+                    .map(|i| row[i] * f64::from(moments.matrix.at(i, j)))
+                    .sum::<f64>()
+            })
+        })
+        .collect();
+    let pairs = (0..count).flat_map(|a| (0..count).map(move |b| (a, b)));
+    pairs
+        .map(|(a, b)| {
+            let rows = images[a * n..][..n].iter().zip(&errors[b * n..][..n]);
+            outputs[a.min(b) * count + a.max(b)] * rows.map(|(x, y)| x * y).sum::<f64>()
+        })
+        .sum()
+}
+
+#[test]
+fn rows_repair_each_other_where_outputs_are_alike() {
+    let (n, count) = (128, 96);
+    let (rows, inputs) = (weights(count, n), prepared(n));
+    // Four directions and some noise.
+    let mut noise = Noise(3);
+    let directions: Vec<f64> = (0..4 * count).map(|_| noise.normal()).collect();
+    let outputs: Vec<f64> = (0..count * count)
+        .map(|at| {
+            let (a, b) = (at / count, at % count);
+            let shared = (0..4).map(|d| directions[d * count + a] * directions[d * count + b]);
+            shared.sum::<f64>() + if a == b { 1.0 } else { 0.0 }
+        })
+        .collect();
+    let isa = Isa::detect();
+    let factor = OutputFactor::new(isa, count, &outputs, Damping::default()).unwrap();
+    for form in [
+        Form::Block(GgmlType::Q4_0),
+        Form::Integer(grids().next().unwrap()),
+    ] {
+        let loss = |outputs_known: &[OutputFactor]| {
+            let how = Feedback {
+                moments: &inputs,
+                outputs: outputs_known,
+                passes: 1,
+            };
+            let (bytes, _) = form.feed_back(isa, &rows, how);
+            two_sided_loss(n, &outputs, &rows, &bytes, form, &inputs)
+        };
+        let (apart, together) = (loss(&[]), loss(std::slice::from_ref(&factor)));
+        assert!(together < 0.5 * apart, "{form}: {together} and {apart}");
+    }
+}
+
+#[test]
+fn outputs_that_have_nothing_in_common_change_nothing() {
+    let (n, count) = (64, 40);
+    let (rows, inputs) = (weights(count, n), prepared(n));
+    let mut alone = vec![0.0; count * count];
+    (0..count).for_each(|i| alone[i * count + i] = 1.0 + i as f64);
+    let isa = Isa::detect();
+    let factor = OutputFactor::new(isa, count, &alone, Damping::default()).unwrap();
+    let form = Form::Block(GgmlType::Q4_0);
+    let round = |outputs| {
+        let how = Feedback {
+            moments: &inputs,
+            outputs,
+            passes: 1,
+        };
+        form.feed_back(isa, &rows, how).0
+    };
+    assert!(round(&[]) == round(&[factor]));
+    alone.fill(0.0);
+    assert!(OutputFactor::new(isa, count, &alone, Damping::default()).is_none());
 }

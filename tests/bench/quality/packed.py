@@ -59,7 +59,7 @@ def text_of(python, model, texts, work, sequences):
 def kl(nemoconv, folder, model, texts, chunks):
     report = run(nemoconv, "validate", folder, "--reference", model, "--text", os.path.join(texts, "eval.txt"),
                  "--chunks", chunks, "--json", "-q", "--fail-on", "never")
-    return json.loads(report)["logits"]["kl_divergence"]["mean"]
+    return json.loads(report)["logits"]["kl_divergence"]["mean"]["value"]
 
 
 def bytes_of(folder):

@@ -11,7 +11,7 @@ use crate::calibrate::second_moments::SecondMoments;
 use crate::convert::calibrated::{Method, stages};
 use crate::error::Result;
 use crate::forward::required;
-use crate::quantize::feedback::{self, Damping, InputMoments, can_feed_back};
+use crate::quantize::feedback::{self, Damping, Feedback, InputMoments, can_feed_back};
 use crate::quantize::quantize_rows;
 
 /// Rows of a tensor that local losses are measured on, and of each matrix of a stack.
@@ -133,8 +133,8 @@ impl Measurement<'_> {
         let mut out = vec![0; ty.bytes_for(rows.len() as u64).unwrap_or(0) as usize];
         match (self.rounding.method, inputs) {
             (Method::Gptq, Some(inputs)) if can_feed_back(ty) => {
-                let passes = self.rounding.passes.min(1);
-                feedback::quantize_rows(self.isa(), ty, rows, &inputs.moments, passes, &mut out);
+                let how = Feedback::of_inputs(&inputs.moments, self.rounding.passes.min(1));
+                feedback::quantize_rows(self.isa(), ty, rows, how, &mut out);
             }
             (Method::Gptq | Method::Imatrix, Some(inputs)) => {
                 let _ = quantize_rows(ty, columns, rows, Some(&inputs.mean_squares), &mut out);
