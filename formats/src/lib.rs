@@ -1,4 +1,4 @@
-//! Bytes to typed tensors and back: GGUF files, Hugging Face checkpoint folders, ggml block codecs.
+//! Bytes to typed tensors and back: GGUF files, Hugging Face checkpoint folders plain and packed, ggml block codecs.
 //!
 //! Enters: files nobody has checked. Leaves: headers, tensor views and packed blocks that have been.
 //! Knows nothing of scales, searches or networks: choosing codes is the caller's business.

@@ -11,14 +11,14 @@ use nemoconv::formats::gguf::Gguf;
 use nemoconv::forward::network::{Network, Sequence};
 use nemoconv::forward::numerics::Numerics;
 use nemoconv::forward::observer::Silent;
-use nemoconv::report::Severity;
+use nemoconv::report::{Finding, Severity};
 use nemoconv_fixtures::checkpoint::{Experts, RandomCheckpoint};
 use nemoconv_fixtures::nano;
 use nemoconv_fixtures::packed::{INPUT_SCALE, Layout, write};
 use tempfile::{TempDir, tempdir};
 
-use super::{expect, faults, findings};
-use crate::support::{read_tensors, stderr, to_gguf, try_to_gguf, write_tensors};
+use super::{expect, findings};
+use crate::support::{edit_config, read_tensors, stderr, to_gguf, try_to_gguf, write_tensors};
 
 const LAYOUTS: [Layout; 8] = [
     packed(4, 64, true),
@@ -117,6 +117,13 @@ fn assert_same_values(one: &Path, other: &Path, what: &str) {
         let same = values(&one, tensor) == values(&other, theirs);
         assert!(same, "{what}: {}", tensor.name);
     }
+}
+
+/// What a gate would stop, but for experts that transformers alone cannot read.
+fn faults(artifact: &Path, reference: Option<&Path>) -> Vec<Finding> {
+    let mut found = super::faults(artifact, reference);
+    found.retain(|finding| !finding.message.contains("transformers leaves experts"));
+    found
 }
 
 #[test]
@@ -369,6 +376,41 @@ fn linears_are_packed_or_listed() {
         packed.insert(name.clone(), tensors[&name].clone());
     });
     assert_eq!(faults(&folders.packed, None), []);
+}
+
+#[test]
+fn what_runtimes_fuse_is_stored_alike() {
+    let folder = tempdir().unwrap();
+    let source = experts(folder.path());
+    let int8 = Layout::Int8 {
+        fixed_inputs: false,
+    };
+    let found = findings(&Folders::of(&source, int8).packed, None);
+    let up = "backbone.layers.1.mixer.experts.0.up_proj";
+    let id = "container/quantization-config";
+    expect(&found, id, up, &["transformers leaves experts"]);
+    // Query plain and listed, key and value packed; one expert plain.
+    let folders = Folders::of(&source, packed(4, 64, true));
+    let plain = read_tensors(&folders.plain.join("model.safetensors"));
+    let query = "backbone.layers.2.mixer.q_proj";
+    let expert = "backbone.layers.1.mixer.experts.2.up_proj";
+    edit(&folders.packed, |tensors| {
+        for module in [query, expert] {
+            tensors.retain(|name, _| !name.starts_with(module));
+            let name = format!("{module}.weight");
+            tensors.insert(name.clone(), plain[&name].clone());
+        }
+    });
+    edit_config(&folders.packed, |config| {
+        config["quantization_config"]["ignore"] =
+            serde_json::json!(["re:.*gate$", "lm_head", query, expert]);
+    });
+    let found = faults(&folders.packed, None);
+    expect(&found, id, up, &["experts of a layer"]);
+    for projection in ["k_proj", "v_proj"] {
+        let module = format!("backbone.layers.2.mixer.{projection}");
+        expect(&found, id, &module, &["`blk.2.attn_q.weight`"]);
+    }
 }
 
 #[test]

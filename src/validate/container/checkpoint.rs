@@ -6,6 +6,7 @@
 use std::path::Path;
 
 use nemoconv_formats::checkpoint::{Checkpoint, TensorEntry};
+use nemoconv_formats::packed::{Layout, PackedLinear};
 use nemoconv_formats::{Dtype, Error as FormatError, ErrorKind};
 
 use super::{of_error, of_fault, unreadable};
@@ -13,7 +14,7 @@ use crate::error::{Error, Result};
 use crate::model::config::NemotronHConfig;
 use crate::model::nemotron_h::{ExpectedTensor, Presence, Storage, Widths, expected_tensors};
 use crate::plan::packing::Packing;
-use crate::plan::sources;
+use crate::plan::sources::{self, Piece, Sources};
 use crate::report::{Finding, Rule, Severity};
 use crate::validate::Found;
 
@@ -79,8 +80,12 @@ fn tensors(checkpoint: &Checkpoint, config: &NemotronHConfig, found: &mut Found)
         }
         Err(error) => return found.push(unexplained(&error)),
     };
-    let Err(error) = sources::resolve(checkpoint, config, true) else {
-        return plain_linears(checkpoint, &packing, config, found);
+    let error = match sources::resolve(checkpoint, config, true) {
+        Ok(sources) => {
+            plain_linears(checkpoint, &packing, config, found);
+            return alike(&sources, found);
+        }
+        Err(error) => error,
     };
     // It stops at the first; here all of them are wanted.
     let widths = Widths::of(config);
@@ -173,6 +178,60 @@ fn plain_linears(
             let finding = of_entry(checkpoint, entry, Rule::QuantizationConfig, message);
             found.push(finding.severity(severity));
         }
+    }
+}
+
+/// What runtimes fuse must be stored alike: query, key and value, and all experts of a layer, whose scheme they look up by
+/// the name of the first.
+fn alike(sources: &Sources, found: &mut Found) {
+    let wrong = |linear: &PackedLinear, message: &str| {
+        Finding::new(Rule::QuantizationConfig, message).in_tensor(linear.module())
+    };
+    let of_name = |name: &str| {
+        let mut tensors = sources.tensors.iter();
+        tensors.find(|tensor| tensor.expected.name == name)
+    };
+    for tensor in &sources.tensors {
+        let (pieces, name) = (&tensor.pieces, &tensor.expected.name);
+        let Some(first) = pieces.iter().find_map(packed) else {
+            continue;
+        };
+        let scheme = first.scheme();
+        let differs = |piece: &Piece| packed(piece).map(PackedLinear::scheme) != Some(scheme);
+        if pieces.iter().any(differs) {
+            let message = "the experts of a layer are not stored alike; runtimes read all as they read the first";
+            found.push(wrong(first, message));
+        } else if tensor.expected.rule.is_stacked()
+            && matches!(scheme.layout, Layout::IntQuantized { .. })
+        {
+            let message = "transformers leaves experts in int-quantized at random values and says nothing; \
+                           vLLM and SGLang read them";
+            found.push(wrong(first, message).severity(Severity::Warning));
+        }
+        let fused = [
+            ("attn_k.", "attn_q."),
+            ("attn_v.", "attn_q."),
+            ("ffn_down_exps.", "ffn_up_exps."),
+        ];
+        let partners = fused
+            .iter()
+            .filter(|(part, _)| name.contains(part))
+            .filter_map(|(part, with)| of_name(&name.replace(part, with)));
+        for partner in partners {
+            if partner.pieces.iter().any(differs) {
+                let other = &partner.expected.name;
+                let message =
+                    format!("is not stored as `{other}` is; runtimes read the two as one");
+                found.push(wrong(first, &message));
+            }
+        }
+    }
+}
+
+fn packed(piece: &Piece) -> Option<&PackedLinear> {
+    match piece {
+        Piece::Packed(linear) => Some(linear),
+        Piece::Tensor { .. } | Piece::SecondScale(_) | Piece::Zeros => None,
     }
 }
 
