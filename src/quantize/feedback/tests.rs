@@ -319,7 +319,7 @@ fn two_sided_loss(
 
 #[test]
 fn rows_repair_each_other_where_outputs_are_alike() {
-    let (n, count) = (128, 96);
+    let (n, count) = (64, 256);
     let (rows, inputs) = (weights(count, n), prepared(n));
     // Four directions and some noise.
     let mut noise = Noise(3);
