@@ -83,6 +83,15 @@ pub struct Statistics {
     pub inputs: BTreeMap<String, Vec<Option<InputSums>>>,
 }
 
+/// What collecting statistics takes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct CollectionNeeds {
+    /// Residual streams are kept in a temporary file.
+    pub streams_in_file: bool,
+    /// Most memory at a time.
+    pub peak_bytes: u64,
+}
+
 impl Statistics {
     /// Runs the samples through the network, block after block.
     ///
@@ -112,19 +121,20 @@ impl Statistics {
         Ok(statistics)
     }
 
-    /// Whether residual streams must be kept in a file for [`Self::collect`] to stay within `limit` bytes.
+    /// How [`Self::collect`] stays within `limit` bytes.
     ///
     /// # Errors
-    /// It would not even then; the error says what it takes.
-    pub fn needs_file(model: &StoredModel, samples: &Samples, limit: u64) -> Result<bool> {
-        let needed = |in_file| peak_bytes(model, samples, in_file);
-        if needed(false) <= limit {
-            return Ok(false);
+    /// It cannot; the error says what it takes.
+    pub fn arrange(model: &StoredModel, samples: &Samples, limit: u64) -> Result<CollectionNeeds> {
+        let needs = |streams_in_file| CollectionNeeds {
+            streams_in_file,
+            peak_bytes: peak_bytes(model, samples, streams_in_file),
+        };
+        let mut arranged = [false, true].into_iter().map(needs);
+        if let Some(needs) = arranged.find(|needs| needs.peak_bytes <= limit) {
+            return Ok(needs);
         }
-        if needed(true) <= limit {
-            return Ok(true);
-        }
-        let needed = needed(true);
+        let needed = needs(true).peak_bytes;
         let fault = Fault::new(format!(
             "{limit} bytes of memory are too few: the statistics of all blocks and the weights of one need {needed}"
         ));
@@ -387,18 +397,15 @@ mod tests {
     #[test]
     fn less_memory_means_a_file_and_then_an_error() {
         let model = StoredModel::open(nemoconv_fixtures::nano().to_str().unwrap()).unwrap();
-        let needs_file = |limit| Statistics::needs_file(&model, &samples(), limit);
-        let roomy = peak_bytes(&model, &samples(), false);
-        assert!(!needs_file(roomy).unwrap());
-        assert!(needs_file(roomy - 1).unwrap());
-        let least = peak_bytes(&model, &samples(), true);
-        let error = needs_file(least - 1).unwrap_err();
-        assert!(
-            error
-                .hint()
-                .unwrap()
-                .contains(&format!("--max-ram {least}"))
-        );
+        let arranged = |limit| Statistics::arrange(&model, &samples(), limit);
+        let roomy = arranged(u64::MAX).unwrap();
+        assert!(!roomy.streams_in_file);
+        assert_eq!(arranged(roomy.peak_bytes).unwrap(), roomy);
+        let tight = arranged(roomy.peak_bytes - 1).unwrap();
+        assert!(tight.streams_in_file && tight.peak_bytes < roomy.peak_bytes);
+        let error = arranged(tight.peak_bytes - 1).unwrap_err();
+        let mend = format!("--max-ram {}", tight.peak_bytes);
+        assert!(error.hint().unwrap().contains(&mend), "{error}");
     }
 
     #[test]

@@ -422,6 +422,10 @@ pub struct CalibrationArgs {
     /// Added to the diagonal of second moments, as a share of its mean. Default: 0.01
     #[arg(long, value_name = "SHARE")]
     pub damp_percent: Option<f64>,
+    /// Let the biases of the convolution and of the time step take back the mean errors of ssm_in; `validate` then finds
+    /// those biases changed
+    #[arg(long)]
+    pub bias_absorption: bool,
     /// Memory to stay within, such as 16G: what does not fit is kept in a file or collected in several passes, with the
     /// same bytes. Default: three quarters of what is free
     #[arg(long, value_name = "SIZE", value_parser = parse_size, requires = "calibration")]
@@ -523,6 +527,7 @@ impl CalibrationArgs {
             passes: self.passes,
             target_correction: self.target_correction,
             damp_percent: self.damp_percent,
+            bias_absorption: self.bias_absorption.then_some(true),
             calibration: CalibrationEntries {
                 context: self.calibration_context,
                 sequences: self.calibration_sequences,

@@ -20,7 +20,7 @@ use serde_json::{Value, json};
 use super::calibrate_args::Calibrate;
 use super::eval_model::{files_of, name_of, open_encoder};
 use super::memory;
-use super::output::{Talk, print_stdout, table};
+use super::output::{Talk, human_bytes, print_stdout, table};
 use super::progress::Report;
 use super::workers::on_workers;
 
@@ -97,7 +97,11 @@ fn collect(
     stop: &AtomicBool,
 ) -> Result<Statistics> {
     let config = stored.config();
-    let in_file = Statistics::needs_file(stored, samples, memory::limit(args.max_ram))?;
+    let needs = Statistics::arrange(stored, samples, memory::limit(args.max_ram))?;
+    talk.say(format_args!(
+        "about {} of memory",
+        human_bytes(needs.peak_bytes)
+    ));
     let stream_bytes = samples.tokens() * config.hidden_size * size_of::<f32>();
     let streams = config.pattern.kinds().len() + 1;
     let progress = Report::new(*talk);
@@ -111,7 +115,7 @@ fn collect(
         }
     };
     let statistics = on_workers(args.threads, || {
-        Statistics::collect(stored, samples, in_file, &watch)
+        Statistics::collect(stored, samples, needs.streams_in_file, &watch)
     })?;
     progress.end();
     Ok(statistics)

@@ -49,6 +49,8 @@ pub struct Calibration {
     statistics: Option<String>,
     /// Memory to stay within.
     memory_bytes: u64,
+    /// What collecting statistics took.
+    peak_bytes: u64,
     /// What rounding would lose under each rotation, where one was chosen.
     rotation_losses: Vec<RotationLoss>,
 }
@@ -139,6 +141,7 @@ impl Calibration {
         };
         let (statistics, given) = given.map(|given| (given.statistics, given.sha256)).unzip();
         let memory_bytes = memory::limit(flags.calibration.max_ram);
+        let mut peak_bytes = 0;
         let settings = recipe.rewrites(stored.config().nextn_predict_layers > 0);
         let settings = settings.map(|settings| RewriteSettings {
             floats: flags.floats,
@@ -154,8 +157,9 @@ impl Calibration {
                 let statistics = match statistics {
                     Some(statistics) => statistics,
                     None => {
-                        let in_file = Statistics::needs_file(&stored, &samples, memory_bytes)?;
-                        Statistics::collect(&stored, &samples, in_file, &watch)?
+                        let needs = Statistics::arrange(&stored, &samples, memory_bytes)?;
+                        peak_bytes = needs.peak_bytes;
+                        Statistics::collect(&stored, &samples, needs.streams_in_file, &watch)?
                     }
                 };
                 let statistics = statistics.into_rewrites();
@@ -196,6 +200,7 @@ impl Calibration {
             sidecar,
             statistics: given,
             memory_bytes,
+            peak_bytes,
             rotation_losses: losses,
         })
     }
@@ -257,6 +262,11 @@ impl Calibration {
             ));
         }
         keys
+    }
+
+    /// Most memory at a time before the rounding.
+    pub fn peak_bytes(&self) -> u64 {
+        self.peak_bytes
     }
 
     /// How the rounding stays within its memory.

@@ -67,7 +67,8 @@ pub fn to_gguf(args: &ToGguf, talk: &Talk, stop: &AtomicBool) -> Result<()> {
         prepared = prepare(args, &chosen, &calibration.keys())?;
         let plan = &prepared.plan;
         let arrangement = calibration.arrange(plan)?;
-        prepared.peak_bytes = prepared.peak_bytes.max(arrangement.peak_bytes);
+        let before = calibration.peak_bytes();
+        prepared.peak_bytes = prepared.peak_bytes.max(before).max(arrangement.peak_bytes);
         let seconds = seconds_of(args, &calibration.needs(plan));
         talk.say(effort(&arrangement, seconds));
     }

@@ -175,6 +175,7 @@ impl Recipe {
         line("passes", &self.rounding.passes);
         line("target-correction", &self.rounding.target_correction);
         line("damp-percent", &self.rounding.damp_percent);
+        line("bias-absorption", &self.rounding.bias_absorption);
         yaml.push_str(&format!(
             "calibration:\n  context: {}\n  sequences: {}\n  seed: {}\n",
             self.samples.context_tokens, self.samples.max_sequences, self.samples.seed
@@ -303,6 +304,8 @@ pub struct RecipeEntries {
     pub target_correction: Option<f64>,
     /// Share of the mean diagonal.
     pub damp_percent: Option<f64>,
+    /// Biases behind `ssm_in` take back its mean errors.
+    pub bias_absorption: Option<bool>,
     /// How much of the text is read.
     pub calibration: CalibrationEntries,
     /// Exact rewrites before rounding.
@@ -414,6 +417,7 @@ impl RecipeEntries {
             passes: self.passes.or(file.passes),
             target_correction: self.target_correction.or(file.target_correction),
             damp_percent: self.damp_percent.or(file.damp_percent),
+            bias_absorption: self.bias_absorption.or(file.bias_absorption),
             calibration: CalibrationEntries {
                 context: self.calibration.context.or(file.calibration.context),
                 sequences: self.calibration.sequences.or(file.calibration.sequences),
@@ -448,6 +452,7 @@ impl RecipeEntries {
                 passes: self.passes.map_or(rounding.passes, usize::from),
                 target_correction: self.target_correction.unwrap_or(rounding.target_correction),
                 damp_percent: self.damp_percent.unwrap_or(rounding.damp_percent),
+                bias_absorption: self.bias_absorption.unwrap_or(rounding.bias_absorption),
             },
             samples: SampleSettings {
                 context_tokens: count(self.calibration.context, samples.context_tokens),

@@ -9,7 +9,7 @@ use nemoconv_fixtures::{models, nano};
 use serde_json::Value;
 use tempfile::tempdir;
 
-use crate::support::{Place, mean_kl, nemoconv, report, stderr, to_gguf, validate};
+use crate::support::{Place, mean_kl, nemoconv, report, stderr, to_gguf, try_to_gguf, validate};
 
 const HELD_OUT: &str = "\
 The committee met again in the spring to consider the report of the engineers, who had measured the river at four places \
@@ -127,6 +127,81 @@ fn the_receipt_says_what_became_of_every_tensor_and_validate_undoes_the_rewrites
             .to_string()
             .contains("weights/rewrites-missing")
     );
+}
+
+#[test]
+fn the_rotation_is_chosen_by_its_losses_and_recorded() {
+    let place = place();
+    let flags = ["-t", "q4_0", "--passes", "0"];
+    let chosen = place.converted(&nano(), "auto.gguf", &flags);
+    let calibration = &receipt(&chosen)["calibration"];
+    let losses = calibration["rotation_losses"].as_array().unwrap();
+    let tried: Vec<_> = losses.iter().map(|tried| &tried["rotation"]).collect();
+    assert_eq!(tried, ["none", "hadamard", "klt"]);
+    assert!(
+        losses
+            .iter()
+            .all(|tried| tried["loss"].as_f64().unwrap() > 0.0)
+    );
+    let rotation = calibration["rewrites"]["settings"]["rotation"]
+        .as_str()
+        .unwrap();
+    let forced = [&flags[..], &["--rotate", rotation]].concat();
+    let forced = place.converted(&nano(), "forced.gguf", &forced);
+    assert!(
+        receipt(&forced)["calibration"]["rotation_losses"]
+            .as_array()
+            .unwrap()
+            .is_empty()
+    );
+    assert!(bytes(&chosen) == bytes(&forced));
+    // Read from a file, the statistics say the same.
+    let statistics = place.file("nano.safetensors");
+    let model = nano();
+    let paths = [model.as_path(), &place.text, &statistics].map(|path| path.to_str().unwrap());
+    let calibrate = [
+        "-q",
+        "calibrate",
+        paths[0],
+        "--text",
+        paths[1],
+        "-o",
+        paths[2],
+    ];
+    let output = nemoconv([&calibrate[..], &["--calibration-context", "128"]].concat());
+    assert!(output.status.success(), "{}", stderr(&output));
+    let given = [&flags[..], &["--statistics", paths[2]]].concat();
+    let given = place.converted(&nano(), "given.gguf", &given);
+    assert!(bytes(&given) == bytes(&chosen));
+}
+
+#[test]
+fn memory_is_bounded_and_changes_no_byte() {
+    let place = place();
+    let flags = ["-t", "q4_0", "--passes", "0", "--rotate", "none"];
+    let roomy = place.converted(&nano(), "roomy.gguf", &flags);
+    let stated = receipt(&roomy)["peak_memory_bytes"].as_u64().unwrap();
+    assert!(stated > 128 << 20, "{stated}");
+    let tight = |limit: &str| {
+        let outfile = place.file("tight.gguf");
+        let flags = place.flags(&[&flags[..], &["--max-ram", limit]].concat());
+        let output = try_to_gguf(&nano(), &outfile, &flags);
+        (output.status.code(), stderr(&output), outfile)
+    };
+    let (code, said, _) = tight("1M");
+    assert_eq!(code, Some(1), "{said}");
+    assert!(
+        said.contains("1000000 bytes of memory are too few"),
+        "{said}"
+    );
+    let (_, needed) = said.split_once("--max-ram ").unwrap();
+    let needed: u64 = needed.split(['`', ',']).next().unwrap().parse().unwrap();
+    assert!(needed < stated, "{needed} {stated}");
+    // The statistics fit then; what rounding takes is said next.
+    let (code, said, outfile) = tight(&(stated - 1).to_string());
+    assert_eq!(code, Some(0), "{said}");
+    assert!(bytes(&outfile) == bytes(&roomy));
+    assert!(receipt(&outfile)["peak_memory_bytes"].as_u64().unwrap() < stated);
 }
 
 #[test]

@@ -145,6 +145,12 @@ fn a_target_is_met_whatever_the_threads() {
         allocation["predicted_kl"].as_f64().unwrap() > 0.0,
         "{allocation}"
     );
+    for measured in [
+        &allocation["measured_kl"],
+        &allocation["named_mix"]["measured_kl"],
+    ] {
+        assert!(measured.as_f64().unwrap() > 0.0, "{allocation}");
+    }
     let groups = allocation["groups"].as_array().unwrap();
     let shared = groups
         .iter()

@@ -4,6 +4,7 @@
 //! artifact is assembled. Memory holds one block: its weights, its second moments; residual streams go to a file where
 //! they do not fit.
 
+mod absorption;
 mod ledger;
 mod moments;
 pub mod needs;
@@ -63,6 +64,9 @@ pub struct Rounding {
     pub target_correction: f64,
     /// What is added to second moments, as a share of their mean diagonal.
     pub damp_percent: f64,
+    /// Biases behind `ssm_in` take back its mean errors.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    pub bias_absorption: bool,
 }
 
 impl Default for Rounding {
@@ -72,6 +76,7 @@ impl Default for Rounding {
             passes: 3,
             target_correction: 1.0,
             damp_percent: 0.01,
+            bias_absorption: false,
         }
     }
 }
@@ -236,7 +241,11 @@ impl Calibrated<'_> {
             .collect();
         let stages = stages::of(self.plan.config.pattern.kinds()[block], &prefix, &names);
         let is_staged = |name: &&str| stages.iter().flatten().any(|staged| staged == name);
-        for name in names.iter().filter(|name| !is_staged(name)) {
+        let is_late = |name: &&str| self.rounding.bias_absorption && absorption::absorbs(name);
+        for name in names
+            .iter()
+            .filter(|name| !is_staged(name) && !is_late(name))
+        {
             self.round_plainly(name, workspace)?;
         }
         let config = self.weights.stored().config();
@@ -265,6 +274,10 @@ impl Calibrated<'_> {
                 routes: &routes,
             };
             stage.round(&open, workspace)?;
+        }
+        // Those of an earlier run are finished, those without anything to absorb are not.
+        for name in names.iter().filter(|name| is_late(name)) {
+            self.round_plainly(name, workspace)?;
         }
         let current = self.current_layer(block, &names, &originals, workspace)?;
         self.advance(&original, &current, streams, &routes)

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::ops::Range;
 
 use super::rounding::{TensorRounding, add_to_pool};
-use super::{BothStreams, Calibrated, Workspace, routing_of, stages};
+use super::{BothStreams, Calibrated, Workspace, absorption, routing_of, stages};
 use crate::backend::cpu::kernels::Isa;
 use crate::backend::{Backend, ExpertRows};
 use crate::calibrate::capture::{Capture, Captured};
@@ -22,12 +22,20 @@ pub struct Seen {
     pub cross: Option<CrossMoments>,
     /// Their largest magnitude.
     pub largest: f32,
+    /// Sums of the inputs themselves.
+    pub sums: Vec<f64>,
+    /// The same of the original network, where it is looked at.
+    pub original_sums: Option<Vec<f64>>,
 }
 
 impl Merge for Seen {
     fn merge(&mut self, later: Self) {
         self.moments.merge(later.moments);
         self.largest = self.largest.max(later.largest);
+        add(&mut self.sums, &later.sums);
+        if let (Some(sums), Some(later)) = (&mut self.original_sums, &later.original_sums) {
+            add(sums, later);
+        }
         if let (Some(cross), Some(later)) = (&mut self.cross, later.cross) {
             cross.merge(later);
         }
@@ -78,10 +86,18 @@ impl<'a> StageMoments<'a> {
                     open.push(tensor);
                     continue;
                 }
-                let planned_bytes = tensor.planned_bytes();
+                let (planned, input) = (tensor.planned(), tensor.input().to_string());
                 let (bytes, outcome) = tensor.finish();
+                // Before the matrix itself: a run that is killed in between does both again.
+                if let (true, Some(seen)) =
+                    (self.job.rounding.bias_absorption, seen.get(&(input, 0)))
+                {
+                    for (bias, bytes) in absorption::absorbed(self.job, planned, &bytes, seen)? {
+                        workspace.finish(&bytes, absorption::outcome(self.job, bias))?;
+                    }
+                }
                 workspace.finish(&bytes, outcome)?;
-                self.job.progress.advance(planned_bytes);
+                self.job.progress.advance(planned.bytes());
             }
         }
         Ok(())
@@ -185,7 +201,8 @@ fn count_of(keys: &[Key], input: &str) -> usize {
     keys.iter().filter(|(name, _)| name == input).count()
 }
 
-fn seen(isa: Isa, captured: &Captured, original: Option<&Captured>) -> Seen {
+/// What is known of some inputs, and of those of the original network with them.
+pub fn seen(isa: Isa, captured: &Captured, original: Option<&Captured>) -> Seen {
     let n = captured.in_features;
     let mut moments = SecondMoments::empty(n);
     let weights = (!captured.weights.is_empty()).then_some(captured.weights.as_slice());
@@ -199,7 +216,24 @@ fn seen(isa: Isa, captured: &Captured, original: Option<&Captured>) -> Seen {
         moments,
         cross,
         largest,
+        sums: sums_of(&captured.rows, n),
+        original_sums: original.map(|original| sums_of(&original.rows, n)),
     }
+}
+
+/// Rows `[_, n]` summed up in order.
+fn sums_of(rows: &[f32], n: usize) -> Vec<f64> {
+    let mut sums = vec![0.0; n];
+    for row in rows.chunks_exact(n) {
+        let row = row.iter().map(|x| f64::from(*x));
+        sums.iter_mut().zip(row).for_each(|(sum, x)| *sum += x);
+    }
+    sums
+}
+
+fn add(sums: &mut [f64], later: &[f64]) {
+    let pairs = sums.iter_mut().zip(later);
+    pairs.for_each(|(sum, later)| *sum += later);
 }
 
 /// Rounds the head, whose inputs are the normed streams behind the last block.

@@ -98,9 +98,9 @@ impl<'a> TensorRounding<'a> {
         &self.input
     }
 
-    /// Stored bytes, as the plan counts them.
-    pub fn planned_bytes(&self) -> u64 {
-        self.tensor.bytes()
+    /// As it is planned.
+    pub fn planned(&self) -> &'a PlannedTensor {
+        self.tensor
     }
 
     /// Rounds the next `count` matrices, which must be all where the prior is still to be made of `seen`.
@@ -160,7 +160,7 @@ impl<'a> TensorRounding<'a> {
     }
 }
 
-fn empty_outcome(tensor: &PlannedTensor, form: Form, columns: usize) -> TensorOutcome {
+pub fn empty_outcome(tensor: &PlannedTensor, form: Form, columns: usize) -> TensorOutcome {
     TensorOutcome {
         tensor: tensor.name.clone(),
         ty: form.to_string(),

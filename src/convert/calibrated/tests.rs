@@ -15,6 +15,9 @@ use crate::plan::types::TypeSettings;
 
 struct Silent;
 
+static GO: AtomicBool = AtomicBool::new(false);
+static NO_INTEGERS: BTreeMap<String, IntegerGrid> = BTreeMap::new();
+
 impl Progress for Silent {
     fn begin(&self, _: &str, _: u64) {}
     fn advance(&self, _: u64) {}
@@ -22,15 +25,15 @@ impl Progress for Silent {
 }
 
 /// A checkpoint with its plan and some samples.
-struct Scene {
+pub struct Scene {
     _folder: tempfile::TempDir,
-    weights: RewrittenModel,
+    pub weights: RewrittenModel,
     plan: Plan,
     samples: Samples,
 }
 
 impl Scene {
-    fn new(checkpoint: &RandomCheckpoint) -> Self {
+    pub fn new(checkpoint: &RandomCheckpoint) -> Self {
         let folder = tempfile::tempdir().unwrap();
         checkpoint.write(folder.path()).unwrap();
         let model = StoredModel::open(folder.path().to_str().unwrap()).unwrap();
@@ -55,16 +58,7 @@ impl Scene {
     }
 
     fn rounded(&self, folder: &Path, arrange: impl Fn(&mut Arrangement)) -> Vec<Vec<u8>> {
-        let job = Calibrated {
-            weights: &self.weights,
-            plan: &self.plan,
-            integers: &Default::default(),
-            samples: &self.samples,
-            rounding: Rounding::default(),
-            memory_bytes: u64::MAX,
-            progress: &Silent,
-            stop: &AtomicBool::new(false),
-        };
+        let job = self.job(Rounding::default());
         let mut arrangement = self.needs().arrange(u64::MAX).unwrap();
         arrange(&mut arrangement);
         let mut workspace = Workspace::open(folder, "key").unwrap();
@@ -72,6 +66,19 @@ impl Scene {
         let names: Vec<&str> = job.tensors().map(|tensor| tensor.name.as_str()).collect();
         let bytes = names.iter().map(|name| workspace.read(name).unwrap());
         bytes.collect()
+    }
+
+    pub fn job(&self, rounding: Rounding) -> Calibrated<'_> {
+        Calibrated {
+            weights: &self.weights,
+            plan: &self.plan,
+            integers: &NO_INTEGERS,
+            samples: &self.samples,
+            rounding,
+            memory_bytes: u64::MAX,
+            progress: &Silent,
+            stop: &GO,
+        }
     }
 
     fn needs(&self) -> Needs<'_> {
