@@ -8,6 +8,7 @@ pub mod capture;
 pub mod cells;
 pub mod documents;
 pub mod experts;
+pub mod gradients;
 pub mod importance;
 pub mod layer;
 pub mod samples;
