@@ -93,7 +93,7 @@ pub fn segments<'a, T>(sequences: &[Range<usize>], states: &'a mut [T]) -> Vec<S
 enum Mixer {
     Mamba(Box<Mamba2>),
     Attention(Box<Attention>),
-    Mlp(Mlp),
+    Mlp(Box<Mlp>),
     Moe(Box<Moe>),
 }
 
@@ -126,7 +126,7 @@ impl Block {
         let mixer = match config.pattern.kinds()[index] {
             BlockKind::Mamba => Mixer::Mamba(Box::new(Mamba2::open(&weights)?)),
             BlockKind::Attention => Mixer::Attention(Box::new(Attention::open(&weights)?)),
-            BlockKind::Mlp => Mixer::Mlp(Mlp::open(&weights, "ffn_up", "ffn_down")?),
+            BlockKind::Mlp => Mixer::Mlp(Box::new(Mlp::open(&weights, "ffn_up", "ffn_down")?)),
             BlockKind::Moe => Mixer::Moe(Box::new(Moe::open(&weights)?)),
         };
         Ok(Self {
