@@ -400,8 +400,8 @@ pub struct CalibrationArgs {
     /// Passes of coordinate descent over scales and codes after the first. Default: 3
     #[arg(long, value_name = "N")]
     pub passes: Option<u8>,
-    /// Sequences that run through the network and back: with the gradients at the outputs rows repair each other. 0 rounds
-    /// rows apart. Default: 32
+    /// Sequences that run through the network and back, such as 32: by the gradients at the outputs rows then repair each
+    /// other, which takes memory with the square of `out_features`. Default: 0, rows apart
     #[arg(long, value_name = "N")]
     pub gradient_sequences: Option<u32>,
     /// Share of the correction towards the original outputs on the inputs of the rounded network, 0 to 1. Default: 1

@@ -315,7 +315,7 @@ impl Calibration {
                 workspace.resumed
             ));
         }
-        let outputs = self.outputs(threads, talk, stop)?;
+        let outputs = self.outputs(threads, stop)?;
         let job = Calibrated {
             weights: &self.weights,
             plan,
@@ -331,13 +331,8 @@ impl Calibration {
         Ok(workspace)
     }
 
-    /// Runs samples through the network and back, if rows are to repair each other and memory suffices.
-    fn outputs(
-        &self,
-        threads: Option<u16>,
-        talk: &Talk,
-        stop: &AtomicBool,
-    ) -> Result<Option<OutputMoments>> {
+    /// Runs samples through the network and back, if rows are to repair each other.
+    fn outputs(&self, threads: Option<u16>, stop: &AtomicBool) -> Result<Option<OutputMoments>> {
         let max_sequences = self.rounding.gradient_sequences;
         if max_sequences == 0 || self.rounding.method != Method::Gptq {
             return Ok(None);
@@ -354,14 +349,7 @@ impl Calibration {
         let collected = on_workers(threads, || {
             OutputMoments::collect(&self.weights, &self.samples, &settings, &watch)
         });
-        match collected {
-            Ok(outputs) => Ok(Some(outputs)),
-            Err(Error::Plan(fault)) => {
-                talk.say(format_args!("rows are rounded apart: {fault}"));
-                Ok(None)
-            }
-            Err(error) => Err(error),
-        }
+        collected.map(Some)
     }
 
     /// Writes the sidecar, from which `validate` undoes the rewrites; gives its path.

@@ -77,7 +77,7 @@ impl Default for Rounding {
         Self {
             method: Method::Gptq,
             passes: 3,
-            gradient_sequences: 32,
+            gradient_sequences: 0,
             target_correction: 1.0,
             damp_percent: 0.01,
             bias_absorption: false,
