@@ -441,6 +441,16 @@ fn what_a_reader_would_misread_is_refused_by_its_name() {
     );
     place.refuses(
         &moe,
+        &["--linear", "experts\\.\\d+\\.=w4a16-asym"],
+        &["no zero points of experts", "--readers vllm"],
+    );
+    place.refuses(
+        &moe,
+        &["--linear", "mixer\\.experts\\.=keep"],
+        &["packed experts alone", "--readers vllm"],
+    );
+    place.refuses(
+        &moe,
         &["--linear", "experts\\.1\\.=keep"],
         &["expert 0 alone"],
     );
@@ -459,7 +469,8 @@ fn experts_take_what_every_reader_loads() {
     assert!(output.status.success(), "{}", stderr(&output));
     let config = json_of(place.path("both").join("config.json"))["quantization_config"].clone();
     assert_eq!(config["format"], "mixed-precision");
-    let experts = &config["config_groups"]["group_1"];
+    // transformers takes the first group that has `experts` in an expression, and `shared_experts` has.
+    let experts = &config["config_groups"]["group_0"];
     assert_eq!(
         (experts["format"].clone(), experts["targets"].clone()),
         (
@@ -480,7 +491,7 @@ fn experts_take_what_every_reader_loads() {
     assert!(output.status.success(), "{}", stderr(&output));
     let config = json_of(place.path("groups").join("config.json"))["quantization_config"].clone();
     assert_eq!(
-        config["config_groups"]["group_1"]["weights"]["group_size"],
+        config["config_groups"]["group_0"]["weights"]["group_size"],
         64
     );
 }

@@ -11,4 +11,5 @@ mod lm_eval;
 mod metadata;
 mod mixes;
 mod packed;
+mod packed_runtime;
 mod quantization_error;

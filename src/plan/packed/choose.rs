@@ -76,7 +76,7 @@ fn named(
     let taken = for_experts(wanted, &settings.readers);
     if taken != wanted && remarks.is_empty() {
         remarks.push(format!(
-            "experts take {taken} instead of {wanted}: transformers loads no experts in I8 (`--readers vllm` writes {wanted})"
+            "experts take {taken} instead of {wanted}: transformers decodes experts of symmetric packed codes alone (`--readers vllm` writes {wanted})"
         ));
     }
     Some(taken)

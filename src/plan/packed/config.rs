@@ -39,6 +39,7 @@ fn compressed_tensors(
     schemes: &[Option<LinearScheme>],
     groups: &[&LinearScheme],
 ) -> Value {
+    let groups = experts_first(linears, schemes, groups);
     let mut formats: Vec<&str> = groups
         .iter()
         .map(|group| group.scheme.layout.name())
@@ -88,6 +89,24 @@ fn compressed_tensors(
         "transform_config": {},
         "version": COMPRESSED_TENSORS,
     })
+}
+
+/// transformers takes experts for what the first group with `experts` in an expression says, be they shared or routed;
+/// where expressions overlap, other readers take the first too, and these do not.
+///
+/// Source: transformers 5.17, `integrations/compressed_tensors.py`, `get_experts_scheme`.
+fn experts_first<'a>(
+    linears: &[Linear],
+    schemes: &[Option<LinearScheme>],
+    groups: &[&'a LinearScheme],
+) -> Vec<&'a LinearScheme> {
+    let has_experts = |group: &LinearScheme| {
+        let mut all = linears.iter().zip(schemes);
+        all.any(|(linear, scheme)| linear.kind == Kind::Expert && scheme.as_ref() == Some(group))
+    };
+    let mut groups = groups.to_vec();
+    groups.sort_by_key(|group| !has_experts(group));
+    groups
 }
 
 fn group_json(scheme: &Scheme, targets: &[String]) -> Value {

@@ -49,14 +49,15 @@ impl FromStr for Reader {
     }
 }
 
-/// What experts take instead of a scheme that transformers cannot load for them: it leaves experts in I8 at random values.
+/// What experts take instead of a scheme that transformers cannot load for them: it decodes symmetric packed codes alone,
+/// stops at zero points, and leaves experts in I8 at random values.
 pub fn for_experts(scheme: NamedScheme, readers: &[Reader]) -> NamedScheme {
     if !readers.contains(&Reader::Transformers) {
         return scheme;
     }
     match scheme {
         NamedScheme::W8A8 | NamedScheme::W8A8Static => NamedScheme::W8A16,
-        NamedScheme::W4A8 => NamedScheme::W4A16,
+        NamedScheme::W4A8 | NamedScheme::W4A16Asym => NamedScheme::W4A16,
         other => other,
     }
 }
@@ -138,18 +139,29 @@ fn described(scheme: Option<&LinearScheme>) -> String {
 
 fn transformers(choices: &[Choice]) -> Result<()> {
     let only_vllm = "`--readers vllm` writes it for vLLM alone";
-    let experts = choices
-        .iter()
-        .filter(|(linear, _)| linear.kind == Kind::Expert);
-    let mut quantized = experts.filter_map(|(linear, scheme)| Some((linear, (*scheme)?)));
+    let experts = || {
+        choices
+            .iter()
+            .filter(|(linear, _)| linear.kind == Kind::Expert)
+    };
+    let mut all = choices.iter().filter_map(|(_, scheme)| *scheme);
+    let is_compressed_tensors = all.any(|scheme| !scheme.named.is_gptq());
+    let kept = experts().find(|(_, scheme)| scheme.is_none());
+    if let Some((linear, _)) = kept.filter(|_| is_compressed_tensors) {
+        let what = "not quantized: beside packed linears transformers looks for packed experts alone, and leaves others \
+                    at random values";
+        return Err(refused(linear, what, only_vllm));
+    }
+    let mut quantized = experts().filter_map(|(linear, scheme)| Some((linear, (*scheme)?)));
     let Some((first, scheme)) = quantized.next() else {
         return Ok(());
     };
     if for_experts(scheme.named, &[Reader::Transformers]) != scheme.named {
-        let what = format!(
-            "{}: transformers leaves experts in I8 at random values without a word",
-            scheme.named
-        );
+        let what = match scheme.named {
+            NamedScheme::W4A16Asym => "transformers decodes no zero points of experts",
+            _ => "transformers leaves experts in I8 at random values without a word",
+        };
+        let what = format!("{}: {what}", scheme.named);
         return Err(refused(first, what, only_vllm));
     }
     match quantized.find(|(_, other)| *other != scheme) {

@@ -191,9 +191,23 @@ fn alike(sources: &Sources, found: &mut Found) {
         let mut tensors = sources.tensors.iter();
         tensors.find(|tensor| tensor.expected.name == name)
     };
+    let all = sources.tensors.iter().flat_map(|tensor| &tensor.pieces);
+    let has_packed = all.filter_map(packed).any(|linear| {
+        let layout = linear.scheme().layout;
+        matches!(
+            layout,
+            Layout::PackQuantized { .. } | Layout::IntQuantized { .. }
+        )
+    });
     for tensor in &sources.tensors {
         let (pieces, name) = (&tensor.pieces, &tensor.expected.name);
         let Some(first) = pieces.iter().find_map(packed) else {
+            if has_packed && tensor.expected.rule.is_stacked() {
+                let message = "beside packed linears transformers looks for packed experts alone, and leaves these at \
+                               random values; vLLM and SGLang read them";
+                let finding = Finding::new(Rule::QuantizationConfig, message).in_tensor(name);
+                found.push(finding.severity(Severity::Warning));
+            }
             continue;
         };
         let scheme = first.scheme();
@@ -202,10 +216,8 @@ fn alike(sources: &Sources, found: &mut Found) {
             let message = "the experts of a layer are not stored alike; runtimes read all as they read the first";
             found.push(wrong(first, message));
         } else if tensor.expected.rule.is_stacked()
-            && matches!(scheme.layout, Layout::IntQuantized { .. })
+            && let Some(message) = unread_by_transformers(scheme.layout)
         {
-            let message = "transformers leaves experts in int-quantized at random values and says nothing; \
-                           vLLM and SGLang read them";
             found.push(wrong(first, message).severity(Severity::Warning));
         }
         let fused = [
@@ -225,6 +237,19 @@ fn alike(sources: &Sources, found: &mut Found) {
                 found.push(wrong(first, &message));
             }
         }
+    }
+}
+
+/// What becomes of experts of this layout in transformers, if it does not read them. vLLM and SGLang do.
+fn unread_by_transformers(experts: Layout) -> Option<&'static str> {
+    match experts {
+        Layout::IntQuantized { .. } => Some(
+            "transformers leaves experts in int-quantized at random values and says nothing; vLLM and SGLang read them",
+        ),
+        Layout::PackQuantized {
+            symmetric: false, ..
+        } => Some("transformers refuses experts with zero points; vLLM and SGLang read them"),
+        _ => None,
     }
 }
 
