@@ -28,7 +28,7 @@ impl Streams {
     pub fn new(lengths: Vec<usize>, in_file: bool) -> Result<Self> {
         let storage = match in_file {
             false => Storage::Memory(lengths.iter().map(|len| vec![0.0; *len]).collect()),
-            true => Storage::File(tempfile::tempfile().map_err(failed)?),
+            true => Storage::File(file_of_zeros(lengths.iter().sum()).map_err(failed)?),
         };
         Ok(Self { storage, lengths })
     }
@@ -72,6 +72,12 @@ impl Streams {
     }
 }
 
+fn file_of_zeros(values: usize) -> std::io::Result<File> {
+    let file = tempfile::tempfile()?;
+    file.set_len(4 * values as u64)?;
+    Ok(file)
+}
+
 fn failed(source: std::io::Error) -> Error {
     let what = "cannot keep residual streams in a temporary file";
     Error::Write {
@@ -89,6 +95,7 @@ mod tests {
     fn cells_come_back_from_memory_and_file() {
         for in_file in [false, true] {
             let mut streams = Streams::new(vec![2, 0, 3], in_file).unwrap();
+            assert_eq!(streams.read(2).unwrap(), [0.0; 3]);
             streams.write(2, vec![3.0, 4.0, 5.0]).unwrap();
             streams.write(0, vec![1.0, 2.0]).unwrap();
             streams.write(1, vec![]).unwrap();

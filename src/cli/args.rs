@@ -400,6 +400,10 @@ pub struct CalibrationArgs {
     /// Passes of coordinate descent over scales and codes after the first. Default: 3
     #[arg(long, value_name = "N")]
     pub passes: Option<u8>,
+    /// Sequences that run through the network and back, such as 32: by the gradients at the outputs rows then repair each
+    /// other, which takes memory with the square of `out_features`. Default: 0, rows apart
+    #[arg(long, value_name = "N")]
+    pub gradient_sequences: Option<u32>,
     /// Share of the correction towards the original outputs on the inputs of the rounded network, 0 to 1. Default: 1
     #[arg(long, value_name = "BETA")]
     pub target_correction: Option<f64>,
@@ -525,6 +529,7 @@ impl CalibrationArgs {
         RecipeEntries {
             method: self.method.map(Method::from),
             passes: self.passes,
+            gradient_sequences: self.gradient_sequences,
             target_correction: self.target_correction,
             damp_percent: self.damp_percent,
             bias_absorption: self.bias_absorption.then_some(true),

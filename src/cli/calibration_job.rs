@@ -6,12 +6,13 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use nemoconv::artifact::StoredModel;
+use nemoconv::calibrate::gradients::{GradientSettings, OutputMoments};
 use nemoconv::calibrate::samples::Samples;
 use nemoconv::calibrate::statistics::Statistics;
 use nemoconv::convert::calibrated::needs::{Arrangement, Needs};
 use nemoconv::convert::calibrated::rotation::{RotationChoice, RotationLoss, RotationTrial};
 use nemoconv::convert::calibrated::workspace::Workspace;
-use nemoconv::convert::calibrated::{Calibrated, Rounding};
+use nemoconv::convert::calibrated::{Calibrated, Method, Rounding};
 use nemoconv::error::{Error, Result};
 use nemoconv::formats::GgmlType;
 use nemoconv::formats::checkpoint::Checkpoint;
@@ -314,11 +315,13 @@ impl Calibration {
                 workspace.resumed
             ));
         }
+        let outputs = self.outputs(threads, stop)?;
         let job = Calibrated {
             weights: &self.weights,
             plan,
             integers,
             samples: &self.samples,
+            outputs: outputs.as_ref(),
             rounding: self.rounding,
             memory_bytes: self.memory_bytes,
             progress: &Report::new(*talk),
@@ -326,6 +329,27 @@ impl Calibration {
         };
         on_workers(threads, || job.run(&mut workspace))?;
         Ok(workspace)
+    }
+
+    /// Runs samples through the network and back, if rows are to repair each other.
+    fn outputs(&self, threads: Option<u16>, stop: &AtomicBool) -> Result<Option<OutputMoments>> {
+        let max_sequences = self.rounding.gradient_sequences;
+        if max_sequences == 0 || self.rounding.method != Method::Gptq {
+            return Ok(None);
+        }
+        let settings = GradientSettings {
+            max_sequences,
+            seed: 0,
+            memory_bytes: self.memory_bytes,
+        };
+        let watch = || match stop.load(Ordering::Relaxed) {
+            true => Err(Error::Interrupted),
+            false => Ok(()),
+        };
+        let collected = on_workers(threads, || {
+            OutputMoments::collect(&self.weights, &self.samples, &settings, &watch)
+        });
+        collected.map(Some)
     }
 
     /// Writes the sidecar, from which `validate` undoes the rewrites; gives its path.

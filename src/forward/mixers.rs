@@ -364,7 +364,8 @@ impl<B: Backend> Moe<B> {
     }
 }
 
-fn route_shape(moe: &MoeConfig) -> RouteShape {
+/// How experts are chosen.
+pub fn route_shape(moe: &MoeConfig) -> RouteShape {
     RouteShape {
         experts: moe.n_routed_experts,
         chosen: moe.num_experts_per_tok,

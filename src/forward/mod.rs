@@ -4,9 +4,9 @@
 //! no benchmark, no file format and no report.
 
 pub mod block;
-mod linear;
+pub(crate) mod linear;
 pub mod log_softmax;
-mod mixers;
+pub(crate) mod mixers;
 pub mod network;
 pub mod numerics;
 pub mod observer;

@@ -173,6 +173,7 @@ impl Recipe {
         line("mtp", &self.mtp);
         line("method", &self.rounding.method);
         line("passes", &self.rounding.passes);
+        line("gradient-sequences", &self.rounding.gradient_sequences);
         line("target-correction", &self.rounding.target_correction);
         line("damp-percent", &self.rounding.damp_percent);
         line("bias-absorption", &self.rounding.bias_absorption);
@@ -300,6 +301,8 @@ pub struct RecipeEntries {
     pub method: Option<Method>,
     /// Passes of coordinate descent.
     pub passes: Option<u8>,
+    /// Sequences through the network and back.
+    pub gradient_sequences: Option<u32>,
     /// Share of the correction, 0 to 1.
     pub target_correction: Option<f64>,
     /// Share of the mean diagonal.
@@ -415,6 +418,7 @@ impl RecipeEntries {
             mtp: self.mtp.or(file.mtp),
             method: self.method.or(file.method),
             passes: self.passes.or(file.passes),
+            gradient_sequences: self.gradient_sequences.or(file.gradient_sequences),
             target_correction: self.target_correction.or(file.target_correction),
             damp_percent: self.damp_percent.or(file.damp_percent),
             bias_absorption: self.bias_absorption.or(file.bias_absorption),
@@ -450,6 +454,7 @@ impl RecipeEntries {
             rounding: Rounding {
                 method,
                 passes: self.passes.map_or(rounding.passes, usize::from),
+                gradient_sequences: count(self.gradient_sequences, rounding.gradient_sequences),
                 target_correction: self.target_correction.unwrap_or(rounding.target_correction),
                 damp_percent: self.damp_percent.unwrap_or(rounding.damp_percent),
                 bias_absorption: self.bias_absorption.unwrap_or(rounding.bias_absorption),

@@ -45,4 +45,5 @@ fn the_help_fits_its_readers() {
     let help = |args: &[&str]| String::from_utf8(nemoconv(args).stdout).unwrap();
     insta::assert_snapshot!("help", help(&["--help"]));
     insta::assert_snapshot!("help_to_gguf", help(&["to-gguf", "--help"]));
+    insta::assert_snapshot!("help_to_safetensors", help(&["to-safetensors", "--help"]));
 }

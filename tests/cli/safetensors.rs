@@ -65,10 +65,11 @@ fn names(folder: &Path) -> Vec<String> {
     names
 }
 
-/// Every file of a folder but the receipt of when it was made.
+/// Every file of a folder.
 fn files(folder: &Path) -> BTreeMap<String, Vec<u8>> {
     let names = names(folder).into_iter();
     names
+        .filter(|name| folder.join(name).is_file())
         .map(|name| (name.clone(), fs::read(folder.join(&name)).unwrap()))
         .collect()
 }
@@ -222,14 +223,12 @@ fn shards_hold_what_the_index_says() {
 fn threads_change_nothing() {
     let place = Place::new();
     for scheme in ["w4a16-asym", "w8a8", "gptq-4"] {
-        let one = place.pack(
-            &format!("{scheme}-1"),
-            &["--scheme", scheme, "--threads", "1"],
-        );
-        let three = place.pack(
-            &format!("{scheme}-3"),
-            &["--scheme", scheme, "--threads", "3"],
-        );
+        let pack = |threads: &str| {
+            let flags = ["--scheme", scheme, "--linear", "in_proj=keep"];
+            let flags = [&flags[..], &["--threads", threads]].concat();
+            place.pack(&format!("{scheme}-{threads}"), &flags)
+        };
+        let (one, three) = (pack("1"), pack("3"));
         assert!(files(&one) == files(&three), "{scheme}");
     }
 }
@@ -300,6 +299,47 @@ fn calibration_loses_less_and_floats_stay_exact() {
     // What was folded into the readers leaves powers of two.
     for norm in floats(&after["backbone.layers.1.norm.weight"].2) {
         assert_eq!(norm.to_bits() & 0x007f_ffff, 0, "{norm}");
+    }
+}
+
+#[test]
+fn validate_undoes_the_rewrites_and_knows_how_it_was_rounded() {
+    let place = Place::new();
+    let text = text();
+    for (name, flags) in [
+        ("rtn", vec!["--scheme", "w8a8"]),
+        ("w4a16", calibrated(&text, &["--scheme", "w4a16"])),
+        (
+            "gptq-4",
+            calibrated(&text, &["--scheme", "gptq-4", "--linear", "in_proj=keep"]),
+        ),
+    ] {
+        let folder = place.pack(name, &flags);
+        let reference = nano();
+        let validate = |folder: &Path| {
+            nemoconv([
+                "validate",
+                folder.to_str().unwrap(),
+                "--reference",
+                reference.to_str().unwrap(),
+                "-q",
+            ])
+        };
+        let output = validate(&folder);
+        let report = String::from_utf8_lossy(&output.stdout).into_owned();
+        assert_eq!(
+            output.status.code(),
+            Some(0),
+            "{name}: {report}{}",
+            stderr(&output)
+        );
+        if name == "w4a16" {
+            let sidecar = folder.join("rewrites.nemoconv");
+            fs::remove_file(sidecar).unwrap();
+            let output = validate(&folder);
+            let report = String::from_utf8_lossy(&output.stdout).into_owned();
+            assert!(report.contains("rewrites.nemoconv"), "{report}");
+        }
     }
 }
 

@@ -9,6 +9,7 @@ mod elementwise;
 pub mod gram;
 mod input;
 pub mod kernels;
+pub(crate) use elementwise::{dot, softplus, sum_of_squares};
 pub use elementwise::{exp, exp_f64, largest, sum_of_exps};
 mod matmul;
 mod matvec;

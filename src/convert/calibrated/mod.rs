@@ -27,6 +27,7 @@ use crate::backend::ExpertRows;
 use crate::backend::cpu::kernels::Isa;
 use crate::backend::cpu::{Cpu, Residence};
 use crate::calibrate::capture::Capture;
+use crate::calibrate::gradients::OutputMoments;
 use crate::calibrate::layer::Layer;
 use crate::calibrate::samples::Samples;
 use crate::calibrate::stream::Streams;
@@ -60,6 +61,8 @@ pub struct Rounding {
     pub method: Method,
     /// Passes of coordinate descent after the first.
     pub passes: usize,
+    /// Sequences that run through the network and back, so that rows repair each other; 0: rows apart.
+    pub gradient_sequences: usize,
     /// Share of the correction towards the original network's outputs on inputs of the rounded one (beta), 0 to 1.
     pub target_correction: f64,
     /// What is added to second moments, as a share of their mean diagonal.
@@ -74,6 +77,7 @@ impl Default for Rounding {
         Self {
             method: Method::Gptq,
             passes: 3,
+            gradient_sequences: 0,
             target_correction: 1.0,
             damp_percent: 0.01,
             bias_absorption: false,
@@ -100,6 +104,8 @@ pub struct Calibrated<'a> {
     pub integers: &'a BTreeMap<String, IntegerGrid>,
     /// What the network reads.
     pub samples: &'a Samples,
+    /// Second moments of the gradients at the outputs, if rows repair each other.
+    pub outputs: Option<&'a OutputMoments>,
     /// How weights are rounded.
     pub rounding: Rounding,
     /// Memory to stay within, see [`Needs::arrange`](needs::Needs::arrange); the bytes do not depend on it.

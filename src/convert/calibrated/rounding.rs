@@ -8,8 +8,14 @@ use crate::calibrate::experts::own_share;
 use crate::calibrate::second_moments::SecondMoments;
 use crate::error::Result;
 use crate::plan::PlannedTensor;
-use crate::quantize::feedback::{self, Correction, Feedback, InputMoments};
+use crate::quantize::feedback::{self, Correction, Damping, Feedback, InputMoments, OutputFactor};
 use crate::quantize::form::Form;
+
+/// Added to the diagonal of gradients' second moments, as a share of its mean.
+const OUTPUT_DAMPING: Damping = Damping {
+    first: 0.02,
+    last: 1.0,
+};
 
 /// Rounds a tensor whose inputs are not known.
 pub fn plain(job: &Calibrated, tensor: &PlannedTensor) -> Result<(Vec<u8>, TensorOutcome)> {
@@ -119,9 +125,11 @@ impl<'a> TensorRounding<'a> {
         let outcome = &mut self.outcome;
         outcome.nonfinite += nonfinite(&values);
         let seen = seen.get(&(self.input.clone(), matrix));
+        let outputs = outputs_of(self.job, &self.tensor.name, matrix, self.shape.rows);
         let rows = Rows {
             job: self.job,
             form: self.form,
+            outputs: &outputs,
             columns: self.shape.columns,
             values: &values,
         };
@@ -262,10 +270,37 @@ struct RoundedMatrix {
     overflows: u64,
 }
 
+/// How rows of a matrix repair each other; nothing where that is not known of all of them.
+fn outputs_of(job: &Calibrated, tensor: &str, matrix: usize, rows: usize) -> Vec<OutputFactor> {
+    let blocks = job.outputs.and_then(|outputs| outputs.of(tensor, matrix));
+    let factors = blocks.unwrap_or_default().iter().map(|block| {
+        let mean = towards_diagonal(&block.moments);
+        OutputFactor::new(job.isa(), block.rows.len(), &mean, OUTPUT_DAMPING)
+    });
+    let factors: Vec<OutputFactor> = factors.collect::<Option<_>>().unwrap_or_default();
+    let known = factors.iter().map(OutputFactor::rows).sum::<usize>();
+    match known == rows {
+        true => factors,
+        false => Vec::new(),
+    }
+}
+
+/// Second moments of few tokens, their mean diagonal mixed in.
+fn towards_diagonal(moments: &SecondMoments) -> Vec<f64> {
+    let n = moments.n;
+    let share = own_share(moments.tokens, n);
+    let mut mean = moments.mean();
+    let diagonal = (0..n).map(|i| mean[i * n + i]).sum::<f64>() / n as f64;
+    mean.iter_mut().for_each(|value| *value *= share);
+    (0..n).for_each(|i| mean[i * n + i] += (1.0 - share) * diagonal);
+    mean
+}
+
 /// One matrix about to be rounded.
 struct Rows<'a> {
     job: &'a Calibrated<'a>,
     form: Form,
+    outputs: &'a [OutputFactor],
     columns: usize,
     values: &'a [f32],
 }
@@ -333,7 +368,11 @@ impl Rows<'_> {
             correction.apply(self.job.isa(), self.values, moments)
         });
         let rows = corrected.as_deref().unwrap_or(self.values);
-        let how = Feedback::of_inputs(moments, self.job.rounding.passes);
+        let how = Feedback {
+            moments,
+            outputs: self.outputs,
+            passes: self.job.rounding.passes,
+        };
         let (bytes, rounded) = self.form.feed_back(self.job.isa(), rows, how);
         (bytes, rounded.overflow)
     }

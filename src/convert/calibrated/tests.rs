@@ -74,6 +74,7 @@ impl Scene {
             plan: &self.plan,
             integers: &NO_INTEGERS,
             samples: &self.samples,
+            outputs: None,
             rounding,
             memory_bytes: u64::MAX,
             progress: &Silent,

@@ -113,7 +113,8 @@ fn uses(plan: &Plan) -> HashMap<usize, Vec<Use>> {
 /// scales of weights that are stored otherwise do not.
 fn is_carried_over(fate: &Fate, entry: &TensorEntry) -> bool {
     let is_scale = entry.name.ends_with("_scale") || entry.name.ends_with("_scale_inv");
-    !matches!(fate, Fate::Merged { .. }) && !(is_scale && !entry.name.starts_with("mtp."))
+    let is_read = matches!(fate, Fate::Merged { .. });
+    !is_read && (entry.name.starts_with("mtp.") || !is_scale)
 }
 
 fn is_packed_source(plan: &Plan, used: &Use) -> bool {
