@@ -4,11 +4,12 @@ stdin: JSON {"folders": [path, ...], "tokens": [ids], "out": folder}
 stdout: one JSON line per folder: {"file": safetensors with what was found, or null, "skipped": why, or null}
 
 The file holds every linear as it was decoded, in F32 under its name in the checkpoint, and for compressed-tensors the
-logits of three ways to load the folder:
+logits of the folder taken in four ways:
   exact        scales in F32, so that decoding rounds nothing (but experts, which are decoded to BF16 while they are loaded)
+  kernels      the same, with 8-bit inputs per token scaled by max / 127 as in vLLM's kernels, not max / 127.5
   plain        as everybody loads it: BF16, decoded by the first pass
   dequantized  decoded to BF16 while it is loaded
-All three then compute in F32.
+All of them then compute in F32.
 """
 import contextlib
 import importlib.util
@@ -16,6 +17,7 @@ import json
 import os
 import re
 import sys
+import unittest.mock
 
 import torch
 from safetensors import safe_open
@@ -50,10 +52,17 @@ def linears(model):
     return {name: weight.detach().float().clone().contiguous() for name, weight in found.items()}
 
 
+def scale_of_kernels(value, args, module, global_scale=None):
+    scale = value.abs().amax(-1, keepdim=True) / 127
+    return scale.clamp(min=torch.finfo(scale.dtype).tiny), torch.zeros_like(scale)
+
+
 def with_compressed_tensors(folder, tokens):
     from transformers import CompressedTensorsConfig
     model = to_f32(load(folder))
     found = {"logits.exact": logits(model, tokens)} | linears(model)
+    with unittest.mock.patch("compressed_tensors.quantization.lifecycle.forward.compute_dynamic_scales_and_zp", scale_of_kernels):
+        found["logits.kernels"] = logits(model, tokens)
     model = load(folder)
     logits(model, tokens[:8])
     found["logits.plain"] = logits(to_f32(model), tokens)
@@ -78,6 +87,8 @@ def with_gptqmodel(folder, config):
                              register_buffers=True, **settings)
         linear.load_state_dict({part: stored[f"{module}.{part}"] for part in ("qweight", "qzeros", "scales", "g_idx")})
         convert_gptq_v1_to_v2_format_module(linear, bits=config["bits"], pack_dtype=linear.pack_dtype)
+        # It decodes to the dtype of its scales, F16.
+        linear.scales = linear.scales.float()
         linear.eval()
         found[f"{module}.weight"] = linear.dequantize_weight().t().float().contiguous()
     return found

@@ -87,11 +87,11 @@ def compare(args, name, folder):
         ended = subprocess.run([args.vllm_python, "-c", VLLM], input=json.dumps(job).encode(), stdout=said, stderr=said,
                                env=os.environ | VLLM_ENVIRONMENT)
     if ended.returncode != 0:
-        print(f"{name:8} vLLM ended with {ended.returncode}: {log}", flush=True)
+        print(f"{name:10} vLLM ended with {ended.returncode}: {log}", flush=True)
         return
     with open(theirs) as file:
         divergences = [kl(p, json.loads(line)) for p, line in zip(ours, file, strict=True)]
-    print(f"{name:8} mean KL {sum(divergences) / len(divergences):.2e}, largest {max(divergences):.2e}, "
+    print(f"{name:10} mean KL {sum(divergences) / len(divergences):.2e}, largest {max(divergences):.2e}, "
           f"{len(divergences)} positions", flush=True)
 
 
