@@ -6,20 +6,10 @@ use nemoconv::formats::checkpoint::Checkpoint;
 use nemoconv::plan::packed::PackedPlan;
 use serde_json::{Value, json};
 
+use super::receipt::shards_json;
+
 /// The plan as JSON.
 pub fn plan_json(checkpoint: &Checkpoint, plan: &PackedPlan) -> Value {
-    let shards: Vec<_> = checkpoint
-        .shards()
-        .iter()
-        .map(|shard| {
-            let name = shard
-                .path()
-                .file_name()
-                .unwrap_or_default()
-                .to_string_lossy();
-            json!({ "name": name, "bytes": shard.bytes().len() })
-        })
-        .collect();
     let files: Vec<_> = plan
         .shards
         .iter()
@@ -44,7 +34,7 @@ pub fn plan_json(checkpoint: &Checkpoint, plan: &PackedPlan) -> Value {
         "file_bytes": plan.file_bytes(),
         "weights": plan.plan.weights(),
         "bits_per_weight": plan.bits_per_weight(),
-        "source": { "revision": checkpoint.revision(), "files": shards },
+        "source": { "revision": checkpoint.revision(), "files": shards_json(checkpoint) },
         "files": files,
         "linears": linears,
         "remarks": plan.remarks,

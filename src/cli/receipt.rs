@@ -67,19 +67,17 @@ pub fn plan_json(
     json
 }
 
+/// The files of a checkpoint.
+pub fn shards_json(checkpoint: &Checkpoint) -> Value {
+    let shards = checkpoint.shards().iter().map(|shard| {
+        let name = shard.path().file_name().unwrap_or_default();
+        json!({ "name": name.to_string_lossy(), "bytes": shard.bytes().len() })
+    });
+    shards.collect()
+}
+
 fn sources_json(checkpoint: &Checkpoint, plan: &Plan) -> Value {
-    let shards: Vec<_> = checkpoint
-        .shards()
-        .iter()
-        .map(|shard| {
-            let name = shard
-                .path()
-                .file_name()
-                .unwrap_or_default()
-                .to_string_lossy();
-            json!({ "name": name, "bytes": shard.bytes().len() })
-        })
-        .collect();
+    let shards = shards_json(checkpoint);
     let tensors: Vec<_> = checkpoint
         .tensors()
         .iter()
