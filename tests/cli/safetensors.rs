@@ -462,6 +462,24 @@ fn what_a_reader_would_misread_is_refused_by_its_name() {
 }
 
 #[test]
+fn a_packed_head_is_named_and_nothing_packed_is_refused() {
+    let place = Place::new();
+    let flags = ["--scheme", "w8a16", "--linear", "lm_head=w8a16"];
+    let config =
+        json_of(place.pack("head", &flags).join("config.json"))["quantization_config"].clone();
+    assert_eq!(
+        config["config_groups"]["group_0"]["targets"],
+        json!(["Linear", "lm_head"])
+    );
+    assert_eq!(config["ignore"], json!([]));
+    place.refuses(
+        &nano(),
+        &["--linear", ".=keep"],
+        &["no linear is left to quantize"],
+    );
+}
+
+#[test]
 fn experts_take_what_every_reader_loads() {
     let place = Place::new();
     let moe = moe(&place);

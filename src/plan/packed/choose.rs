@@ -37,6 +37,12 @@ pub fn schemes(
         .iter()
         .map(|linear| named(linear, settings, &mut remarks))
         .collect();
+    if named.iter().all(Option::is_none) {
+        let fault = crate::error::Fault::new("no linear is left to quantize");
+        return Err(Error::Plan(
+            fault.hint("keep fewer of them with `--linear`"),
+        ));
+    }
     let sizes = group_sizes(linears, &named, settings.group_size)?;
     let chosen = named.into_iter().zip(sizes);
     let schemes = chosen

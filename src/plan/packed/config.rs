@@ -51,7 +51,7 @@ fn compressed_tensors(
         .map(|(number, group)| {
             let is_member = |index: usize| schemes[index].as_ref() == Some(group);
             let targets = match is_single {
-                true => vec![EVERY_LINEAR.to_string()],
+                true => every_linear(linears, &is_member),
                 false => targets(linears, is_member),
             };
             (
@@ -89,6 +89,16 @@ fn compressed_tensors(
         "transform_config": {},
         "version": COMPRESSED_TENSORS,
     })
+}
+
+/// The class of all linears, and the head by name if it is packed: vLLM's class of heads is not called a linear.
+fn every_linear(linears: &[Linear], is_member: impl Fn(usize) -> bool) -> Vec<String> {
+    let heads = linears.iter().enumerate();
+    let heads = heads.filter(|(index, linear)| linear.kind == Kind::Head && is_member(*index));
+    let names = heads.map(|(_, linear)| linear.module.clone());
+    std::iter::once(EVERY_LINEAR.to_string())
+        .chain(names)
+        .collect()
 }
 
 /// transformers takes experts for what the first group with `experts` in an expression says, be they shared or routed;

@@ -223,12 +223,11 @@ impl Job<'_> {
     ) -> Rounded {
         let columns = self.how.moments.in_features();
         let row_bytes = grid.row_bytes(columns);
-        let mut nowhere = Vec::new();
         let errors: Vec<Option<&mut [f32]>> = match errors {
             Some(errors) => errors.chunks_mut(FLOAT_ROWS * columns).map(Some).collect(),
             None => {
-                nowhere.resize_with(rows.len().div_ceil(FLOAT_ROWS * columns), || None);
-                nowhere
+                let panels = rows.len().div_ceil(FLOAT_ROWS * columns);
+                (0..panels).map(|_| None).collect()
             }
         };
         let panels = rows
