@@ -51,7 +51,7 @@ fn compressed_tensors(
         .map(|(number, group)| {
             let is_member = |index: usize| schemes[index].as_ref() == Some(group);
             let targets = match is_single {
-                true => every_linear(linears, &is_member),
+                true => every_linear(linears, is_member),
                 false => targets(linears, is_member),
             };
             (
