@@ -1,0 +1,22 @@
+// Sets found to 1 where a value is NaN or infinite. One thread per value.
+// Twins: is_finite.cu, src/backend/cpu/elementwise.rs.
+
+struct Parameters {
+    count: u32,
+}
+
+@group(0) @binding(0) var<storage, read> values: array<u32>;
+@group(0) @binding(1) var<storage, read_write> found: atomic<u32>;
+@group(0) @binding(2) var<uniform> p: Parameters;
+
+@compute @workgroup_size(256)
+fn is_finite(
+    @builtin(workgroup_id) group: vec3<u32>,
+    @builtin(num_workgroups) groups: vec3<u32>,
+    @builtin(local_invocation_index) lane: u32,
+) {
+    let i = group_index(group, groups) * 256u + lane;
+    if i < p.count && (values[i] & NOT_FINITE) == NOT_FINITE {
+        atomicStore(&found, 1u);
+    }
+}

@@ -1,0 +1,73 @@
+// Inputs of a matrix product as a runtime sees them. One thread per block of `block` values.
+//
+// mode 0: rounded to BF16; 1: to F16; 2: 8 bit, scale in F16 (Q8_0); 3: 8 bit, the largest magnitude at -127 (Q8_K);
+// 4: 8 bit with the block's largest magnitude over 127; 5: 8 bit with `scale`.
+// Twins: round_activation.cu, src/backend/activation.rs.
+
+struct Parameters {
+    blocks: u32,
+    block: u32,
+    mode: u32,
+    scale: f32,
+}
+
+@group(0) @binding(0) var<storage, read> input: array<f32>;
+@group(0) @binding(1) var<storage, read_write> out: array<f32>;
+@group(0) @binding(2) var<uniform> p: Parameters;
+
+// Of a NaN larger than every number.
+fn magnitude(x: f32) -> u32 {
+    return bitcast<u32>(x) & 0x7fffffffu;
+}
+
+@compute @workgroup_size(64)
+fn round_activation(
+    @builtin(workgroup_id) group: vec3<u32>,
+    @builtin(num_workgroups) groups: vec3<u32>,
+    @builtin(local_invocation_index) lane: u32,
+) {
+    let item = group_index(group, groups) * 64u + lane;
+    if item >= p.blocks {
+        return;
+    }
+    let first = item * p.block;
+    let end = first + p.block;
+    if p.mode < 2u {
+        for (var i = first; i < end; i++) {
+            if p.mode == 0u {
+                out[i] = round_to_bf16(input[i]);
+            } else {
+                out[i] = round_to_f16(input[i]);
+            }
+        }
+        return;
+    }
+    var extreme = 0.0;
+    for (var i = first; i < end; i++) {
+        if magnitude(input[i]) > magnitude(extreme) {
+            extreme = input[i];
+        }
+    }
+    let largest = bitcast<f32>(magnitude(extreme));
+    var step = p.scale;
+    var inverse = 1.0 / p.scale;
+    if p.mode == 2u {
+        step = round_to_f16(largest / 127.0);
+        inverse = 127.0 / largest;
+    } else if p.mode == 3u {
+        inverse = -127.0 / extreme;
+        step = 1.0 / inverse;
+    } else if p.mode == 4u {
+        step = largest / 127.0;
+        inverse = 1.0 / step;
+    }
+    // Of zeros.
+    if (p.mode < 5u && largest == 0.0) || (p.mode >= 4u && step == 0.0) {
+        inverse = 0.0;
+        step = 0.0;
+    }
+    for (var i = first; i < end; i++) {
+        let code = round(input[i] * inverse);
+        out[i] = select(code, clamp(code, -128.0, 127.0), p.mode >= 4u) * step;
+    }
+}

@@ -1,0 +1,64 @@
+// Functions of single values, step by step those of src/backend/cpu/elementwise.rs: adapters differ in theirs.
+
+const NOT_FINITE = 0x7f800000u;
+
+// e^x to about 1e-7 relative, at least the smallest normal number. Coefficients: Cephes `expf`.
+fn exp_of(value: f32) -> f32 {
+    let x = min(max(value, -87.3), 88.3);
+    let n = round(x * 1.44269504);
+    let r = (x - n * 0.693359375) - n * -2.12194440e-4;
+    var p = 1.9875691e-4;
+    p = p * r + 1.3982e-3;
+    p = p * r + 8.333452e-3;
+    p = p * r + 4.1665796e-2;
+    p = p * r + 1.66666650e-1;
+    p = p * r + 0.5;
+    let fraction = (p * r) * r + r + 1.0;
+    return fraction * bitcast<f32>(u32(i32(n) + 127) << 23u);
+}
+
+// x / (1 + e^-x)
+fn silu(x: f32) -> f32 {
+    return x / (1.0 + exp_of(-x));
+}
+
+// ln(1 + e^x) = max(x, 0) + 2 artanh(t / (2 + t)), t = e^-|x|.
+fn softplus(x: f32) -> f32 {
+    if x > 20.0 {
+        return x;
+    }
+    let t = exp_of(-abs(x));
+    let s = t / (2.0 + t);
+    let square = s * s;
+    var series = 1.0 / 15.0;
+    for (var odd = 13.0; odd > 0.0; odd -= 2.0) {
+        series = series * square + 1.0 / odd;
+    }
+    return max(x, 0.0) + 2.0 * s * series;
+}
+
+// The nearest F16, ties to even; beyond its range infinite.
+fn round_to_f16(x: f32) -> f32 {
+    let bits = bitcast<u32>(x) & 0x7fffffffu;
+    let sign = bitcast<u32>(x) & 0x80000000u;
+    if bits > NOT_FINITE {
+        return x;
+    }
+    var rounded = (bits + 0xfffu + ((bits >> 13u) & 1u)) & 0xffffe000u;
+    if bits < 0x38800000u {
+        // Below 2^-14: whole multiples of 2^-24.
+        rounded = bitcast<u32>(round(abs(x) * 16777216.0) / 16777216.0);
+    }
+    if bits >= 0x477ff000u {
+        rounded = NOT_FINITE;
+    }
+    return bitcast<f32>(rounded | sign);
+}
+
+fn round_to_bf16(x: f32) -> f32 {
+    let bits = bitcast<u32>(x);
+    if (bits & 0x7fffffffu) > NOT_FINITE {
+        return x;
+    }
+    return bitcast<f32>((bits + 0x7fffu + ((bits >> 16u) & 1u)) & 0xffff0000u);
+}

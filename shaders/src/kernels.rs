@@ -1,0 +1,149 @@
+//! Every kernel: its name, its sources, how many threads a group has, how many views it takes.
+//!
+//! Parameters are documented in the sources; [`crate::Device`] is the only caller.
+
+use nemoconv_formats::GgmlType;
+
+/// A kernel in both languages.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Kernel {
+    /// Entry point, stem of its files.
+    pub name: &'static str,
+    /// Threads of a group.
+    pub threads: u32,
+    /// Views it takes, in order.
+    pub views: usize,
+    /// WGSL, pieces to be joined.
+    pub wgsl: &'static [&'static str],
+    /// CUDA C++, pieces to be joined.
+    #[cfg(feature = "cuda")]
+    pub cuda: &'static [&'static str],
+}
+
+/// Shared pieces of WGSL: thread and group indices.
+const WGSL_GRID: &str = include_str!("../shared/grid.wgsl");
+/// Exponential, softplus, rounding to F16.
+const WGSL_NUMERICS: &str = include_str!("../shared/numerics.wgsl");
+/// Bytes, halves and floats out of words.
+const WGSL_BYTES: &str = include_str!("../shared/bytes.wgsl");
+/// The loop of every `dequantize_*`.
+const WGSL_DEQUANTIZE: &str = include_str!("../shared/dequantize.wgsl");
+/// The same of CUDA.
+#[cfg(feature = "cuda")]
+const CUDA_GRID: &str = include_str!("../shared/grid.cuh");
+#[cfg(feature = "cuda")]
+const CUDA_NUMERICS: &str = include_str!("../shared/numerics.cuh");
+#[cfg(feature = "cuda")]
+const CUDA_BYTES: &str = include_str!("../shared/bytes.cuh");
+#[cfg(feature = "cuda")]
+const CUDA_DEQUANTIZE: &str = include_str!("../shared/dequantize.cuh");
+
+macro_rules! kernels {
+    ($($(#[$doc:meta])* $constant:ident = $name:literal, $threads:literal threads, $views:literal views;)*) => {
+        $(
+            $(#[$doc])*
+            pub static $constant: Kernel = Kernel {
+                name: $name,
+                threads: $threads,
+                views: $views,
+                wgsl: &[WGSL_GRID, WGSL_NUMERICS, include_str!(concat!("../", $name, ".wgsl"))],
+                #[cfg(feature = "cuda")]
+                cuda: &[CUDA_GRID, CUDA_NUMERICS, include_str!(concat!("../", $name, ".cu"))],
+            };
+        )*
+
+        /// Every kernel but those that decode types.
+        static PLAIN: &[&Kernel] = &[$(&$constant),*];
+    };
+}
+
+macro_rules! decoders {
+    ($($ty:ident = $name:literal;)*) => {
+        /// The kernel that decodes a type. Views: bytes, values.
+        pub fn dequantize(ty: GgmlType) -> Option<&'static Kernel> {
+            match ty {
+                $(GgmlType::$ty => {
+                    static KERNEL: Kernel = Kernel {
+                        name: $name,
+                        threads: 256,
+                        views: 2,
+                        wgsl: &[WGSL_GRID, WGSL_NUMERICS, WGSL_BYTES, include_str!(concat!("../", $name, ".wgsl")), WGSL_DEQUANTIZE],
+                        #[cfg(feature = "cuda")]
+                cuda: &[CUDA_GRID, CUDA_NUMERICS, CUDA_BYTES, include_str!(concat!("../", $name, ".cu")), CUDA_DEQUANTIZE],
+                    };
+                    Some(&KERNEL)
+                })*
+                _ => None,
+            }
+        }
+
+        static DECODED: &[GgmlType] = &[$(GgmlType::$ty),*];
+    };
+}
+
+kernels! {
+    /// `out = alpha A B + beta out` in blocks of shared memory. Views: a, b, out.
+    MATMUL_TILED = "matmul_tiled", 256 threads, 3 views;
+    /// The same with registers alone: for devices whose barriers are slow. Views: a, b, out.
+    MATMUL_DIRECT = "matmul_direct", 64 threads, 3 views;
+    /// `sums += X^T X` with sums in two floats. Views: rows, sums.
+    GRAM = "gram", 64 threads, 2 views;
+    /// Views: input, weight, out.
+    RMS_NORM = "rms_norm", 64 threads, 3 views;
+    /// Views: y (in place), z, weight.
+    GATED_RMS_NORM = "gated_rms_norm", 64 threads, 3 views;
+    /// Views: input, state, weight, bias, out.
+    CONV1D_SILU = "conv1d_silu", 256 threads, 5 views;
+    /// The state after some rows. Views: input, state before, state after.
+    CONV1D_ADVANCE = "conv1d_advance", 256 threads, 3 views;
+    /// Views: xbc, dt, a, d, dt_bias, state (in place), out.
+    SELECTIVE_SCAN = "selective_scan", 64 threads, 7 views;
+    /// Views: query, keys, values, out.
+    ATTENTION = "attention", 64 threads, 4 views;
+    /// Views: values (in place).
+    RELU_SQUARED = "relu_squared", 256 threads, 1 views;
+    /// Views: values (in place).
+    SCALE = "scale", 256 threads, 1 views;
+    /// Views: rows (in place), factors.
+    SCALE_ROWS = "scale_rows", 256 threads, 2 views;
+    /// Views: rows (in place), bias.
+    ADD_BIAS = "add_bias", 256 threads, 2 views;
+    /// Views: sum (in place), values.
+    ADD = "add", 256 threads, 2 views;
+    /// Sets a word where a value is NaN or infinite. Views: values, word.
+    IS_FINITE = "is_finite", 256 threads, 2 views;
+    /// Views: input, row indices, out.
+    GATHER = "gather", 256 threads, 3 views;
+    /// Views: sum (in place), values, row indices, weights.
+    SCATTER_ADD = "scatter_add", 256 threads, 4 views;
+    /// Rounds inputs of matrix products as a runtime does. Views: input, out.
+    ROUND_ACTIVATION = "round_activation", 64 threads, 2 views;
+}
+
+decoders! {
+    Q4_0 = "dequantize_q4_0";
+}
+
+/// Every kernel.
+pub fn all() -> impl Iterator<Item = &'static Kernel> {
+    let decoders = DECODED.iter().filter_map(|ty| dequantize(*ty));
+    PLAIN.iter().copied().chain(decoders)
+}
+
+/// Every type that can be decoded.
+pub fn decoded_types() -> &'static [GgmlType] {
+    DECODED
+}
+
+impl Kernel {
+    /// The whole WGSL text.
+    pub fn wgsl_text(&self) -> String {
+        self.wgsl.concat().replace("KERNEL", self.name)
+    }
+
+    /// The whole CUDA text.
+    #[cfg(feature = "cuda")]
+    pub fn cuda_text(&self) -> String {
+        self.cuda.concat().replace("KERNEL", self.name)
+    }
+}
