@@ -26,6 +26,8 @@ const WGSL_GRID: &str = include_str!("../shared/grid.wgsl");
 const WGSL_NUMERICS: &str = include_str!("../shared/numerics.wgsl");
 /// Bytes, halves and floats out of words.
 const WGSL_BYTES: &str = include_str!("../shared/bytes.wgsl");
+/// What types of blocks share.
+const WGSL_BLOCKS: &str = include_str!("../shared/blocks.wgsl");
 /// The loop of every `dequantize_*`.
 const WGSL_DEQUANTIZE: &str = include_str!("../shared/dequantize.wgsl");
 /// The same of CUDA.
@@ -35,6 +37,8 @@ const CUDA_GRID: &str = include_str!("../shared/grid.cuh");
 const CUDA_NUMERICS: &str = include_str!("../shared/numerics.cuh");
 #[cfg(feature = "cuda")]
 const CUDA_BYTES: &str = include_str!("../shared/bytes.cuh");
+#[cfg(feature = "cuda")]
+const CUDA_BLOCKS: &str = include_str!("../shared/blocks.cuh");
 #[cfg(feature = "cuda")]
 const CUDA_DEQUANTIZE: &str = include_str!("../shared/dequantize.cuh");
 
@@ -67,9 +71,23 @@ macro_rules! decoders {
                         name: $name,
                         threads: 256,
                         views: 2,
-                        wgsl: &[WGSL_GRID, WGSL_NUMERICS, WGSL_BYTES, include_str!(concat!("../", $name, ".wgsl")), WGSL_DEQUANTIZE],
+                        wgsl: &[
+                            WGSL_GRID,
+                            WGSL_NUMERICS,
+                            WGSL_BYTES,
+                            WGSL_BLOCKS,
+                            include_str!(concat!("../", $name, ".wgsl")),
+                            WGSL_DEQUANTIZE,
+                        ],
                         #[cfg(feature = "cuda")]
-                cuda: &[CUDA_GRID, CUDA_NUMERICS, CUDA_BYTES, include_str!(concat!("../", $name, ".cu")), CUDA_DEQUANTIZE],
+                        cuda: &[
+                            CUDA_GRID,
+                            CUDA_NUMERICS,
+                            CUDA_BYTES,
+                            CUDA_BLOCKS,
+                            include_str!(concat!("../", $name, ".cu")),
+                            CUDA_DEQUANTIZE,
+                        ],
                     };
                     Some(&KERNEL)
                 })*
@@ -121,7 +139,27 @@ kernels! {
 }
 
 decoders! {
+    F32 = "dequantize_f32";
+    F16 = "dequantize_f16";
+    BF16 = "dequantize_bf16";
     Q4_0 = "dequantize_q4_0";
+    Q4_1 = "dequantize_q4_1";
+    Q5_0 = "dequantize_q5_0";
+    Q5_1 = "dequantize_q5_1";
+    Q8_0 = "dequantize_q8_0";
+    Q2_K = "dequantize_q2_k";
+    Q3_K = "dequantize_q3_k";
+    Q4_K = "dequantize_q4_k";
+    Q5_K = "dequantize_q5_k";
+    Q6_K = "dequantize_q6_k";
+    IQ4_NL = "dequantize_iq4_nl";
+    IQ4_XS = "dequantize_iq4_xs";
+    TQ1_0 = "dequantize_tq1_0";
+    TQ2_0 = "dequantize_tq2_0";
+    MXFP4 = "dequantize_mxfp4";
+    NVFP4 = "dequantize_nvfp4";
+    Q1_0 = "dequantize_q1_0";
+    Q2_0 = "dequantize_q2_0";
 }
 
 /// Every kernel.
