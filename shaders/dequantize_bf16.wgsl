@@ -1,5 +1,5 @@
 // BF16: the upper half of an F32. A block is a value of 2 bytes.
-// Twin: `dequantize` in formats/src/block/mod.rs.
+// Twins: dequantize_bf16.cu, `dequantize` in formats/src/block/mod.rs.
 
 const ELEMENTS = 1u;
 const BYTES = 2u;

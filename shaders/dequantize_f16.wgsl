@@ -1,5 +1,5 @@
 // F16: exact in F32. A block is a value of 2 bytes.
-// Twin: `dequantize` in formats/src/block/mod.rs.
+// Twins: dequantize_f16.cu, `dequantize` in formats/src/block/mod.rs.
 
 const ELEMENTS = 1u;
 const BYTES = 2u;

@@ -1,5 +1,5 @@
 // F32: as it is stored. A block is a value of 4 bytes.
-// Twin: `dequantize` in formats/src/block/mod.rs.
+// Twins: dequantize_f32.cu, `dequantize` in formats/src/block/mod.rs.
 
 const ELEMENTS = 1u;
 const BYTES = 4u;

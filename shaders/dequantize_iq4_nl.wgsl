@@ -1,5 +1,5 @@
 // IQ4_NL: `d VALUES[q]`. Block of 32: d (F16), 16 bytes; byte j holds the codes of j (low) and j + 16 (high).
-// Twin: formats/src/block/iq4_nl.rs.
+// Twins: dequantize_iq4_nl.cu, formats/src/block/iq4_nl.rs.
 
 const ELEMENTS = 32u;
 const BYTES = 18u;

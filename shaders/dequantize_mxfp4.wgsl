@@ -1,6 +1,6 @@
 // MXFP4: `VALUES[q] 2^(e - 128)`. Block of 32: e (E8M0), 16 bytes; byte j holds the codes of j (low) and j + 16 (high).
 // In integers, as devices may take the subnormal numbers of small scales for zero.
-// Twin: formats/src/block/mxfp4.rs.
+// Twins: dequantize_mxfp4.cu, formats/src/block/mxfp4.rs.
 
 const ELEMENTS = 32u;
 const BYTES = 17u;

@@ -1,6 +1,6 @@
 // NVFP4: `scale VALUES[q]`. Block of 64: 4 bytes, per 16 elements a scale (UE4M3, halved); 32 bytes, per 16 elements
 // byte j holds the codes of j (low) and j + 8 (high).
-// Twin: formats/src/block/nvfp4.rs.
+// Twins: dequantize_nvfp4.cu, formats/src/block/nvfp4.rs.
 
 const ELEMENTS = 64u;
 const BYTES = 36u;

@@ -1,5 +1,5 @@
 // Q1_0: `d` or `-d`. Block of 128: d (F16), 16 bytes; bit j % 8 of byte j / 8 is set where element j is `d`.
-// Twin: formats/src/block/q1_0.rs.
+// Twins: dequantize_q1_0.cu, formats/src/block/q1_0.rs.
 
 const ELEMENTS = 128u;
 const BYTES = 18u;

@@ -1,5 +1,5 @@
 // Q2_0: `(q - 1) d`. Block of 64: d (F16), 16 bytes; bits 2 (j % 4) of byte j / 4 hold the code of j.
-// Twin: formats/src/block/q2_0.rs.
+// Twins: dequantize_q2_0.cu, formats/src/block/q2_0.rs.
 
 const ELEMENTS = 64u;
 const BYTES = 18u;

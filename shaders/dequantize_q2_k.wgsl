@@ -1,6 +1,6 @@
-// Q2_K: `(d scale) q - dmin min`. Block of 256: 16 bytes, per 16 elements scale (low) and minimum (high); 64 bytes, byte
-// 32h + l, bits 2s hold the code of 128h + 32s + l; d, dmin (F16).
-// Twin: formats/src/block/q2_k.rs.
+// Q2_K: `(d scale) q - dmin min`. Block of 256: 16 bytes, per 16 elements scale (low) and minimum (high); 64 bytes,
+// byte 32h + l, bits 2s hold the code of 128h + 32s + l; d, dmin (F16).
+// Twins: dequantize_q2_k.cu, formats/src/block/q2_k.rs.
 
 const ELEMENTS = 256u;
 const BYTES = 84u;

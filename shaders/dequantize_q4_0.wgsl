@@ -1,5 +1,5 @@
 // Q4_0: `(q - 8) d`. Block of 32: d (F16), 16 bytes; byte j holds the codes of j (low) and j + 16 (high).
-// Twin: formats/src/block/q4_0.rs.
+// Twins: dequantize_q4_0.cu, formats/src/block/q4_0.rs.
 
 const ELEMENTS = 32u;
 const BYTES = 18u;

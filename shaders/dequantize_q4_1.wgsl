@@ -1,5 +1,5 @@
 // Q4_1: `q d + m`. Block of 32: d, m (F16), 16 bytes; byte j holds the codes of j (low) and j + 16 (high).
-// Twin: formats/src/block/q4_1.rs.
+// Twins: dequantize_q4_1.cu, formats/src/block/q4_1.rs.
 
 const ELEMENTS = 32u;
 const BYTES = 20u;

@@ -1,6 +1,6 @@
-// Q4_K: `(d scale) q - dmin min`. Block of 256: d, dmin (F16); 12 bytes, scales and minimums per 32 elements; 128 bytes,
-// byte 32c + l holds the codes of 64c + l (low) and 64c + 32 + l (high).
-// Twin: formats/src/block/q4_k.rs.
+// Q4_K: `(d scale) q - dmin min`. Block of 256: d, dmin (F16); 12 bytes, scales and minimums per 32 elements; 128
+// bytes, byte 32c + l holds the codes of 64c + l (low) and 64c + 32 + l (high).
+// Twins: dequantize_q4_k.cu, formats/src/block/q4_k.rs.
 
 const ELEMENTS = 256u;
 const BYTES = 144u;

@@ -1,6 +1,6 @@
-// Q5_0: `(q - 16) d`. Block of 32: d (F16), 4 bytes with the fifth bit of each code, 16 bytes; byte j holds the low four
-// bits of j (low) and j + 16 (high).
-// Twin: formats/src/block/q5_0.rs.
+// Q5_0: `(q - 16) d`. Block of 32: d (F16), 4 bytes with the fifth bit of each code, 16 bytes; byte j holds the low
+// four bits of j (low) and j + 16 (high).
+// Twins: dequantize_q5_0.cu, formats/src/block/q5_0.rs.
 
 const ELEMENTS = 32u;
 const BYTES = 22u;

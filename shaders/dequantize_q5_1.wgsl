@@ -1,6 +1,6 @@
-// Q5_1: `q d + m`. Block of 32: d, m (F16), 4 bytes with the fifth bit of each code, 16 bytes; byte j holds the low four
-// bits of j (low) and j + 16 (high).
-// Twin: formats/src/block/q5_1.rs.
+// Q5_1: `q d + m`. Block of 32: d, m (F16), 4 bytes with the fifth bit of each code, 16 bytes; byte j holds the low
+// four bits of j (low) and j + 16 (high).
+// Twins: dequantize_q5_1.cu, formats/src/block/q5_1.rs.
 
 const ELEMENTS = 32u;
 const BYTES = 24u;

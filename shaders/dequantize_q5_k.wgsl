@@ -1,7 +1,7 @@
 // Q5_K: `(d scale) q - dmin min`. Block of 256: d, dmin (F16); 12 bytes, scales and minimums per 32 elements; 32 bytes,
-// byte l, bit b is the fifth bit of 32b + l; 128 bytes, byte 32c + l holds the low four bits of 64c + l (low) and
-// 64c + 32 + l (high).
-// Twin: formats/src/block/q5_k.rs.
+// byte l, bit b is the fifth bit of 32b + l; 128 bytes, byte 32c + l holds the low four bits of 64c + l (low) and 64c +
+// 32 + l (high).
+// Twins: dequantize_q5_k.cu, formats/src/block/q5_k.rs.
 
 const ELEMENTS = 256u;
 const BYTES = 176u;

@@ -1,7 +1,7 @@
-// Q6_K: `(d scale) (q - 32)`. Block of 256: 128 bytes, byte 64h + l holds the low four bits of 128h + l (low) and
-// 128h + 64 + l (high); 64 bytes, byte 32h + l, bits 2s are the upper two of 128h + 32s + l; 16 signed bytes, a scale
-// per 16 elements; d (F16).
-// Twin: formats/src/block/q6_k.rs.
+// Q6_K: `(d scale) (q - 32)`. Block of 256: 128 bytes, byte 64h + l holds the low four bits of 128h + l (low) and 128h
+// + 64 + l (high); 64 bytes, byte 32h + l, bits 2s are the upper two of 128h + 32s + l; 16 signed bytes, a scale per 16
+// elements; d (F16).
+// Twins: dequantize_q6_k.cu, formats/src/block/q6_k.rs.
 
 const ELEMENTS = 256u;
 const BYTES = 210u;

@@ -1,5 +1,5 @@
 // Q8_0: `q d`. Block of 32: d (F16), 32 signed bytes.
-// Twin: formats/src/block/q8_0.rs.
+// Twins: dequantize_q8_0.cu, formats/src/block/q8_0.rs.
 
 const ELEMENTS = 32u;
 const BYTES = 34u;

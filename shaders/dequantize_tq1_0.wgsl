@@ -1,6 +1,6 @@
-// TQ1_0: `(q - 1) d`. Block of 256: 32 bytes with five codes each, byte m of m + 32n; 16 bytes with five, of
-// 160 + m + 16n; 4 bytes with four, of 240 + m + 4n; d (F16). A byte is a fraction of 256, its digits to base 3 the codes.
-// Twin: formats/src/block/tq1_0.rs.
+// TQ1_0: `(q - 1) d`. Block of 256: 32 bytes with five codes each, byte m of m + 32n; 16 bytes with five, of 160 + m +
+// 16n; 4 bytes with four, of 240 + m + 4n; d (F16). A byte is a fraction of 256, its digits to base 3 the codes.
+// Twins: dequantize_tq1_0.cu, formats/src/block/tq1_0.rs.
 
 const ELEMENTS = 256u;
 const BYTES = 54u;

@@ -1,5 +1,5 @@
 // TQ2_0: `(q - 1) d`. Block of 256: 64 bytes, byte 32h + m, bits 2n hold the code of 128h + m + 32n; d (F16).
-// Twin: formats/src/block/tq2_0.rs.
+// Twins: dequantize_tq2_0.cu, formats/src/block/tq2_0.rs.
 
 const ELEMENTS = 256u;
 const BYTES = 66u;
