@@ -160,7 +160,7 @@ impl Device {
         let count = rows.len() / n;
         for first in (0..count).step_by(GRAM_ROWS) {
             let part = GRAM_ROWS.min(count - first);
-            let parameters = [word(part), word(n), word(first)];
+            let parameters = [word(part), word(n), word(first), 0];
             let views = [rows.view(), sums.view()];
             self.launch(&kernels::GRAM, word(tiles * tiles), &views, &parameters)?;
         }
