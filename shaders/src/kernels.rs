@@ -42,8 +42,12 @@ const CUDA_BLOCKS: &str = include_str!("../shared/blocks.cuh");
 #[cfg(feature = "cuda")]
 const CUDA_DEQUANTIZE: &str = include_str!("../shared/dequantize.cuh");
 
+// Behind the views: what CUDA sources need besides.
 macro_rules! kernels {
-    ($($(#[$doc:meta])* $constant:ident = $name:literal, $threads:literal threads, $views:literal views;)*) => {
+    ($(
+        $(#[$doc:meta])*
+        $constant:ident = $name:literal, $threads:literal threads, $views:literal views $(, $cuda:ident)?;
+    )*) => {
         $(
             $(#[$doc])*
             pub static $constant: Kernel = Kernel {
@@ -52,11 +56,11 @@ macro_rules! kernels {
                 views: $views,
                 wgsl: &[WGSL_GRID, WGSL_NUMERICS, include_str!(concat!("../", $name, ".wgsl"))],
                 #[cfg(feature = "cuda")]
-                cuda: &[CUDA_GRID, CUDA_NUMERICS, include_str!(concat!("../", $name, ".cu"))],
+                cuda: &[CUDA_GRID, CUDA_NUMERICS, $($cuda,)? include_str!(concat!("../", $name, ".cu"))],
             };
         )*
 
-        /// Every kernel but those that decode types.
+        /// Every kernel but those that decode blocks.
         static PLAIN: &[&Kernel] = &[$(&$constant),*];
     };
 }
@@ -136,6 +140,8 @@ kernels! {
     SCATTER_ADD = "scatter_add", 256 threads, 4 views;
     /// Rounds inputs of matrix products as a runtime does. Views: input, out.
     ROUND_ACTIVATION = "round_activation", 64 threads, 2 views;
+    /// Integers of compressed-tensors as values. Views: codes, scales, zero points, out.
+    DEQUANTIZE_INTEGERS = "dequantize_integers", 256 threads, 4 views, CUDA_BYTES;
 }
 
 decoders! {
