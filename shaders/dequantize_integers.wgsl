@@ -1,7 +1,8 @@
 // Rows of compressed-tensors' integers as values: `out[row, column] = (code - zero) scale`. One thread per value.
-// Codes are consecutive digits of `bits` bits, from the lowest bits of a row on: of 32-bit words (`pack-quantized`), each
-// `2^(bits - 1)` too large, or signed bytes (`int-quantized`). Twins: dequantize_integers.cu,
-// `PackedLinear::dequantize` in formats/src/packed/linear.rs.
+// Codes are consecutive digits of `bits` bits, from the lowest bits of a row on: of 32-bit words (`pack-quantized`),
+// each `2^(bits - 1)` too large, or signed bytes (`int-quantized`). Where a device takes subnormal numbers for zero,
+// values below 2^-126 are lost.
+// Twins: dequantize_integers.cu, `PackedLinear::dequantize` in formats/src/packed/linear.rs.
 
 struct Parameters {
     // Values to write.

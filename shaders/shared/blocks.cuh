@@ -1,4 +1,5 @@
-// What several types of blocks have in common.
+// What several types of blocks have in common. Products of F16 scales, whole scales and codes that are summed with
+// something are exact in F32, so it makes no difference whether a device fuses them.
 
 // Bits of a code, twin of formats/src/block/planes.rs: `stride` bytes hold `stride 8 / bits` codes; bits `bits s` of
 // byte `l` belong to code `stride s + l`.

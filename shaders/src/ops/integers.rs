@@ -141,7 +141,11 @@ impl Device {
     ) -> Result<()> {
         layout.check(zeros.is_some());
         let count = rows.len() * layout.columns;
-        assert!(count <= out.len(), "{rows:?} of {layout:?} do not fit {} values", out.len());
+        assert!(
+            count <= out.len(),
+            "{rows:?} of {layout:?} do not fit {} values",
+            out.len()
+        );
         if count == 0 {
             return Ok(());
         }
@@ -154,8 +158,10 @@ impl Device {
         let (codes, first_code) = stored(codes, rows.start * row_bytes..rows.end * row_bytes);
         let scale_bytes = layout.scales.bytes();
         let of_rows = layout.scales_of(&rows);
-        let (scales, first_scale) =
-            stored(scales, of_rows.start * scale_bytes..of_rows.end * scale_bytes);
+        let (scales, first_scale) = stored(
+            scales,
+            of_rows.start * scale_bytes..of_rows.end * scale_bytes,
+        );
         let (of_rows, first_digit) = layout.zeros_of(&rows);
         let (zeros, first_zero) = match zeros {
             Some(zeros) => stored(zeros, of_rows),
@@ -181,7 +187,12 @@ impl Device {
         .map(word);
         let kernel = &kernels::DEQUANTIZE_INTEGERS;
         let views = [codes, scales, zeros, out.part(0..count).0];
-        self.launch(kernel, groups_of(count, kernel.threads), &views, &parameters)
+        self.launch(
+            kernel,
+            groups_of(count, kernel.threads),
+            &views,
+            &parameters,
+        )
     }
 }
 

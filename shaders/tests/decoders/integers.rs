@@ -6,7 +6,9 @@ use std::ops::Range;
 use nemoconv_device::{Device, IntegerLayout, Integers};
 use nemoconv_formats::Dtype;
 use nemoconv_formats::checkpoint::Checkpoint;
-use nemoconv_formats::packed::{Group, Inputs, Layout, PackedLinear, Role, RowBuffers, Scheme, Width};
+use nemoconv_formats::packed::{
+    Group, Inputs, Layout, PackedLinear, Role, RowBuffers, Scheme, Width,
+};
 use safetensors::tensor::{Dtype as Stored, TensorView};
 
 use super::{HALVES, Random, assert_same, drivers};
@@ -84,7 +86,12 @@ fn check(name: &str, device: &Device, layout: &IntegerLayout, symmetric: bool) {
             Role::ZeroPoint => zeros = Some(bytes.clone()),
             _ => {}
         }
-        tensors.push((format!("m.{}", spec.suffix), dtype, spec.shapes[0].clone(), bytes));
+        tensors.push((
+            format!("m.{}", spec.suffix),
+            dtype,
+            spec.shapes[0].clone(),
+            bytes,
+        ));
     }
     let expected = decode(&scheme, &tensors);
     let codes = device.upload_bytes(&codes).unwrap();
@@ -92,7 +99,9 @@ fn check(name: &str, device: &Device, layout: &IntegerLayout, symmetric: bool) {
     let zeros = zeros.map(|zeros| device.upload_bytes(&zeros).unwrap());
     let parts: [Range<usize>; 4] = [0..ROWS, 3..4, 8..ROWS, ROWS - 6..ROWS];
     for rows in parts {
-        let mut out = device.upload(&vec![77.0; rows.len() * COLUMNS + 1]).unwrap();
+        let mut out = device
+            .upload(&vec![77.0; rows.len() * COLUMNS + 1])
+            .unwrap();
         let zeros = zeros.as_ref();
         device
             .dequantize_integers(layout, &codes, &of_scales, zeros, rows.clone(), &mut out)
@@ -133,7 +142,10 @@ fn decode(scheme: &Scheme, tensors: &[(String, Dtype, Vec<usize>, Vec<u8>)]) -> 
 #[test]
 fn every_layout_as_formats_decodes_it() {
     for (name, device) in drivers::all() {
-        for (codes, group) in PLACES.iter().flat_map(|codes| GROUPS.map(|group| (*codes, group))) {
+        for (codes, group) in PLACES
+            .iter()
+            .flat_map(|codes| GROUPS.map(|group| (*codes, group)))
+        {
             for scales in SCALES {
                 let layout = IntegerLayout {
                     codes,
