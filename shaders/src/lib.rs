@@ -4,6 +4,8 @@
 //! `Device` gives every kernel a typed method, computes its launch grid and packs its parameters: the same for every
 //! driver. Knows no models and no files.
 
+#[cfg(feature = "cuda")]
+pub mod cuda;
 mod driver;
 mod error;
 pub mod kernels;

@@ -10,7 +10,7 @@
 //! ```text
 //! NEMOCONV_EMU_SANITIZE=1 \
 //! CARGO_TARGET_X86_64_UNKNOWN_LINUX_GNU_RUNNER="env LD_PRELOAD=$(gcc -print-file-name=libasan.so)" \
-//! ASAN_OPTIONS=detect_leaks=0 cargo test -p nemoconv-cuda-emu --target-dir target/sanitized
+//! ASAN_OPTIONS=detect_leaks=0 cargo test -p nemoconv-cuda-emu
 //! ```
 
 mod memory;
