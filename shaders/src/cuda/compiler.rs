@@ -237,12 +237,12 @@ impl Program {
     ) -> std::result::Result<Vec<u8>, String> {
         let mut count = 0;
         // SAFETY: the program is alive, and the number outlives the call.
-        self.nvrtc
-            .check(unsafe { length(self.handle, &raw mut count) })?;
+        let code = unsafe { length(self.handle, &raw mut count) };
+        self.nvrtc.check(code)?;
         let mut bytes = vec![0u8; count];
         // SAFETY: as many bytes as the library has just asked for.
-        self.nvrtc
-            .check(unsafe { content(self.handle, bytes.as_mut_ptr().cast()) })?;
+        let code = unsafe { content(self.handle, bytes.as_mut_ptr().cast()) };
+        self.nvrtc.check(code)?;
         Ok(bytes)
     }
 }

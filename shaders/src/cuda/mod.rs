@@ -127,9 +127,10 @@ impl Found {
         let major = attribute(A::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR)?;
         let minor = attribute(A::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR)?;
         let mut driver_version = 0;
-        // SAFETY: the number outlives the call.
         guarded("cuDriverGetVersion", || {
-            unsafe { sys::cuDriverGetVersion(&raw mut driver_version) }.result()
+            // SAFETY: the number outlives the call.
+            let code = unsafe { sys::cuDriverGetVersion(&raw mut driver_version) };
+            code.result()
         })?;
         Ok(Self {
             device,
