@@ -9,17 +9,24 @@ struct Parameters {
     rows: u32,
     n: u32,
     first_row: u32,
+    // 0, which compilers must not know.
+    zero: u32,
 }
 
 @group(0) @binding(0) var<storage, read> x: array<f32>;
 @group(0) @binding(1) var<storage, read_write> sums: array<vec2<f32>>;
 @group(0) @binding(2) var<uniform> p: Parameters;
 
+// The same number: compilers that reorder sums as if they were exact cannot look through it.
+fn as_it_is(x: f32) -> f32 {
+    return bitcast<f32>(bitcast<u32>(x) ^ p.zero);
+}
+
 // Knuth: the sum of two floats and what its rounding loses.
 fn add_exactly(sum: vec2<f32>, x: f32) -> vec2<f32> {
-    let high = sum.x + x;
-    let part = high - sum.x;
-    let lost = (sum.x - (high - part)) + (x - part);
+    let high = as_it_is(sum.x + x);
+    let part = as_it_is(high - sum.x);
+    let lost = (sum.x - as_it_is(high - part)) + (x - part);
     return vec2(high, sum.y + lost);
 }
 

@@ -1,11 +1,11 @@
-// Inputs of a matrix product as a runtime sees them. One thread per block of `block` values.
+// Inputs of a matrix product as a runtime sees them. One thread per block of `block` of `count` values.
 //
 // mode 0: rounded to BF16; 1: to F16; 2: 8 bit, scale in F16 (Q8_0); 3: 8 bit, the largest magnitude at -127 (Q8_K);
 // 4: 8 bit with the block's largest magnitude over 127; 5: 8 bit with `scale`.
 // Twins: round_activation.cu, src/backend/activation.rs.
 
 struct Parameters {
-    blocks: u32,
+    count: u32,
     block: u32,
     mode: u32,
     scale: f32,
@@ -27,11 +27,11 @@ fn round_activation(
     @builtin(local_invocation_index) lane: u32,
 ) {
     let item = group_index(group, groups) * 64u + lane;
-    if item >= p.blocks {
+    let first = item * p.block;
+    if first >= p.count {
         return;
     }
-    let first = item * p.block;
-    let end = first + p.block;
+    let end = min(first + p.block, p.count);
     if p.mode < 2u {
         for (var i = first; i < end; i++) {
             if p.mode == 0u {

@@ -1,0 +1,368 @@
+//! Memory of a device as arrays: allocated from a pool, given back when they are dropped.
+
+use std::collections::HashMap;
+use std::ops::Range;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use crate::driver::{Description, Driver, Handle, Launch, View};
+use crate::error::{DeviceError, Result};
+use crate::kernels::Kernel;
+
+/// A device with its memory. Clones share it.
+#[derive(Clone)]
+pub struct Device {
+    inner: Arc<Inner>,
+}
+
+struct Inner {
+    driver: Box<dyn Driver>,
+    pool: Mutex<Pool>,
+}
+
+/// What was allocated, and what of it lies idle.
+struct Pool {
+    /// Bytes that may be allocated.
+    budget: u64,
+    allocated: u64,
+    idle: HashMap<u64, Vec<Handle>>,
+}
+
+/// Bytes on a device.
+pub struct Bytes {
+    inner: Arc<Inner>,
+    handle: Handle,
+    capacity: u64,
+    len: u64,
+}
+
+/// f32 values on a device.
+pub struct Array {
+    bytes: Bytes,
+    len: usize,
+}
+
+/// Smallest allocation.
+const LEAST_BYTES: u64 = 256;
+/// From here on allocations are whole multiples of it.
+const LARGE_BYTES: u64 = 1 << 20;
+
+/// Sizes that memory is allocated in, so that it can be used again.
+fn size_class(bytes: u64) -> u64 {
+    match bytes {
+        0..LEAST_BYTES => LEAST_BYTES,
+        LEAST_BYTES..LARGE_BYTES => bytes.next_power_of_two(),
+        _ => bytes.next_multiple_of(LARGE_BYTES),
+    }
+}
+
+impl Inner {
+    fn pool(&self) -> MutexGuard<'_, Pool> {
+        // The counts are right whatever another thread did.
+        self.pool.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn allocate(&self, bytes: u64) -> Result<(Handle, u64)> {
+        let class = size_class(bytes);
+        let mut pool = self.pool();
+        if let Some(handle) = pool.idle.get_mut(&class).and_then(Vec::pop) {
+            return Ok((handle, class));
+        }
+        if pool.allocated + class > pool.budget {
+            self.release(&mut pool);
+        }
+        if pool.allocated + class > pool.budget {
+            return Err(DeviceError::OutOfMemory { bytes: class });
+        }
+        let handle = self.driver.allocate(class).or_else(|error| match error {
+            DeviceError::OutOfMemory { .. } => {
+                self.release(&mut pool);
+                self.driver.allocate(class)
+            }
+            other => Err(other),
+        })?;
+        pool.allocated += class;
+        Ok((handle, class))
+    }
+
+    /// Gives idle memory back.
+    fn release(&self, pool: &mut Pool) {
+        for (class, handles) in pool.idle.drain() {
+            pool.allocated -= class * handles.len() as u64;
+            handles.into_iter().for_each(|handle| self.driver.free(handle));
+        }
+    }
+}
+
+impl Drop for Inner {
+    fn drop(&mut self) {
+        let pool = self.pool.get_mut().unwrap_or_else(PoisonError::into_inner);
+        let idle = std::mem::take(&mut pool.idle);
+        idle.into_values()
+            .flatten()
+            .for_each(|handle| self.driver.free(handle));
+    }
+}
+
+impl Drop for Bytes {
+    fn drop(&mut self) {
+        let mut pool = self.inner.pool();
+        pool.idle.entry(self.capacity).or_default().push(self.handle);
+    }
+}
+
+impl Bytes {
+    /// Length in bytes.
+    pub fn len(&self) -> u64 {
+        self.len
+    }
+
+    /// Whether there are none.
+    pub fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+
+    /// All of it.
+    pub(crate) fn view(&self) -> View {
+        View {
+            memory: self.handle,
+            offset: 0,
+            bytes: self.len.next_multiple_of(4).max(4),
+        }
+    }
+
+    /// A part, from a place on that may be no multiple of the alignment: the view, and where the part begins in it.
+    pub(crate) fn part(&self, bytes: Range<u64>) -> (View, u64) {
+        let alignment = self.inner.driver.description().limits.view_alignment;
+        let offset = bytes.start / alignment * alignment;
+        let view = View {
+            memory: self.handle,
+            offset,
+            bytes: (bytes.end - offset).next_multiple_of(4).max(4),
+        };
+        (view, bytes.start - offset)
+    }
+}
+
+impl Array {
+    /// Values.
+    pub fn len(&self) -> usize {
+        self.len
+    }
+
+    /// Whether there are none.
+    pub fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+
+    pub(crate) fn view(&self) -> View {
+        self.bytes.view()
+    }
+
+    /// Some values: the view, and the index of the first one in it.
+    pub(crate) fn part(&self, values: Range<usize>) -> (View, u32) {
+        let (view, first) = self.bytes.part(values.start as u64 * 4..values.end as u64 * 4);
+        (view, (first / 4) as u32)
+    }
+}
+
+impl Device {
+    /// A device that takes at most `budget` bytes for itself.
+    pub fn new(driver: Box<dyn Driver>, budget: Option<u64>) -> Self {
+        let pool = Pool {
+            budget: budget.unwrap_or(u64::MAX),
+            allocated: 0,
+            idle: HashMap::new(),
+        };
+        let inner = Inner {
+            driver,
+            pool: Mutex::new(pool),
+        };
+        Self {
+            inner: Arc::new(inner),
+        }
+    }
+
+    /// What it is.
+    pub fn description(&self) -> &Description {
+        self.inner.driver.description()
+    }
+
+    /// Bytes that can still be allocated, idle ones among them; at most what the driver says of its memory.
+    pub fn free_bytes(&self) -> u64 {
+        let pool = self.inner.pool();
+        let idle: u64 = pool
+            .idle
+            .iter()
+            .map(|(class, handles)| class * handles.len() as u64)
+            .sum();
+        let memory = self.description().limits.memory_bytes;
+        let total = pool.budget.min(memory.unwrap_or(u64::MAX));
+        total.saturating_sub(pool.allocated - idle)
+    }
+
+    fn allocate(&self, len: u64) -> Result<Bytes> {
+        let (handle, capacity) = self.inner.allocate(len)?;
+        Ok(Bytes {
+            inner: Arc::clone(&self.inner),
+            handle,
+            capacity,
+            len,
+        })
+    }
+
+    /// Values of undefined content, to be written by a kernel.
+    pub(crate) fn uninitialized(&self, len: usize) -> Result<Array> {
+        let bytes = self.allocate(len as u64 * 4)?;
+        Ok(Array { bytes, len })
+    }
+
+    /// An array of zeros.
+    ///
+    /// # Errors
+    /// Out of memory, device lost.
+    pub fn zeros(&self, len: usize) -> Result<Array> {
+        let array = self.uninitialized(len)?;
+        if len > 0 {
+            let bytes = len as u64 * 4;
+            self.inner.driver.clear(array.bytes.handle, 0, bytes)?;
+        }
+        Ok(array)
+    }
+
+    /// Copies values to the device.
+    ///
+    /// # Errors
+    /// Out of memory, device lost.
+    pub fn upload(&self, values: &[f32]) -> Result<Array> {
+        let bytes = self.upload_bytes(bytemuck::cast_slice(values))?;
+        let len = values.len();
+        Ok(Array { bytes, len })
+    }
+
+    /// Copies bytes to the device.
+    ///
+    /// # Errors
+    /// Out of memory, device lost.
+    pub fn upload_bytes(&self, values: &[u8]) -> Result<Bytes> {
+        let mut bytes = self.allocate(values.len() as u64)?;
+        self.write_bytes(&mut bytes, 0, values)?;
+        Ok(bytes)
+    }
+
+    /// Bytes of undefined content.
+    ///
+    /// # Errors
+    /// Out of memory.
+    pub fn reserve_bytes(&self, len: u64) -> Result<Bytes> {
+        self.allocate(len)
+    }
+
+    /// Overwrites bytes from `at`, a multiple of 4, on.
+    ///
+    /// # Errors
+    /// Device lost.
+    ///
+    /// # Panics
+    /// `values` end beyond `bytes`, or `at` is no multiple of 4.
+    pub fn write_bytes(&self, bytes: &mut Bytes, at: u64, values: &[u8]) -> Result<()> {
+        assert!(at.is_multiple_of(4) && at + values.len() as u64 <= bytes.len);
+        let (whole, rest) = values.split_at(values.len() / 4 * 4);
+        if !whole.is_empty() {
+            self.inner.driver.write(bytes.handle, at, whole)?;
+        }
+        if rest.is_empty() {
+            return Ok(());
+        }
+        let mut last = [0; 4];
+        last[..rest.len()].copy_from_slice(rest);
+        let at = at + whole.len() as u64;
+        self.inner.driver.write(bytes.handle, at, &last)
+    }
+
+    /// Copies values back.
+    ///
+    /// # Errors
+    /// Device lost, or a kernel before failed.
+    ///
+    /// # Panics
+    /// The range ends beyond the array.
+    pub fn download(&self, array: &Array, values: Range<usize>) -> Result<Vec<f32>> {
+        assert!(values.end <= array.len, "{values:?} of {}", array.len);
+        let mut out = vec![0.0; values.len()];
+        if !out.is_empty() {
+            let offset = values.start as u64 * 4;
+            let bytes = bytemuck::cast_slice_mut(&mut out);
+            self.inner.driver.read(array.bytes.handle, offset, bytes)?;
+        }
+        Ok(out)
+    }
+
+    /// A copy.
+    ///
+    /// # Errors
+    /// Out of memory, device lost.
+    pub fn duplicate(&self, array: &Array) -> Result<Array> {
+        let copy = self.uninitialized(array.len)?;
+        self.copy(array, 0..array.len, &copy, 0)?;
+        Ok(copy)
+    }
+
+    /// Appends values of another array; memory grows by doubling.
+    ///
+    /// # Errors
+    /// Out of memory, device lost.
+    pub fn append(&self, array: &mut Array, from: &Array, values: Range<usize>) -> Result<()> {
+        let len = array.len + values.len();
+        if len as u64 * 4 > array.bytes.capacity {
+            let grown = self.uninitialized(len.next_power_of_two())?;
+            self.copy(array, 0..array.len, &grown, 0)?;
+            array.bytes = grown.bytes;
+        }
+        self.copy(from, values, array, array.len)?;
+        array.len = len;
+        array.bytes.len = len as u64 * 4;
+        Ok(())
+    }
+
+    fn copy(&self, from: &Array, values: Range<usize>, to: &Array, at: usize) -> Result<()> {
+        if values.is_empty() {
+            return Ok(());
+        }
+        self.inner.driver.copy(
+            from.bytes.handle,
+            values.start as u64 * 4,
+            to.bytes.handle,
+            at as u64 * 4,
+            values.len() as u64 * 4,
+        )
+    }
+
+    /// Runs a kernel on views that fit the device's limits.
+    pub(crate) fn launch(
+        &self,
+        kernel: &'static Kernel,
+        groups: u32,
+        views: &[View],
+        parameters: &[u32],
+    ) -> Result<()> {
+        assert_eq!(views.len(), kernel.views, "views of `{}`", kernel.name);
+        if groups == 0 {
+            return Ok(());
+        }
+        let limit = self.description().limits.view_bytes;
+        if let Some(view) = views.iter().find(|view| view.bytes > limit) {
+            return Err(DeviceError::LimitTooSmall {
+                device: self.description().name.clone(),
+                what: "buffer bindings",
+                found: limit,
+                needed: view.bytes,
+            });
+        }
+        self.inner.driver.launch(&Launch {
+            kernel,
+            groups,
+            views,
+            parameters,
+        })
+    }
+}

@@ -1,0 +1,174 @@
+//! Matrix products and second moments.
+
+use std::ops::Range;
+
+use super::word;
+use crate::array::{Array, Device};
+use crate::driver::View;
+use crate::error::Result;
+use crate::kernels::{self, Kernel};
+
+/// `out = alpha A B + beta out`: where the values of all three are.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct MatmulLayout {
+    /// Rows of A and of the result.
+    pub rows: usize,
+    /// Columns of B and of the result.
+    pub columns: usize,
+    /// Columns of A, rows of B.
+    pub inner: usize,
+    /// First value of A, and steps to its next row and column.
+    pub a: [usize; 3],
+    /// First value of B, and steps to its next row and column.
+    pub b: [usize; 3],
+    /// First value of the result, and the step to its next row.
+    pub out: [usize; 2],
+    /// Factor of the product.
+    pub alpha: f32,
+    /// Factor of what was there.
+    pub beta: f32,
+}
+
+impl MatmulLayout {
+    /// `x W^T`: `x [rows, inner]`, `W [columns, inner]`, written to columns `first_column..` of rows of `out_row` values.
+    pub fn linear(
+        rows: usize,
+        inner: usize,
+        columns: usize,
+        first_column: usize,
+        out_row: usize,
+    ) -> Self {
+        Self {
+            rows,
+            columns,
+            inner,
+            a: [0, inner, 1],
+            b: [0, 1, inner],
+            out: [first_column, out_row],
+            alpha: 1.0,
+            beta: 0.0,
+        }
+    }
+
+    fn a_values(&self) -> Range<usize> {
+        span(self.a, self.rows, self.inner)
+    }
+
+    fn b_values(&self) -> Range<usize> {
+        span(self.b, self.inner, self.columns)
+    }
+
+    fn out_values(&self) -> Range<usize> {
+        span([self.out[0], self.out[1], 1], self.rows, self.columns)
+    }
+
+    /// The same for some rows.
+    fn part(&self, rows: Range<usize>) -> Self {
+        Self {
+            rows: rows.len(),
+            a: [self.a[0] + rows.start * self.a[1], self.a[1], self.a[2]],
+            out: [self.out[0] + rows.start * self.out[1], self.out[1]],
+            ..*self
+        }
+    }
+}
+
+/// The values that a matrix of this layout touches.
+fn span([first, row, column]: [usize; 3], rows: usize, columns: usize) -> Range<usize> {
+    first..first + rows.saturating_sub(1) * row + columns.saturating_sub(1) * column + 1
+}
+
+/// Rows of inputs that are summed in f32 before the sums are added without loss.
+const GRAM_ROWS: usize = 512;
+
+impl Device {
+    /// A matrix product.
+    ///
+    /// # Errors
+    /// Device lost; B alone is larger than a view may be.
+    ///
+    /// # Panics
+    /// The layout goes beyond an array.
+    pub fn matmul(&self, layout: &MatmulLayout, a: &Array, b: &Array, out: &mut Array) -> Result<()> {
+        if layout.rows == 0 || layout.columns == 0 {
+            return Ok(());
+        }
+        assert!(layout.a_values().end <= a.len() || layout.inner == 0, "A is too short");
+        assert!(layout.b_values().end <= b.len() || layout.inner == 0, "B is too short");
+        assert!(layout.out_values().end <= out.len(), "the result is too short");
+        let step = self.rows_in_a_view(layout);
+        for first in (0..layout.rows).step_by(step) {
+            let part = layout.part(first..layout.rows.min(first + step));
+            self.matmul_part(&part, a, b, out)?;
+        }
+        Ok(())
+    }
+
+    /// Rows whose inputs and results fit views.
+    fn rows_in_a_view(&self, layout: &MatmulLayout) -> usize {
+        let limits = self.description().limits;
+        let values = ((limits.view_bytes - limits.view_alignment) / 4) as usize;
+        let row = layout.out[1].max(layout.a[1]).max(1);
+        // A result may begin anywhere in its first row.
+        (values / row).saturating_sub(1).max(1)
+    }
+
+    fn matmul_part(&self, layout: &MatmulLayout, a: &Array, b: &Array, out: &Array) -> Result<()> {
+        let (a_view, a_first) = a.part(clamped(layout.a_values(), a.len()));
+        let (b_view, b_first) = b.part(clamped(layout.b_values(), b.len()));
+        let (out_view, out_first) = out.part(layout.out_values());
+        let parameters = [
+            word(layout.rows),
+            word(layout.columns),
+            word(layout.inner),
+            a_first,
+            word(layout.a[1]),
+            word(layout.a[2]),
+            b_first,
+            word(layout.b[1]),
+            word(layout.b[2]),
+            out_first,
+            word(layout.out[1]),
+            layout.alpha.to_bits(),
+            layout.beta.to_bits(),
+        ];
+        let views: [View; 3] = [a_view, b_view, out_view];
+        let (kernel, tile) = self.matmul_kernel();
+        let groups = layout.rows.div_ceil(tile) * layout.columns.div_ceil(tile);
+        self.launch(kernel, word(groups), &views, &parameters)
+    }
+
+    /// Barriers are what costs on processors that stand in for a GPU.
+    fn matmul_kernel(&self) -> (&'static Kernel, usize) {
+        match self.description().is_software {
+            true => (&kernels::MATMUL_DIRECT, 32),
+            false => (&kernels::MATMUL_TILED, 64),
+        }
+    }
+
+    /// `sums += X^T X` for `rows [_, n]`: `sums [n, n]` pairs of floats, the large and the small part of each sum; columns
+    /// from about the row on are meant.
+    ///
+    /// # Errors
+    /// Device lost; the sums are larger than a view may be.
+    ///
+    /// # Panics
+    /// The lengths do not belong together.
+    pub fn gram(&self, rows: &Array, n: usize, sums: &mut Array) -> Result<()> {
+        assert!(rows.len().is_multiple_of(n) && sums.len() == 2 * n * n);
+        let tiles = n.div_ceil(32);
+        let count = rows.len() / n;
+        for first in (0..count).step_by(GRAM_ROWS) {
+            let part = GRAM_ROWS.min(count - first);
+            let parameters = [word(part), word(n), word(first), 0];
+            let views = [rows.view(), sums.view()];
+            self.launch(&kernels::GRAM, word(tiles * tiles), &views, &parameters)?;
+        }
+        Ok(())
+    }
+}
+
+/// A product without inner values touches nothing, but views are never empty.
+fn clamped(values: Range<usize>, len: usize) -> Range<usize> {
+    values.start.min(len)..values.end.min(len)
+}

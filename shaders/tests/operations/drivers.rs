@@ -1,0 +1,28 @@
+//! The devices of this machine.
+
+use nemoconv_device::{Device, DeviceName, Found, devices, open};
+
+/// Every device that can be opened, with its name; a line for what cannot.
+pub fn all() -> Vec<(String, Device)> {
+    let mut opened = Vec::new();
+    for Found { family, devices } in devices() {
+        match devices {
+            Err(error) => eprintln!("skipped {}: {error}", family.name()),
+            Ok(found) => {
+                for index in 0..found.len() {
+                    let name = DeviceName { family, index };
+                    match open(name) {
+                        Ok(driver) => opened.push((name.to_string(), Device::new(driver, None))),
+                        Err(error) => eprintln!("skipped {name}: {error}"),
+                    }
+                }
+            }
+        }
+    }
+    let is_required = std::env::var_os("NEMOCONV_REQUIRE_GPU").is_some();
+    assert!(
+        !is_required || !opened.is_empty(),
+        "no device can be opened"
+    );
+    opened
+}

@@ -1,0 +1,97 @@
+//! Products in every layout, and second moments.
+
+use nemoconv_device::MatmulLayout;
+
+use crate::drivers::all;
+use crate::{TOLERANCE, check, numbers};
+
+fn expected(layout: &MatmulLayout, a: &[f32], b: &[f32], out: &[f32]) -> Vec<f64> {
+    let mut expected: Vec<f64> = out.iter().map(|x| f64::from(*x)).collect();
+    for i in 0..layout.rows {
+        for j in 0..layout.columns {
+            let sum: f64 = (0..layout.inner)
+                .map(|k| {
+                    let left = a[layout.a[0] + i * layout.a[1] + k * layout.a[2]];
+                    let right = b[layout.b[0] + k * layout.b[1] + j * layout.b[2]];
+                    f64::from(left) * f64::from(right)
+                })
+                .sum();
+            let at = &mut expected[layout.out[0] + i * layout.out[1] + j];
+            *at = f64::from(layout.alpha) * sum + f64::from(layout.beta) * *at;
+        }
+    }
+    expected
+}
+
+#[test]
+fn products_of_every_layout() {
+    let sizes = [
+        (1, 1, 1),
+        (3, 5, 7),
+        (33, 65, 257),
+        (64, 64, 64),
+        (70, 31, 600),
+        (2, 200, 16),
+        (5, 3, 0),
+    ];
+    for (name, device) in all() {
+        for (rows, columns, inner) in sizes {
+            let layouts = [
+                MatmulLayout::linear(rows, inner, columns, 0, columns),
+                MatmulLayout::linear(rows, inner, columns, 3, columns + 5),
+                // B as it is; A transposed; offsets, and a part of what was there.
+                MatmulLayout {
+                    a: [2, 1, rows],
+                    b: [1, columns, 1],
+                    out: [4, columns + 1],
+                    alpha: -0.5,
+                    beta: 2.0,
+                    ..MatmulLayout::linear(rows, inner, columns, 0, columns)
+                },
+            ];
+            for layout in layouts {
+                let a = numbers(rows * inner + 2, 1);
+                let b = numbers(columns * inner + 1, 2);
+                let before = numbers(rows * (columns + 5) + 4, 3);
+                let expected = expected(&layout, &a, &b, &before);
+                let [a, b] = [&a, &b].map(|values| device.upload(values).unwrap());
+                let mut out = device.upload(&before).unwrap();
+                device.matmul(&layout, &a, &b, &mut out).unwrap();
+                let found = device.download(&out, 0..out.len()).unwrap();
+                check(&format!("{name} {layout:?}"), &found, &expected, TOLERANCE);
+            }
+        }
+    }
+}
+
+#[test]
+fn second_moments_lose_nothing_between_calls() {
+    for (name, device) in all() {
+        for (rows, n) in [(1, 1), (7, 33), (700, 40)] {
+            let values = numbers(rows * n, 5);
+            let input = device.upload(&values).unwrap();
+            let mut sums = device.zeros(2 * n * n).unwrap();
+            let calls = 40;
+            for _ in 0..calls {
+                device.gram(&input, n, &mut sums).unwrap();
+            }
+            let found = device.download(&sums, 0..sums.len()).unwrap();
+            for i in 0..n {
+                for j in i..n {
+                    let product = |row: usize| {
+                        f64::from(values[row * n + i]) * f64::from(values[row * n + j])
+                    };
+                    let exact: f64 = (0..rows).map(product).sum();
+                    let magnitude: f64 = (0..rows).map(|row| product(row).abs()).sum();
+                    let [high, low] = [0, 1].map(|part| f64::from(found[2 * (i * n + j) + part]));
+                    let mean = (high + low) / f64::from(calls);
+                    // What sums of 512 rows lose, and no more after forty calls.
+                    assert!(
+                        (mean - exact).abs() <= 1e-6 * magnitude,
+                        "{name}: [{i}, {j}] is {mean}, expected {exact}"
+                    );
+                }
+            }
+        }
+    }
+}
