@@ -9,6 +9,8 @@ struct Parameters {
     u32 rows;
     u32 n;
     u32 first_row;
+    // For the twin alone: sums are not reordered here.
+    u32 zero;
 };
 
 #define TILE 32u

@@ -1,11 +1,11 @@
-// Inputs of a matrix product as a runtime sees them. One thread per block of `block` values.
+// Inputs of a matrix product as a runtime sees them. One thread per block of `block` of `count` values.
 //
 // mode 0: rounded to BF16; 1: to F16; 2: 8 bit, scale in F16 (Q8_0); 3: 8 bit, the largest magnitude at -127 (Q8_K);
 // 4: 8 bit with the block's largest magnitude over 127; 5: 8 bit with `scale`.
 // Twins: round_activation.wgsl, src/backend/activation.rs.
 
 struct Parameters {
-    u32 blocks;
+    u32 count;
     u32 block;
     u32 mode;
     float scale;
@@ -37,16 +37,18 @@ extern "C" __global__ void __launch_bounds__(64) round_activation(
     Parameters p
 ) {
     const u32 item = group_index() * 64u + threadIdx.x;
-    if (item >= p.blocks) {
+    const u32 first = item * p.block;
+    if (first >= p.count) {
         return;
     }
-    input += item * p.block;
-    out += item * p.block;
+    const u32 count = min(p.block, p.count - first);
+    input += first;
+    out += first;
     if (p.mode < 2u) {
-        round_to_halves(input, out, p.block, p.mode == 1u);
+        round_to_halves(input, out, count, p.mode == 1u);
         return;
     }
-    const float extreme = extreme_of(input, p.block);
+    const float extreme = extreme_of(input, count);
     const float largest = fabsf(extreme);
     float step = p.scale;
     float inverse = 1.0f / p.scale;
@@ -65,7 +67,7 @@ extern "C" __global__ void __launch_bounds__(64) round_activation(
         inverse = 0.0f;
         step = 0.0f;
     }
-    for (u32 i = 0u; i < p.block; i++) {
+    for (u32 i = 0u; i < count; i++) {
         float code = rintf(input[i] * inverse);
         if (p.mode >= 4u) {
             code = code < -128.0f ? -128.0f : code;

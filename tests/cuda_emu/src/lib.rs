@@ -154,11 +154,25 @@ impl Driver for Emulator {
         for view in launch.views {
             pointers.push(state.pointer(view)?);
         }
-        run(entry, launch, self.order, &mut pointers)
+        #[cfg(sanitized)]
+        state.close_but(launch.views);
+        let result = run(entry, launch, self.order, &mut pointers);
+        #[cfg(sanitized)]
+        state.memories.values().for_each(Memory::open);
+        result
     }
 }
 
 impl State {
+    /// Kernels may touch their views, and nothing else.
+    #[cfg(sanitized)]
+    fn close_but(&self, views: &[View]) {
+        for (handle, memory) in &self.memories {
+            let own = views.iter().filter(|view| view.memory == *handle);
+            memory.close_but(own.map(|view| (view.offset, view.bytes)));
+        }
+    }
+
     fn part(
         &mut self,
         call: &'static str,

@@ -45,6 +45,36 @@ impl Memory {
     }
 }
 
+#[cfg(sanitized)]
+unsafe extern "C" {
+    fn __asan_poison_memory_region(first: *const u8, bytes: usize);
+    fn __asan_unpoison_memory_region(first: *const u8, bytes: usize);
+}
+
+#[cfg(sanitized)]
+impl Memory {
+    /// Tells the sanitizer that only these ranges may be touched, until [`Self::open`].
+    pub fn close_but(&self, ranges: impl Iterator<Item = (u64, u64)>) {
+        // SAFETY: marks bytes of this allocation.
+        unsafe { __asan_poison_memory_region(self.first.as_ptr(), self.layout.size()) };
+        for (offset, bytes) in ranges {
+            // SAFETY: as above; views were checked to lie in the allocation.
+            unsafe {
+                __asan_unpoison_memory_region(
+                    self.first.as_ptr().add(offset as usize),
+                    bytes as usize,
+                );
+            }
+        }
+    }
+
+    /// Everything may be touched again.
+    pub fn open(&self) {
+        // SAFETY: marks bytes of this allocation.
+        unsafe { __asan_unpoison_memory_region(self.first.as_ptr(), self.layout.size()) };
+    }
+}
+
 impl Drop for Memory {
     fn drop(&mut self) {
         // SAFETY: allocated with this layout, and not used after this.

@@ -129,7 +129,7 @@ fn gram() {
         let high = values(n * n, 2);
         let sums: Vec<f32> = high.iter().flat_map(|high| [high * 1e4, 0.0]).collect();
         let across = n.div_ceil(32);
-        let parameters = [rows as u32, n as u32, first_row as u32];
+        let parameters = [rows as u32, n as u32, first_row as u32, 0];
         let results = run(
             &kernels::GRAM,
             (across * across) as u32,
@@ -181,7 +181,7 @@ fn normalize(row: &mut [f64], weight: &[f32], eps: f64) {
 /// More groups than one dimension of the grid has.
 #[test]
 fn groups_fill_two_dimensions() {
-    let rows = nemoconv_device::MAX_GROUPS as usize + 2;
+    let rows = 65_535 + 2;
     let x = values(rows, 1);
     let views = [bits(&x), bits(&[1.0]), unknown(rows)];
     let parameters = [rows as u32, 1, 0.0f32.to_bits()];
@@ -571,12 +571,12 @@ fn gather_and_scatter_add() {
 #[test]
 fn round_activation() {
     for (mode, block) in [(0, 32), (1, 32), (2, 32), (3, 256), (4, 100), (5, 100)] {
-        let blocks = 70;
-        let mut x: Vec<f32> = values(blocks * block, 1).iter().map(|x| x * 3.0).collect();
+        let count = 70 * block + 5;
+        let mut x: Vec<f32> = values(count, 1).iter().map(|x| x * 3.0).collect();
         x[block..2 * block].fill(0.0);
         let scale = 0.02;
         let views = [bits(&x), unknown(x.len())];
-        let parameters = [blocks as u32, block as u32, mode, f32::to_bits(scale)];
+        let parameters = [count as u32, block as u32, mode, f32::to_bits(scale)];
         let found = floats(&run(&kernels::ROUND_ACTIVATION, 2, &views, &parameters)[1]);
         for (x, found) in x.chunks(block).zip(found.chunks(block)) {
             let largest = x.iter().fold(0.0, |max: f32, x| max.max(x.abs()));
@@ -620,7 +620,7 @@ fn halves_round_to_even() {
     ];
     let x = cases.map(|case| case.0);
     let rounded = |mode| {
-        let parameters = [1, x.len() as u32, mode, 0];
+        let parameters = [x.len() as u32, x.len() as u32, mode, 0];
         floats(
             &run(
                 &kernels::ROUND_ACTIVATION,

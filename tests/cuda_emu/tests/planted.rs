@@ -53,15 +53,42 @@ fn without_their_defects_they_run() {
 /// The sanitizer ends the process: a child has the defect.
 #[test]
 fn a_short_buffer_is_found_by_the_sanitizer() {
-    const CHILD: &str = "NEMOCONV_EMU_SHORT_BUFFER";
+    let name = "planted::a_short_buffer_is_found_by_the_sanitizer";
+    expect_report(name, "heap-buffer-overflow", || {
+        run(&SHORT_BUFFER, 1, &[vec![0; 12]], &[12]);
+    });
+}
+
+/// The allocation goes on where the view ends.
+#[test]
+fn a_short_view_is_found_by_the_sanitizer() {
+    let name = "planted::a_short_view_is_found_by_the_sanitizer";
+    expect_report(name, "use-after-poison", || {
+        let emulator = Emulator::new(Order::Ascending);
+        let memory = emulator.allocate(256).unwrap();
+        let views = [View {
+            memory,
+            offset: 0,
+            bytes: 44,
+        }];
+        let launch = Launch {
+            kernel: &SHORT_BUFFER,
+            groups: 1,
+            views: &views,
+            parameters: &[11],
+        };
+        emulator.launch(&launch).unwrap();
+    });
+}
+
+fn expect_report(test: &str, what: &str, defect: impl Fn()) {
+    const CHILD: &str = "NEMOCONV_EMU_DEFECT";
     if !nemoconv_cuda_emu::IS_SANITIZED {
         return;
     }
     if std::env::var_os(CHILD).is_some() {
-        run(&SHORT_BUFFER, 1, &[vec![0; 12]], &[12]);
-        return;
+        return defect();
     }
-    let test = "planted::a_short_buffer_is_found_by_the_sanitizer";
     let child = std::process::Command::new(std::env::current_exe().unwrap())
         .args(["--exact", test, "--nocapture"])
         .env(CHILD, "1")
@@ -69,7 +96,7 @@ fn a_short_buffer_is_found_by_the_sanitizer() {
         .unwrap();
     let report = String::from_utf8_lossy(&child.stderr);
     assert!(!child.status.success());
-    assert!(report.contains("heap-buffer-overflow"), "{report}");
+    assert!(report.contains(what), "{report}");
     assert!(report.contains("short_buffer.cu:"), "{report}");
 }
 
