@@ -1,0 +1,95 @@
+// sums[i, j] += sum over rows of x[row, i] x[row, j], for j >= i and those of its tile.
+//
+// x: [rows, n], from row first_row on. sums: [n, n], each in two floats, large and small part. A group computes 32 x 32
+// sums, a thread 4 x 4; 16 rows at a time are in shared memory. The rows of a call are summed in f32, in order, then added
+// without loss: callers give at most 512. Groups: tiles of columns, then of rows; those below the diagonal do nothing.
+// Twins: gram.wgsl, src/backend/cpu/gram.rs.
+
+struct Parameters {
+    u32 rows;
+    u32 n;
+    u32 first_row;
+    // For the twin alone: sums are not reordered here.
+    u32 zero;
+};
+
+#define TILE 32u
+#define DEPTH 16u
+
+// Knuth: the sum of two floats and what its rounding loses.
+static __device__ inline float2 add_exactly(float2 sum, float x) {
+    const float high = sum.x + x;
+    const float part = high - sum.x;
+    const float lost = (sum.x - (high - part)) + (x - part);
+    return {high, sum.y + lost};
+}
+
+// DEPTH rows of TILE columns; beyond the last zeros.
+static __device__ inline void load_block(float (*block)[TILE], const float* x, const Parameters& p, u32 row, u32 column) {
+    #pragma unroll
+    for (u32 item = threadIdx.x; item < DEPTH * TILE; item += 64u) {
+        const u32 r = row + item / TILE;
+        const u32 c = column + item % TILE;
+        block[item / TILE][item % TILE] = r < p.rows && c < p.n ? x[(p.first_row + r) * p.n + c] : 0.0f;
+    }
+}
+
+static __device__ inline void load_four(float (&values)[4], const float* from) {
+    const float4 four = *reinterpret_cast<const float4*>(from);
+    values[0] = four.x;
+    values[1] = four.y;
+    values[2] = four.z;
+    values[3] = four.w;
+}
+
+extern "C" __global__ void __launch_bounds__(64) gram(
+    const float* __restrict__ x,
+    float2* __restrict__ sums,
+    Parameters p
+) {
+    __shared__ __align__(16) float left[DEPTH][TILE];
+    __shared__ __align__(16) float right[DEPTH][TILE];
+    const u32 tile = group_index();
+    const u32 across = (p.n + TILE - 1u) / TILE;
+    const u32 tile_i = tile / across;
+    const u32 tile_j = tile % across;
+    // Groups beyond the last are below the diagonal as well.
+    if (tile_i > tile_j) {
+        return;
+    }
+    const u32 thread_i = threadIdx.x / 8u * 4u;
+    const u32 thread_j = threadIdx.x % 8u * 4u;
+    float all[4][4] = {};
+    for (u32 row = 0u; row < p.rows; row += DEPTH) {
+        load_block(left, x, p, row, tile_i * TILE);
+        load_block(right, x, p, row, tile_j * TILE);
+        __syncthreads();
+        #pragma unroll
+        for (u32 depth = 0u; depth < DEPTH; depth++) {
+            float y[4];
+            float z[4];
+            load_four(y, &left[depth][thread_i]);
+            load_four(z, &right[depth][thread_j]);
+            #pragma unroll
+            for (u32 r = 0u; r < 4u; r++) {
+                #pragma unroll
+                for (u32 c = 0u; c < 4u; c++) {
+                    all[r][c] = fmaf(y[r], z[c], all[r][c]);
+                }
+            }
+        }
+        __syncthreads();
+    }
+    const u32 i = tile_i * TILE + thread_i;
+    const u32 j = tile_j * TILE + thread_j;
+    #pragma unroll
+    for (u32 r = 0u; r < 4u; r++) {
+        #pragma unroll
+        for (u32 c = 0u; c < 4u; c++) {
+            if (i + r < p.n && j + c < p.n) {
+                const u32 at = (i + r) * p.n + j + c;
+                sums[at] = add_exactly(sums[at], all[r][c]);
+            }
+        }
+    }
+}
