@@ -12,6 +12,16 @@ use crate::kernels::Kernel;
 #[derive(Clone)]
 pub struct Device {
     inner: Arc<Inner>,
+    matmul: MatmulKernel,
+}
+
+/// Which of two kernels multiplies matrices.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum MatmulKernel {
+    /// Blocks of both operands in shared memory: for GPUs.
+    Tiled,
+    /// Registers alone: for processors that stand in for a GPU, whose barriers are slow.
+    Direct,
 }
 
 struct Inner {
@@ -88,7 +98,9 @@ impl Inner {
     fn release(&self, pool: &mut Pool) {
         for (class, handles) in pool.idle.drain() {
             pool.allocated -= class * handles.len() as u64;
-            handles.into_iter().for_each(|handle| self.driver.free(handle));
+            handles
+                .into_iter()
+                .for_each(|handle| self.driver.free(handle));
         }
     }
 }
@@ -106,7 +118,10 @@ impl Drop for Inner {
 impl Drop for Bytes {
     fn drop(&mut self) {
         let mut pool = self.inner.pool();
-        pool.idle.entry(self.capacity).or_default().push(self.handle);
+        pool.idle
+            .entry(self.capacity)
+            .or_default()
+            .push(self.handle);
     }
 }
 
@@ -160,7 +175,9 @@ impl Array {
 
     /// Some values: the view, and the index of the first one in it.
     pub(crate) fn part(&self, values: Range<usize>) -> (View, u32) {
-        let (view, first) = self.bytes.part(values.start as u64 * 4..values.end as u64 * 4);
+        let (view, first) = self
+            .bytes
+            .part(values.start as u64 * 4..values.end as u64 * 4);
         (view, (first / 4) as u32)
     }
 }
@@ -177,9 +194,23 @@ impl Device {
             driver,
             pool: Mutex::new(pool),
         };
+        let matmul = match inner.driver.description().is_software {
+            true => MatmulKernel::Direct,
+            false => MatmulKernel::Tiled,
+        };
         Self {
             inner: Arc::new(inner),
+            matmul,
         }
+    }
+
+    /// The same with this kernel, whatever the device.
+    pub fn with_matmul(self, matmul: MatmulKernel) -> Self {
+        Self { matmul, ..self }
+    }
+
+    pub(crate) fn matmul_kernel(&self) -> MatmulKernel {
+        self.matmul
     }
 
     /// What it is.
@@ -280,6 +311,23 @@ impl Device {
         last[..rest.len()].copy_from_slice(rest);
         let at = at + whole.len() as u64;
         self.inner.driver.write(bytes.handle, at, &last)
+    }
+
+    /// Overwrites values from `at` on.
+    ///
+    /// # Errors
+    /// Device lost.
+    ///
+    /// # Panics
+    /// `values` end beyond the array.
+    pub fn write(&self, array: &mut Array, at: usize, values: &[f32]) -> Result<()> {
+        assert!(at + values.len() <= array.len);
+        if values.is_empty() {
+            return Ok(());
+        }
+        let bytes = bytemuck::cast_slice(values);
+        let handle = array.bytes.handle;
+        self.inner.driver.write(handle, at as u64 * 4, bytes)
     }
 
     /// Copies values back.

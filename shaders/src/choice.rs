@@ -23,7 +23,11 @@ impl FromStr for DeviceName {
         let family = match family {
             "wgpu" => Family::Wgpu,
             "cuda" => Family::Cuda,
-            _ => return Err(format!("`{text}` is no device: expected `wgpu`, `cuda` or `wgpu:1`")),
+            _ => {
+                return Err(format!(
+                    "`{text}` is no device: expected `wgpu`, `cuda` or `wgpu:1`"
+                ));
+            }
         };
         let index = index
             .parse()

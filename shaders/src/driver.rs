@@ -124,8 +124,14 @@ pub trait Driver: Send + Sync {
     ///
     /// # Errors
     /// Device lost.
-    fn copy(&self, from: Handle, from_offset: u64, to: Handle, to_offset: u64, bytes: u64)
-    -> Result<()>;
+    fn copy(
+        &self,
+        from: Handle,
+        from_offset: u64,
+        to: Handle,
+        to_offset: u64,
+        bytes: u64,
+    ) -> Result<()>;
 
     /// Fills with zero bytes.
     ///

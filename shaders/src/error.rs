@@ -111,7 +111,9 @@ impl DeviceError {
             Self::LimitTooSmall { .. } => "choose another adapter; `nemoconv devices` lists limits",
             Self::OutOfMemory { .. } => "lower `--device-mem`, so that layers are tiled",
             Self::Compile { .. } => "this is a defect: please report it with the message",
-            Self::Lost { .. } | Self::Call { .. } => "the driver's log may say more; `--device cpu` needs none",
+            Self::Lost { .. } | Self::Call { .. } => {
+                "the driver's log may say more; `--device cpu` needs none"
+            }
         }
     }
 }

@@ -109,7 +109,11 @@ pub fn open(index: usize) -> Result<Box<dyn Driver>> {
 
 fn check_limits(description: &Description, limits: &wgpu::Limits) -> Result<()> {
     let needs = [
-        ("buffer bindings", limits.max_storage_buffer_binding_size, LEAST_VIEW_BYTES),
+        (
+            "buffer bindings",
+            limits.max_storage_buffer_binding_size,
+            LEAST_VIEW_BYTES,
+        ),
         (
             "storage buffers",
             u64::from(limits.max_storage_buffers_per_shader_stage),
@@ -223,10 +227,12 @@ impl Wgpu {
             return Ok(());
         }
         let compile = || {
-            let module = self.device.create_shader_module(wgpu::ShaderModuleDescriptor {
-                label: Some(kernel.name),
-                source: wgpu::ShaderSource::Wgsl(kernel.wgsl_text().into()),
-            });
+            let module = self
+                .device
+                .create_shader_module(wgpu::ShaderModuleDescriptor {
+                    label: Some(kernel.name),
+                    source: wgpu::ShaderSource::Wgsl(kernel.wgsl_text().into()),
+                });
             self.device
                 .create_compute_pipeline(&wgpu::ComputePipelineDescriptor {
                     label: Some(kernel.name),
@@ -237,10 +243,12 @@ impl Wgpu {
                     cache: None,
                 })
         };
-        let pipeline = self.guarded(compile).map_err(|error| DeviceError::Compile {
-            kernel: kernel.name,
-            log: error.to_string(),
-        })?;
+        let pipeline = self
+            .guarded(compile)
+            .map_err(|error| DeviceError::Compile {
+                kernel: kernel.name,
+                log: error.to_string(),
+            })?;
         state.pipelines.insert(kernel.name, pipeline);
         Ok(())
     }

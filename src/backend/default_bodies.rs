@@ -174,11 +174,7 @@ pub fn relu_squared<B: Backend + ?Sized>(backend: &B, values: &mut B::Buffer) ->
     })
 }
 
-pub fn scale<B: Backend + ?Sized>(
-    backend: &B,
-    values: &mut B::Buffer,
-    factor: f32,
-) -> Result<()> {
+pub fn scale<B: Backend + ?Sized>(backend: &B, values: &mut B::Buffer, factor: f32) -> Result<()> {
     backend.on_host("scale");
     in_place(backend, values, |values| {
         backend.host().scale(values, factor)

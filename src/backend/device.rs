@@ -21,6 +21,7 @@ use super::{
 use crate::artifact::StoredTensor;
 use crate::backend::ExpertRows;
 use crate::error::{Error, Result};
+use crate::quantize::feedback::{ErrorProducts, Errors};
 
 /// Bytes of decoded weights that are multiplied at a time.
 const TILE_BYTES: usize = 64 << 20;
@@ -130,7 +131,8 @@ impl OnDevice {
             for first in (0..tensor.rows).step_by(tile) {
                 let count = tile.min(tensor.rows - first);
                 let rows = weight.rows(matrix, first, count, &mut buffer)?;
-                let at = matrix as u64 * matrix_stride(tensor) + (first * tensor.row_bytes()) as u64;
+                let at =
+                    matrix as u64 * matrix_stride(tensor) + (first * tensor.row_bytes()) as u64;
                 self.device().write_bytes(&mut resident, at, rows)?;
             }
         }
@@ -162,7 +164,9 @@ impl OnDevice {
                 (&sent, 0)
             }
         };
-        Ok(self.device().dequantize(tensor.ty, bytes, first, values, out)?)
+        Ok(self
+            .device()
+            .dequantize(tensor.ty, bytes, first, values, out)?)
     }
 
     /// Rows of a weight that are decoded together.
@@ -339,7 +343,11 @@ impl Backend for OnDevice {
         };
         let width = shape.key_value_heads * shape.head_dim;
         let rounded = |cached: &Array| match is_f16 {
-            true => Ok(Some(device.round_activation(cached, width, Rounding::F16)?)),
+            true => Ok(Some(device.round_activation(
+                cached,
+                width,
+                Rounding::F16,
+            )?)),
             false => Ok::<_, Error>(None),
         };
         let (f16_keys, f16_values) = (rounded(keys)?, rounded(values)?);
@@ -408,5 +416,82 @@ impl Backend for OnDevice {
             }
         }
         Ok(())
+    }
+
+    fn cross_gram(
+        &self,
+        (v, width): (&[f32], usize),
+        (u, n): (&[f32], usize),
+        sums: &mut [f64],
+    ) -> Result<()> {
+        let device = self.counted("cross_gram");
+        let rows = u.len() / n;
+        let (v, u) = (device.upload(v)?, device.upload(u)?);
+        let strip = (TILE_BYTES / (4 * n)).max(1);
+        for first in (0..width).step_by(strip) {
+            let columns = strip.min(width - first);
+            let mut found = device.uninitialized(columns * n)?;
+            let layout = MatmulLayout {
+                a: [first, 1, width],
+                b: [0, n, 1],
+                ..MatmulLayout::linear(columns, rows, n, 0, n)
+            };
+            device.matmul(&layout, &v, &u, &mut found)?;
+            let found = device.download_all(&found)?;
+            let sums = &mut sums[first * n..][..found.len()];
+            sums.iter_mut()
+                .zip(found)
+                .for_each(|(sum, found)| *sum += f64::from(found));
+        }
+        Ok(())
+    }
+
+    fn error_products(&self) -> Option<&dyn ErrorProducts> {
+        Some(self)
+    }
+}
+
+impl ErrorProducts for OnDevice {
+    fn begin(&self, rows: usize, columns: usize) -> Result<Box<dyn Errors + '_>> {
+        Ok(Box::new(ErrorsOnDevice {
+            on: self,
+            rows,
+            values: self.device().zeros(rows * columns)?,
+        }))
+    }
+}
+
+/// Errors of a matrix while it is rounded, `[column, row]`: a chunk of columns is one piece.
+struct ErrorsOnDevice<'a> {
+    on: &'a OnDevice,
+    rows: usize,
+    values: Array,
+}
+
+impl Errors for ErrorsOnDevice<'_> {
+    fn set(&mut self, first: usize, errors: &[f32]) -> Result<()> {
+        let at = first * self.rows;
+        Ok(self.on.device().write(&mut self.values, at, errors)?)
+    }
+
+    fn times(&mut self, inputs: Range<usize>, part: &[f32], width: usize) -> Result<Vec<f32>> {
+        let device = self.on.counted("error_products");
+        let part = device.upload(part)?;
+        let mut out = device.zeros(width * self.rows)?;
+        // As many columns of errors as one view may span.
+        let limits = device.description().limits;
+        let values = (limits.view_bytes - limits.view_alignment) / 4;
+        let step = (values as usize / self.rows).max(1);
+        for first in inputs.clone().step_by(step) {
+            let count = step.min(inputs.end - first);
+            let layout = MatmulLayout {
+                a: [(first - inputs.start) * width, 1, width],
+                b: [first * self.rows, self.rows, 1],
+                beta: 1.0,
+                ..MatmulLayout::linear(width, count, self.rows, 0, self.rows)
+            };
+            device.matmul(&layout, &part, &self.values, &mut out)?;
+        }
+        Ok(device.download_all(&out)?)
     }
 }

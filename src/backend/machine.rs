@@ -15,6 +15,7 @@ use super::{
 use crate::artifact::{StoredModel, StoredTensor};
 use crate::error::Result;
 use crate::model::config::NemotronHConfig;
+use crate::quantize::feedback::ErrorProducts;
 
 /// Where networks are run.
 #[derive(Clone, Default)]
@@ -454,5 +455,13 @@ impl Backend for Machine {
 
     fn gram(&self, rows: &[f32], n: usize, sums: &mut [f64]) -> Result<()> {
         either!(self, cpu => cpu.gram(rows, n, sums), device => device.gram(rows, n, sums))
+    }
+
+    fn cross_gram(&self, v: (&[f32], usize), u: (&[f32], usize), sums: &mut [f64]) -> Result<()> {
+        either!(self, cpu => cpu.cross_gram(v, u, sums), device => device.cross_gram(v, u, sums))
+    }
+
+    fn error_products(&self) -> Option<&dyn ErrorProducts> {
+        either!(self, cpu => cpu.error_products(), device => device.error_products())
     }
 }

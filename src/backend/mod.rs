@@ -18,6 +18,7 @@ use std::ops::Range;
 
 use crate::artifact::StoredTensor;
 use crate::error::Result;
+use crate::quantize::feedback::ErrorProducts;
 use activation::Activation;
 use cpu::{Cpu, CpuWeight};
 
@@ -400,5 +401,24 @@ pub trait Backend: Sync {
     fn gram(&self, rows: &[f32], n: usize, sums: &mut [f64]) -> Result<()> {
         self.on_host("gram");
         self.host().gram(rows, n, sums)
+    }
+
+    /// `sums += V^T U` for as many rows of both, `v [_, width]`, `u [_, n]`: `sums [width, n]`.
+    ///
+    /// # Errors
+    /// The machine fails.
+    fn cross_gram(
+        &self,
+        (v, width): (&[f32], usize),
+        (u, n): (&[f32], usize),
+        sums: &mut [f64],
+    ) -> Result<()> {
+        self.on_host("cross_gram");
+        self.host().cross_gram((v, width), (u, n), sums)
+    }
+
+    /// Who multiplies errors while matrices are rounded, if not the CPU.
+    fn error_products(&self) -> Option<&dyn ErrorProducts> {
+        None
     }
 }

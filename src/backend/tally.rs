@@ -35,7 +35,10 @@ impl Tally {
 
     /// By operation.
     pub fn counts(&self) -> BTreeMap<&'static str, Count> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner).clone()
+        self.0
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .clone()
     }
 }
 

@@ -4,7 +4,7 @@ use std::borrow::Cow;
 
 use super::cells::Merge;
 use crate::backend::Backend;
-use crate::backend::cpu::gram::{CHUNK_ROWS, Columns, products, second_moments};
+use crate::backend::cpu::gram::{cross_moments, second_moments};
 use crate::backend::cpu::kernels::Isa;
 use crate::error::Result;
 
@@ -34,7 +34,12 @@ impl SecondMoments {
 
     /// Sees `rows [_, n]`, each with its weight; without weights each counts 1.
     pub fn add(&mut self, isa: Isa, rows: &[f32], weights: Option<&[f32]>) {
-        second_moments(isa, &weighted(rows, self.n, weights), self.n, &mut self.sums);
+        second_moments(
+            isa,
+            &weighted(rows, self.n, weights),
+            self.n,
+            &mut self.sums,
+        );
         self.count(rows, weights);
     }
 
@@ -133,24 +138,27 @@ pub struct CrossMoments {
 
 impl CrossMoments {
     /// Sees pairs of rows `[_, width]` and `[_, n]`.
-    pub fn of(isa: Isa, (v, width): (&[f32], usize), (u, n): (&[f32], usize)) -> Self {
-        let mut sums = vec![0.0; width * n];
-        let count = u.len() / n;
-        let columns = |values, stride| Columns {
-            values,
-            stride,
-            range: 0..stride,
-        };
-        for first in (0..count).step_by(CHUNK_ROWS) {
-            let chunk = first..(first + CHUNK_ROWS).min(count);
-            let add = |out: &mut f64, sum: f32| *out += f64::from(sum);
-            let (u, v) = (columns(u, n), columns(v, width));
-            products(isa, chunk, &u, &v, false, &mut sums, n, add);
-        }
+    pub fn of(isa: Isa, v: (&[f32], usize), u: (&[f32], usize)) -> Self {
+        let mut cross = Self::empty(v.1, u);
+        cross_moments(isa, v, u, &mut cross.sums);
+        cross
+    }
+
+    /// The same on a machine.
+    ///
+    /// # Errors
+    /// The machine fails.
+    pub fn of_on<B: Backend>(machine: &B, v: (&[f32], usize), u: (&[f32], usize)) -> Result<Self> {
+        let mut cross = Self::empty(v.1, u);
+        machine.cross_gram(v, u, &mut cross.sums)?;
+        Ok(cross)
+    }
+
+    fn empty(width: usize, (u, n): (&[f32], usize)) -> Self {
         Self {
             n,
-            sums,
-            tokens: count as u64,
+            sums: vec![0.0; width * n],
+            tokens: (u.len() / n) as u64,
         }
     }
 }

@@ -384,12 +384,10 @@ mod tests {
     fn statistics(path: &str, threads: usize) -> Statistics {
         let model = Arc::new(StoredModel::open(path).unwrap());
         let pool = rayon::ThreadPoolBuilder::new().num_threads(threads);
-        pool.build()
-            .unwrap()
-            .install(|| {
-                let in_file = threads == 2;
-                Statistics::collect(&Machines::Cpu, &model, &samples(), in_file, &|| Ok(())).unwrap()
-            })
+        pool.build().unwrap().install(|| {
+            let in_file = threads == 2;
+            Statistics::collect(&Machines::Cpu, &model, &samples(), in_file, &|| Ok(())).unwrap()
+        })
     }
 
     /// Equal values: a NaN is refused, and zeros of both signs are the same sum.

@@ -52,8 +52,14 @@ pub fn allocate(
         checkpoint: &allocator.base.checkpoint,
         type_of: &|name| allocator.middle_type(name),
     };
-    let calibration =
-        Calibration::begin(args.calibration_flags(machines), text, &recipe, &source, talk, stop)?;
+    let calibration = Calibration::begin(
+        args.calibration_flags(machines),
+        text,
+        &recipe,
+        &source,
+        talk,
+        stop,
+    )?;
     let mut recipe = recipe;
     if let Some(rewrite) = &mut recipe.rewrite {
         rewrite.rotation = calibration.rotation().into();

@@ -135,7 +135,14 @@ pub fn list(args: &Devices) -> Result<()> {
         print_stdout(json!({ "devices": all.concat() }));
         return Ok(());
     }
-    let header = ["device", "name", "driver", "binding", "allocation", "memory"];
+    let header = [
+        "device",
+        "name",
+        "driver",
+        "binding",
+        "allocation",
+        "memory",
+    ];
     let mut rows = vec![header.map(str::to_string).to_vec()];
     for Found { family, devices } in &found {
         match devices {

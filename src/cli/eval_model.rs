@@ -231,7 +231,11 @@ impl OpenModel {
     }
 
     /// Runs tokens and asks for the logits after the last.
-    fn step(&self, tokens: &[u32], state: &mut nemoconv::forward::state::State<Machine>) -> Result<()> {
+    fn step(
+        &self,
+        tokens: &[u32],
+        state: &mut nemoconv::forward::state::State<Machine>,
+    ) -> Result<()> {
         let network = self.scorer.network();
         let normed = network.run(&mut [Sequence { tokens, state }], &mut Silent)?;
         network.logits(&normed, &[tokens.len() as u32 - 1], &mut Silent)?;

@@ -74,17 +74,17 @@ pub fn main() -> ExitCode {
         })
         .map(done),
         Command::Devices(args) => device::list(args).map(done),
-        Command::Eval(args) => {
-            on_device(&args.run.device, &talk, |machines| {
-                on_workers(args.run.threads, || eval_job::eval(args, machines, &talk, &STOP))
+        Command::Eval(args) => on_device(&args.run.device, &talk, |machines| {
+            on_workers(args.run.threads, || {
+                eval_job::eval(args, machines, &talk, &STOP)
             })
-            .map(done)
-        }
-        Command::Validate(args) => {
-            on_device(&args.device, &talk, |machines| {
-                on_workers(args.threads, || validate_job::validate(args, machines, &talk, &STOP))
+        })
+        .map(done),
+        Command::Validate(args) => on_device(&args.device, &talk, |machines| {
+            on_workers(args.threads, || {
+                validate_job::validate(args, machines, &talk, &STOP)
             })
-        }
+        }),
     };
     match result {
         Ok(code) => ExitCode::from(code),

@@ -3,8 +3,8 @@
 use std::path::{Path, PathBuf};
 use std::sync::atomic::AtomicBool;
 
-use nemoconv::backend::Machines;
 use nemoconv::artifact::locate;
+use nemoconv::backend::Machines;
 use nemoconv::convert::Conduct;
 use nemoconv::convert::packed::{PackedJob, Rounded};
 use nemoconv::error::Result;

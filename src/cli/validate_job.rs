@@ -248,7 +248,12 @@ impl Job<'_> {
         })?;
         let stored = Arc::new(StoredModel::open(&self.args.artifact)?);
         let text = self.chunked(&stored, text)?;
-        let network = open(self.machines, &stored, self.residence(&[&stored])?, &Numerics::EXACT)?;
+        let network = open(
+            self.machines,
+            &stored,
+            self.residence(&[&stored])?,
+            &Numerics::EXACT,
+        )?;
         let vocab_size = stored.config().vocab_size;
         let watch = self.watch("reference");
         if path.extension().is_some_and(|extension| extension == "kld") {

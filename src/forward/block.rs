@@ -95,7 +95,10 @@ impl<B: Backend> Block<B> {
     ) -> Result<bool> {
         let scan = scan_shape(model.config(), numerics);
         let fresh = |_: &usize| State::of_block(backend, model.config(), &scan, self.index);
-        let mut states = lengths.iter().map(fresh).collect::<Result<Vec<State<B>>>>()?;
+        let mut states = lengths
+            .iter()
+            .map(fresh)
+            .collect::<Result<Vec<State<B>>>>()?;
         let mut first = 0;
         let mut turns = Vec::with_capacity(lengths.len());
         for (state, length) in states.iter_mut().zip(lengths) {

@@ -5,7 +5,7 @@
 
 use std::fmt;
 
-use super::feedback::{self, Feedback, Rounded};
+use super::feedback::{self, ErrorProducts, Feedback, Rounded};
 use super::integer::{IntegerGrid, Nearest};
 use super::{ScaleOverflow, is_searched, quantize_rows};
 use crate::backend::cpu::kernels::Isa;
@@ -80,6 +80,27 @@ impl Form {
             Self::Integer(grid) => feedback::quantize_integers(isa, *grid, rows, how, &mut bytes),
         };
         (bytes, rounded)
+    }
+
+    /// The same, with products of errors on another machine.
+    ///
+    /// # Errors
+    /// The machine fails.
+    pub fn feed_back_on(
+        &self,
+        machine: &dyn ErrorProducts,
+        rows: &[f32],
+        how: Feedback,
+    ) -> crate::error::Result<(Vec<u8>, Rounded)> {
+        let columns = how.moments.in_features();
+        let mut bytes = vec![0; rows.len() / columns * self.row_bytes(columns)];
+        let rounded = match self {
+            Self::Block(ty) => feedback::quantize_rows_on(machine, *ty, rows, how, &mut bytes),
+            Self::Integer(grid) => {
+                feedback::quantize_integers_on(machine, *grid, rows, how, &mut bytes)
+            }
+        };
+        Ok((bytes, rounded?))
     }
 
     /// The weights that bytes stand for, into `out`.

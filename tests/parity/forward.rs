@@ -4,8 +4,8 @@ use std::path::Path;
 use std::sync::Arc;
 
 use nemoconv::artifact::StoredModel;
-use nemoconv::error::Result;
 use nemoconv::backend::cpu::{Cpu, Residence};
+use nemoconv::error::Result;
 use nemoconv::forward::network::{Network, Sequence};
 use nemoconv::forward::numerics::Numerics;
 use nemoconv::forward::observer::Observer;

@@ -3,6 +3,8 @@
 mod clean;
 mod damage;
 mod defects;
+#[cfg(feature = "device")]
+mod device;
 mod mistaken;
 mod packed;
 

@@ -31,7 +31,10 @@ impl Device {
         let kernel = kernels::dequantize(ty).unwrap_or_else(|| panic!("{ty} cannot be decoded"));
         let stored = (count / ty.block_elements() * ty.block_bytes()) as u64;
         assert!(count.is_multiple_of(ty.block_elements()) && count <= out.len());
-        assert!(first_byte + stored <= bytes.len(), "blocks end beyond their bytes");
+        assert!(
+            first_byte + stored <= bytes.len(),
+            "blocks end beyond their bytes"
+        );
         if count == 0 {
             return Ok(());
         }

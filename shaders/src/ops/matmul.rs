@@ -3,7 +3,7 @@
 use std::ops::Range;
 
 use super::word;
-use crate::array::{Array, Device};
+use crate::array::{Array, Device, MatmulKernel};
 use crate::driver::View;
 use crate::error::Result;
 use crate::kernels::{self, Kernel};
@@ -93,13 +93,28 @@ impl Device {
     ///
     /// # Panics
     /// The layout goes beyond an array.
-    pub fn matmul(&self, layout: &MatmulLayout, a: &Array, b: &Array, out: &mut Array) -> Result<()> {
+    pub fn matmul(
+        &self,
+        layout: &MatmulLayout,
+        a: &Array,
+        b: &Array,
+        out: &mut Array,
+    ) -> Result<()> {
         if layout.rows == 0 || layout.columns == 0 {
             return Ok(());
         }
-        assert!(layout.a_values().end <= a.len() || layout.inner == 0, "A is too short");
-        assert!(layout.b_values().end <= b.len() || layout.inner == 0, "B is too short");
-        assert!(layout.out_values().end <= out.len(), "the result is too short");
+        assert!(
+            layout.a_values().end <= a.len() || layout.inner == 0,
+            "A is too short"
+        );
+        assert!(
+            layout.b_values().end <= b.len() || layout.inner == 0,
+            "B is too short"
+        );
+        assert!(
+            layout.out_values().end <= out.len(),
+            "the result is too short"
+        );
         let step = self.rows_in_a_view(layout);
         for first in (0..layout.rows).step_by(step) {
             let part = layout.part(first..layout.rows.min(first + step));
@@ -137,24 +152,21 @@ impl Device {
             layout.beta.to_bits(),
         ];
         let views: [View; 3] = [a_view, b_view, out_view];
-        let (kernel, tile) = self.matmul_kernel();
+        let (kernel, tile): (&'static Kernel, _) = match self.matmul_kernel() {
+            MatmulKernel::Tiled => (&kernels::MATMUL_TILED, 64),
+            MatmulKernel::Direct => (&kernels::MATMUL_DIRECT, 32),
+        };
         let groups = layout.rows.div_ceil(tile) * layout.columns.div_ceil(tile);
         self.launch(kernel, word(groups), &views, &parameters)
-    }
-
-    /// Barriers are what costs on processors that stand in for a GPU.
-    fn matmul_kernel(&self) -> (&'static Kernel, usize) {
-        match self.description().is_software {
-            true => (&kernels::MATMUL_DIRECT, 32),
-            false => (&kernels::MATMUL_TILED, 64),
-        }
     }
 
     /// Rows of second moments of width `n` that [`Self::gram`] may be asked for together.
     pub fn gram_strips(&self, n: usize) -> impl Iterator<Item = Range<usize>> + use<> {
         let limits = self.description().limits;
         let rows = (limits.view_bytes.min(GRAM_BYTES) as usize / (8 * n.max(1))).max(1);
-        (0..n).step_by(rows).map(move |first| first..n.min(first + rows))
+        (0..n)
+            .step_by(rows)
+            .map(move |first| first..n.min(first + rows))
     }
 
     /// `sums += X^T X` for `x [_, n]`, of it the rows `strip`: `sums [strip, n]` pairs of floats, the large and the small
@@ -175,7 +187,12 @@ impl Device {
             let sizes = [part, n, strip.start, strip.len()].map(word);
             // The last one is a zero that compilers must not know.
             let parameters = [&sizes[..], &[first_value, 0]].concat();
-            self.launch(&kernels::GRAM, word(groups), &[view, sums.view()], &parameters)?;
+            self.launch(
+                &kernels::GRAM,
+                word(groups),
+                &[view, sums.view()],
+                &parameters,
+            )?;
         }
         Ok(())
     }

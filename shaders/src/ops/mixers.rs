@@ -78,7 +78,13 @@ impl Device {
             taps,
         } = layout;
         let sizes = |last| [rows.len(), rows.start, stride, first, channels, last].map(word);
-        let views = [input.view(), state.view(), weight.view(), bias.view(), out.view()];
+        let views = [
+            input.view(),
+            state.view(),
+            weight.view(),
+            bias.view(),
+            out.view(),
+        ];
         let kernel = &kernels::CONV1D_SILU;
         let groups = groups_of(rows.len() * channels, kernel.threads);
         self.launch(kernel, groups, &views, &sizes(taps))?;
@@ -118,7 +124,16 @@ impl Device {
             .chain([&*state, &*out])
             .map(Array::view)
             .collect();
-        let sizes = [rows.len(), rows.start, heads, head_dim, groups, state_size, dt_stride].map(word);
+        let sizes = [
+            rows.len(),
+            rows.start,
+            heads,
+            head_dim,
+            groups,
+            state_size,
+            dt_stride,
+        ]
+        .map(word);
         let parameters = [&sizes[..], &[low.to_bits(), high.to_bits()]].concat();
         let kernel = &kernels::SELECTIVE_SCAN;
         let groups = groups_of(heads * head_dim, kernel.threads);
@@ -151,7 +166,15 @@ impl Device {
         assert!(head_dim <= AttentionLayout::MAX_HEAD_DIM);
         assert!(keys.len() >= cached && values.len() >= cached);
         let views = [query.view(), keys.view(), values.view(), out.view()];
-        let sizes = [rows.len(), rows.start, position, heads, key_value_heads, head_dim].map(word);
+        let sizes = [
+            rows.len(),
+            rows.start,
+            position,
+            heads,
+            key_value_heads,
+            head_dim,
+        ]
+        .map(word);
         let parameters = [&sizes[..], &[u32::from(is_f16)]].concat();
         let groups = word(rows.len() * heads);
         self.launch(&kernels::ATTENTION, groups, &views, &parameters)

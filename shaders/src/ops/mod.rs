@@ -15,7 +15,8 @@ pub use rows::Rounding;
 
 /// Groups for so many threads' work.
 fn groups_of(work: usize, threads: u32) -> u32 {
-    u32::try_from(work.div_ceil(threads as usize)).expect("an array has less than 2^32 groups of values")
+    u32::try_from(work.div_ceil(threads as usize))
+        .expect("an array has less than 2^32 groups of values")
 }
 
 /// A size as kernels take it.

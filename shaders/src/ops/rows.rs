@@ -72,7 +72,12 @@ impl Device {
         let views = [y.view(), z.view(), weight.view()];
         let sizes = [rows, inner, z_stride, groups].map(word);
         let parameters = [&sizes[..], &[eps.to_bits()]].concat();
-        self.launch(&kernels::GATED_RMS_NORM, word(rows * groups), &views, &parameters)
+        self.launch(
+            &kernels::GATED_RMS_NORM,
+            word(rows * groups),
+            &views,
+            &parameters,
+        )
     }
 
     /// Adds one row of values to every row, in place.
@@ -116,13 +121,21 @@ impl Device {
     /// # Panics
     /// A row is not there.
     pub fn gather(&self, input: &Array, width: usize, rows: &[u32]) -> Result<Array> {
-        assert!(rows.iter().all(|row| (*row as usize + 1) * width <= input.len()));
+        assert!(
+            rows.iter()
+                .all(|row| (*row as usize + 1) * width <= input.len())
+        );
         let out = self.uninitialized(rows.len() * width)?;
         let kernel = &kernels::GATHER;
         let rows = self.upload_bytes(bytemuck::cast_slice(rows))?;
         let views = [input.view(), rows.view(), out.view()];
         let parameters = [word(out.len()), word(width)];
-        self.launch(kernel, groups_of(out.len(), kernel.threads), &views, &parameters)?;
+        self.launch(
+            kernel,
+            groups_of(out.len(), kernel.threads),
+            &views,
+            &parameters,
+        )?;
         Ok(out)
     }
 
@@ -141,7 +154,10 @@ impl Device {
         rows: &[u32],
         weights: &[f32],
     ) -> Result<()> {
-        assert!(rows.iter().all(|row| (*row as usize + 1) * width <= sum.len()));
+        assert!(
+            rows.iter()
+                .all(|row| (*row as usize + 1) * width <= sum.len())
+        );
         assert!(rows.len() == weights.len() && rows.len() * width <= values.len());
         let kernel = &kernels::SCATTER_ADD;
         let count = rows.len() * width;
@@ -149,7 +165,12 @@ impl Device {
         let weights = self.upload(weights)?;
         let views = [sum.view(), values.view(), rows.view(), weights.view()];
         let parameters = [word(count), word(width)];
-        self.launch(kernel, groups_of(count, kernel.threads), &views, &parameters)
+        self.launch(
+            kernel,
+            groups_of(count, kernel.threads),
+            &views,
+            &parameters,
+        )
     }
 
     /// Rows of `width` values as a runtime takes them.
@@ -159,7 +180,12 @@ impl Device {
     ///
     /// # Panics
     /// Rows are not whole blocks of Q8_0 or Q8_K.
-    pub fn round_activation(&self, input: &Array, width: usize, rounding: Rounding) -> Result<Array> {
+    pub fn round_activation(
+        &self,
+        input: &Array,
+        width: usize,
+        rounding: Rounding,
+    ) -> Result<Array> {
         let out = self.uninitialized(input.len())?;
         let (mode, scale, block) = rounding.mode(width);
         let is_blockwise = matches!(rounding, Rounding::Q8_0 | Rounding::Q8K);

@@ -16,7 +16,11 @@ impl Device {
     fn each(&self, kernel: &'static Kernel, array: &Array, parameters: &[u32]) -> Result<()> {
         for first in (0..array.len()).step_by(self.part_values()) {
             let end = array.len().min(first + self.part_values());
-            let words: Vec<u32> = [word(end - first)].iter().chain(parameters).copied().collect();
+            let words: Vec<u32> = [word(end - first)]
+                .iter()
+                .chain(parameters)
+                .copied()
+                .collect();
             let groups = groups_of(end - first, kernel.threads);
             self.launch(kernel, groups, &[array.part(first..end).0], &words)?;
         }

@@ -1,6 +1,6 @@
 //! Products in every layout, and second moments.
 
-use nemoconv_device::MatmulLayout;
+use nemoconv_device::{MatmulKernel, MatmulLayout};
 
 use crate::drivers::all;
 use crate::{TOLERANCE, check, numbers};
@@ -34,7 +34,16 @@ fn products_of_every_layout() {
         (2, 200, 16),
         (5, 3, 0),
     ];
-    for (name, device) in all() {
+    let kernels = [MatmulKernel::Tiled, MatmulKernel::Direct];
+    let devices = all().into_iter().flat_map(|(name, device)| {
+        kernels.map(|kernel| {
+            (
+                format!("{name} {kernel:?}"),
+                device.clone().with_matmul(kernel),
+            )
+        })
+    });
+    for (name, device) in devices {
         for (rows, columns, inner) in sizes {
             let layouts = [
                 MatmulLayout::linear(rows, inner, columns, 0, columns),

@@ -93,6 +93,27 @@ pub fn second_moments(isa: Isa, rows: &[f32], n: usize, sums: &mut [f64]) {
     }
 }
 
+/// `sums += V^T U` for as many rows of both, `v [_, width]`, `u [_, n]`: `sums [width, n]`.
+pub fn cross_moments(
+    isa: Isa,
+    (v, width): (&[f32], usize),
+    (u, n): (&[f32], usize),
+    sums: &mut [f64],
+) {
+    let columns = |values, stride| Columns {
+        values,
+        stride,
+        range: 0..stride,
+    };
+    let count = u.len() / n.max(1);
+    for first in (0..count).step_by(CHUNK_ROWS) {
+        let chunk = first..(first + CHUNK_ROWS).min(count);
+        let add = |out: &mut f64, sum: f32| *out += f64::from(sum);
+        let (u, v) = (columns(u, n), columns(v, width));
+        products(isa, chunk, &u, &v, false, sums, n, add);
+    }
+}
+
 /// `[strip of 8 columns][row][8]`, zeros beyond the last column.
 fn pack_strips(rows: Range<usize>, b: &Columns) -> Vec<f32> {
     let strip_len = rows.len() * MAX_TOKENS;

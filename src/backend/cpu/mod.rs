@@ -230,7 +230,9 @@ impl Backend for Cpu {
         groups: usize,
         eps: f32,
     ) -> Result<Vec<f32>> {
-        Ok(rms_norm::gated_rms_norm(self.isa, y, z, z_stride, weight, groups, eps))
+        Ok(rms_norm::gated_rms_norm(
+            self.isa, y, z, z_stride, weight, groups, eps,
+        ))
     }
 
     fn conv1d_silu(
@@ -247,7 +249,9 @@ impl Backend for Cpu {
             stride,
             first,
         };
-        Ok(conv1d::conv1d_silu(self.isa, source, weight, bias, segments))
+        Ok(conv1d::conv1d_silu(
+            self.isa, source, weight, bias, segments,
+        ))
     }
 
     fn selective_scan(
@@ -259,7 +263,9 @@ impl Backend for Cpu {
         shape: ScanShape,
         segments: &mut [Segment<'_, Vec<f32>>],
     ) -> Result<Vec<f32>> {
-        Ok(selective_scan::selective_scan(self.isa, xbc, dt, dt_stride, weights, shape, segments))
+        Ok(selective_scan::selective_scan(
+            self.isa, xbc, dt, dt_stride, weights, shape, segments,
+        ))
     }
 
     fn attention(
@@ -270,7 +276,9 @@ impl Backend for Cpu {
         shape: AttentionShape,
         segments: &mut [Segment<'_, KeyValues<Vec<f32>>>],
     ) -> Result<Vec<f32>> {
-        Ok(attention::attention(self.isa, query, keys, values, shape, segments))
+        Ok(attention::attention(
+            self.isa, query, keys, values, shape, segments,
+        ))
     }
 
     fn relu_squared(&self, values: &mut Vec<f32>) -> Result<()> {
@@ -299,7 +307,12 @@ impl Backend for Cpu {
         Ok(())
     }
 
-    fn route(&self, logits: &Vec<f32>, bias: &Vec<f32>, shape: RouteShape) -> Result<Vec<ExpertRows>> {
+    fn route(
+        &self,
+        logits: &Vec<f32>,
+        bias: &Vec<f32>,
+        shape: RouteShape,
+    ) -> Result<Vec<ExpertRows>> {
         Ok(route::route(logits, bias, shape))
     }
 
@@ -311,7 +324,13 @@ impl Backend for Cpu {
         Ok(gathered)
     }
 
-    fn scatter_add(&self, sum: &mut Vec<f32>, width: usize, values: &Vec<f32>, rows: &ExpertRows) -> Result<()> {
+    fn scatter_add(
+        &self,
+        sum: &mut Vec<f32>,
+        width: usize,
+        values: &Vec<f32>,
+        rows: &ExpertRows,
+    ) -> Result<()> {
         let entries = rows.rows.iter().zip(&rows.weights);
         for ((row, weight), values) in entries.zip(values.chunks_exact(width)) {
             let sum = &mut sum[*row as usize * width..][..width];
@@ -324,6 +343,11 @@ impl Backend for Cpu {
 
     fn gram(&self, rows: &[f32], n: usize, sums: &mut [f64]) -> Result<()> {
         gram::second_moments(self.isa, rows, n, sums);
+        Ok(())
+    }
+
+    fn cross_gram(&self, v: (&[f32], usize), u: (&[f32], usize), sums: &mut [f64]) -> Result<()> {
+        gram::cross_moments(self.isa, v, u, sums);
         Ok(())
     }
 }

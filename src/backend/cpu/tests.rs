@@ -31,7 +31,14 @@ impl Observer<Cpu> for Everything {
         Ok(())
     }
 
-    fn input(&mut self, tensor: &str, matrix: usize, _: &Cpu, input: &Vec<f32>, _: usize) -> Result<()> {
+    fn input(
+        &mut self,
+        tensor: &str,
+        matrix: usize,
+        _: &Cpu,
+        input: &Vec<f32>,
+        _: usize,
+    ) -> Result<()> {
         self.0.push((format!("{tensor} {matrix}"), input.clone()));
         Ok(())
     }

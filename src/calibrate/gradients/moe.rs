@@ -94,7 +94,9 @@ impl Moe {
         let reached = experts.into_iter().enumerate();
         let reached = reached.filter(|(_, rows)| !rows.rows.is_empty());
         let share = |(expert, rows): (usize, ExpertRows)| {
-            let input = pass.backend.gather(input, self.experts.width(), &rows.rows)?;
+            let input = pass
+                .backend
+                .gather(input, self.experts.width(), &rows.rows)?;
             Ok(Share {
                 expert,
                 hidden: self.experts.hidden(pass, expert, &input)?,
@@ -135,7 +137,8 @@ impl Moe {
                 rows: share.rows.rows.clone(),
                 weights: vec![1.0; share.rows.rows.len()],
             };
-            pass.backend.scatter_add(&mut sum, width, &at_input, &ones)?;
+            pass.backend
+                .scatter_add(&mut sum, width, &at_input, &ones)?;
         }
         Ok(sum)
     }

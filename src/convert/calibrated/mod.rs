@@ -391,7 +391,8 @@ impl Calibrated<'_> {
 
     /// For operations without weights.
     fn machine(&self) -> Machine {
-        self.machines.without_weights(self.weights.stored().config())
+        self.machines
+            .without_weights(self.weights.stored().config())
     }
 
     fn isa(&self) -> Isa {

@@ -5,7 +5,6 @@ use std::ops::Range;
 
 use super::rounding::{TensorRounding, add_to_pool};
 use super::{BothStreams, Calibrated, Workspace, absorption, routing_of, stages};
-use crate::backend::cpu::kernels::Isa;
 use crate::backend::{Backend, ExpertRows, Machine};
 use crate::calibrate::capture::{Capture, Captured};
 use crate::calibrate::cells::{Merge, Tree};
@@ -205,21 +204,16 @@ fn count_of(keys: &[Key], input: &str) -> usize {
 ///
 /// # Errors
 /// The machine fails.
-pub fn seen(
-    machine: &Machine,
-    captured: &Captured,
-    original: Option<&Captured>,
-) -> Result<Seen> {
+pub fn seen(machine: &Machine, captured: &Captured, original: Option<&Captured>) -> Result<Seen> {
     let n = captured.in_features;
     let mut moments = SecondMoments::empty(n);
     let weights = (!captured.weights.is_empty()).then_some(captured.weights.as_slice());
     moments.add_on(machine, &captured.rows, weights)?;
     // Of experts the few tokens they see would be corrected for noise.
     let original = original.filter(|_| weights.is_none());
-    let cross =
-        original.map(|original| {
-        CrossMoments::of(Isa::detect(), (&original.rows, n), (&captured.rows, n))
-    });
+    let cross = original
+        .map(|original| CrossMoments::of_on(machine, (&original.rows, n), (&captured.rows, n)))
+        .transpose()?;
     let largest = captured.rows.iter().fold(0.0, |a: f32, x| a.max(x.abs()));
     Ok(Seen {
         moments,

@@ -3,6 +3,7 @@
 use super::moments::{Seen, SeenInputs};
 use super::{Calibrated, ExpertTokens, Method, TensorOutcome, Treatment};
 use crate::artifact::StoredTensor;
+use crate::backend::{Backend, Machine};
 use crate::calibrate::cells::Merge;
 use crate::calibrate::experts::own_share;
 use crate::calibrate::second_moments::SecondMoments;
@@ -126,14 +127,16 @@ impl<'a> TensorRounding<'a> {
         outcome.nonfinite += nonfinite(&values);
         let seen = seen.get(&(self.input.clone(), matrix));
         let outputs = outputs_of(self.job, &self.tensor.name, matrix, self.shape.rows);
+        let machine = self.job.machine();
         let rows = Rows {
             job: self.job,
+            machine: &machine,
             form: self.form,
             outputs: &outputs,
             columns: self.shape.columns,
             values: &values,
         };
-        let rounded = rows.round(seen, prior);
+        let rounded = rows.round(seen, prior)?;
         outcome.overflows += rounded.overflows;
         outcome.dead_inputs = outcome.dead_inputs.max(rounded.dead_inputs);
         self.sums.add(&rounded);
@@ -299,6 +302,7 @@ fn towards_diagonal(moments: &SecondMoments) -> Vec<f64> {
 /// One matrix about to be rounded.
 struct Rows<'a> {
     job: &'a Calibrated<'a>,
+    machine: &'a Machine,
     form: Form,
     outputs: &'a [OutputFactor],
     columns: usize,
@@ -306,7 +310,7 @@ struct Rows<'a> {
 }
 
 impl Rows<'_> {
-    fn round(&self, seen: Option<&Seen>, prior: &Prior) -> RoundedMatrix {
+    fn round(&self, seen: Option<&Seen>, prior: &Prior) -> Result<RoundedMatrix> {
         let (rtn, rtn_overflows) = self.form.nearest(self.columns, self.values, None);
         let rtn_overflows = rtn_overflows.0;
         let unknown = |bytes, treatment, overflows| RoundedMatrix {
@@ -320,21 +324,21 @@ impl Rows<'_> {
             overflows,
         };
         if !self.form.is_searched() {
-            return unknown(rtn, Treatment::Kept, rtn_overflows);
+            return Ok(unknown(rtn, Treatment::Kept, rtn_overflows));
         }
         let Some(seen) = seen else {
-            return unknown(rtn, Treatment::Rtn, rtn_overflows);
+            return Ok(unknown(rtn, Treatment::Rtn, rtn_overflows));
         };
         let matrix = shrunk(&seen.moments, prior);
         let damping = self.job.rounding.damping();
         let Some(moments) = InputMoments::new(self.job.isa(), self.columns, &matrix, damping)
         else {
-            return unknown(rtn, Treatment::Fallback, rtn_overflows);
+            return Ok(unknown(rtn, Treatment::Fallback, rtn_overflows));
         };
         let (bytes, treatment, overflows) = match self.job.rounding.method {
             Method::Rtn => (rtn.clone(), Treatment::Rtn, rtn_overflows),
             Method::Gptq if self.form.can_feed_back(self.columns) => {
-                let (bytes, overflows) = self.feed_back(seen, &moments);
+                let (bytes, overflows) = self.feed_back(seen, &moments)?;
                 (bytes, Treatment::Gptq, overflows)
             }
             _ => {
@@ -345,19 +349,19 @@ impl Rows<'_> {
                 (bytes, Treatment::Imatrix, overflows.0)
             }
         };
-        RoundedMatrix {
-            energy: feedback::loss(self.job.isa(), self.values, &moments) * moments.unit,
-            rtn_loss: self.loss(&rtn, &moments),
-            loss: self.loss(&bytes, &moments),
+        Ok(RoundedMatrix {
+            energy: self.loss_of(self.values, &moments)?,
+            rtn_loss: self.loss(&rtn, &moments)?,
+            loss: self.loss(&bytes, &moments)?,
             bytes,
             treatment,
             damping: Some(moments.damping),
             dead_inputs: moments.dead_inputs,
             overflows,
-        }
+        })
     }
 
-    fn feed_back(&self, seen: &Seen, moments: &InputMoments) -> (Vec<u8>, u64) {
+    fn feed_back(&self, seen: &Seen, moments: &InputMoments) -> Result<(Vec<u8>, u64)> {
         let beta = self.job.rounding.target_correction;
         let corrected = seen.cross.as_ref().filter(|_| beta > 0.0).map(|cross| {
             let correction = Correction {
@@ -373,12 +377,15 @@ impl Rows<'_> {
             outputs: self.outputs,
             passes: self.job.rounding.passes,
         };
-        let (bytes, rounded) = self.form.feed_back(self.job.isa(), rows, how);
-        (bytes, rounded.overflow)
+        let (bytes, rounded) = match self.machine.error_products() {
+            Some(machine) => self.form.feed_back_on(machine, rows, how)?,
+            None => self.form.feed_back(self.job.isa(), rows, how),
+        };
+        Ok((bytes, rounded.overflow))
     }
 
     /// Of stored bytes against the original weights.
-    fn loss(&self, bytes: &[u8], moments: &InputMoments) -> f64 {
+    fn loss(&self, bytes: &[u8], moments: &InputMoments) -> Result<f64> {
         let mut stored = vec![0.0; self.values.len()];
         self.form
             .dequantize(self.columns, bytes, &mut stored)
@@ -387,7 +394,15 @@ impl Rows<'_> {
             .iter_mut()
             .zip(self.values)
             .for_each(|(stored, value)| *stored = value - *stored);
-        feedback::loss(self.job.isa(), &stored, moments) * moments.unit
+        self.loss_of(&stored, moments)
+    }
+
+    fn loss_of(&self, errors: &[f32], moments: &InputMoments) -> Result<f64> {
+        let loss = match self.machine.error_products() {
+            Some(machine) => feedback::loss_on(machine, errors, moments)?,
+            None => feedback::loss(self.job.isa(), errors, moments),
+        };
+        Ok(loss * moments.unit)
     }
 }
 

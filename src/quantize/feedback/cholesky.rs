@@ -47,6 +47,12 @@ impl Strips {
         &self.values[(begin + rows.start) * STRIP..(begin + rows.end) * STRIP]
     }
 
+    /// Rows `rows` of columns `columns`, row-major.
+    pub fn dense(&self, rows: std::ops::Range<usize>, columns: std::ops::Range<usize>) -> Vec<f32> {
+        let row = |i| columns.clone().map(move |j| self.at(i, j));
+        rows.flat_map(row).collect()
+    }
+
     /// One element.
     #[inline(always)]
     pub fn at(&self, i: usize, j: usize) -> f32 {

@@ -14,6 +14,7 @@ mod grid;
 mod integer_grid;
 mod moments;
 mod outputs;
+mod remote;
 mod sweep;
 #[cfg(test)]
 mod tests;
@@ -26,6 +27,7 @@ use rayon::prelude::*;
 use super::integer::IntegerGrid;
 use crate::backend::cpu::gram::CHUNK_ROWS;
 use crate::backend::cpu::kernels::{self, FLOAT_ROWS, Isa, MAX_TOKENS};
+use crate::error::Result;
 use crate::formats::GgmlType;
 use crate::formats::packed::Width;
 use cholesky::{STRIP, Strips};
@@ -34,6 +36,7 @@ use descent::Pass;
 use grid::{FeedbackGrid, RoundedRow};
 pub use moments::{Damping, InputMoments};
 pub use outputs::OutputFactor;
+pub use remote::{ErrorProducts, Errors};
 use sweep::{FirstPass, Half, ROWS, Row};
 
 /// Columns that are rounded between two products with everything before them: a multiple of every block.
@@ -100,11 +103,24 @@ pub fn quantize_rows(
     how: Feedback,
     out: &mut [u8],
 ) -> Rounded {
-    let columns = how.moments.in_features();
-    assert!(columns.is_multiple_of(ty.block_elements()) && rows.len().is_multiple_of(columns));
-    assert_eq!(ty.bytes_for(rows.len() as u64), Some(out.len() as u64));
-    let job = Job { isa, how };
-    with_grid!(ty, run(job, rows, out), panic!("{ty} has no feedback"))
+    Job::here(isa, how).rows(ty, rows, out).expect(HERE)
+}
+
+/// The same, with products on another machine. Where rows repair each other they stay here.
+///
+/// # Errors
+/// The machine fails.
+///
+/// # Panics
+/// As [`quantize_rows`].
+pub fn quantize_rows_on(
+    machine: &dyn ErrorProducts,
+    ty: GgmlType,
+    rows: &[f32],
+    how: Feedback,
+    out: &mut [u8],
+) -> Result<Rounded> {
+    Job::on(machine, how).rows(ty, rows, out)
 }
 
 /// Whether rows of so many columns can be rounded to an integer grid with feedback.
@@ -128,18 +144,32 @@ pub fn quantize_integers(
     how: Feedback,
     out: &mut [u8],
 ) -> Rounded {
-    let columns = how.moments.in_features();
-    assert!(can_feed_back_integers(&grid, columns) && rows.len().is_multiple_of(columns));
-    assert_eq!(out.len(), rows.len() / columns * grid.row_bytes(columns));
-    let job = Job { isa, how };
-    match (grid.width, grid.group_size) {
-        (Width::Eight, _) => {
-            run::<_, { integer_grid::ROWS_SUB }>(integer_grid::Rows(grid), job, rows, out)
-        }
-        (Width::Four, Some(32)) => run::<_, 32>(integer_grid::Groups::<32>(grid), job, rows, out),
-        (Width::Four, Some(64)) => run::<_, 64>(integer_grid::Groups::<64>(grid), job, rows, out),
-        _ => run::<_, 128>(integer_grid::Groups::<128>(grid), job, rows, out),
-    }
+    Job::here(isa, how).integers(grid, rows, out).expect(HERE)
+}
+
+/// The same, with products on another machine.
+///
+/// # Errors
+/// The machine fails.
+///
+/// # Panics
+/// As [`quantize_integers`].
+pub fn quantize_integers_on(
+    machine: &dyn ErrorProducts,
+    grid: IntegerGrid,
+    rows: &[f32],
+    how: Feedback,
+    out: &mut [u8],
+) -> Result<Rounded> {
+    Job::on(machine, how).integers(grid, rows, out)
+}
+
+/// [`loss`], with products on another machine.
+///
+/// # Errors
+/// The machine fails.
+pub fn loss_on(machine: &dyn ErrorProducts, errors: &[f32], moments: &InputMoments) -> Result<f64> {
+    remote::loss(machine, errors, &moments.matrix)
 }
 
 /// `tr(E M E^T)` for errors of whole rows, `[n, in_features]`.
@@ -182,17 +212,25 @@ impl<'a> Feedback<'a> {
 struct Job<'a> {
     isa: Isa,
     how: Feedback<'a>,
+    /// Who multiplies errors, if not this computer.
+    machine: Option<&'a dyn ErrorProducts>,
 }
+
+/// Why rounding on this computer's threads gives a result.
+const HERE: &str = "only other machines fail";
 
 fn run<G: FeedbackGrid, const SUB: usize>(
     grid: G,
     job: Job,
     rows: &[f32],
     out: &mut [u8],
-) -> Rounded {
+) -> Result<Rounded> {
     let columns = job.how.moments.in_features();
     if job.how.outputs.is_empty() {
-        return job.panels::<G, SUB>(&grid, rows, out, None);
+        return match job.machine {
+            Some(machine) => job.panels_on::<G, SUB>(machine, &grid, rows, out),
+            None => Ok(job.panels::<G, SUB>(&grid, rows, out, None)),
+        };
     }
     let row_bytes = grid.row_bytes(columns);
     let (mut rows, mut out, mut sum) = (rows, out, Rounded::default());
@@ -203,7 +241,7 @@ fn run<G: FeedbackGrid, const SUB: usize>(
         (rows, out) = (rest, rest_out);
     }
     assert!(rows.is_empty(), "factors of all rows");
-    sum
+    Ok(sum)
 }
 
 /// The first sixteen rows and the rest.
@@ -212,7 +250,43 @@ fn halves_of<'r, 'a>(rows: &'r [&'a [f32]]) -> [&'r [&'a [f32]]; 2] {
     [first, second]
 }
 
-impl Job<'_> {
+impl<'a> Job<'a> {
+    fn here(isa: Isa, how: Feedback<'a>) -> Self {
+        Self {
+            isa,
+            how,
+            machine: None,
+        }
+    }
+
+    fn on(machine: &'a dyn ErrorProducts, how: Feedback<'a>) -> Self {
+        Self {
+            isa: Isa::detect(),
+            how,
+            machine: Some(machine),
+        }
+    }
+
+    fn rows(self, ty: GgmlType, rows: &[f32], out: &mut [u8]) -> Result<Rounded> {
+        let columns = self.how.moments.in_features();
+        assert!(columns.is_multiple_of(ty.block_elements()) && rows.len().is_multiple_of(columns));
+        assert_eq!(ty.bytes_for(rows.len() as u64), Some(out.len() as u64));
+        with_grid!(ty, run(self, rows, out), panic!("{ty} has no feedback"))
+    }
+
+    fn integers(self, grid: IntegerGrid, rows: &[f32], out: &mut [u8]) -> Result<Rounded> {
+        use integer_grid::{Groups, ROWS_SUB, Rows};
+        let columns = self.how.moments.in_features();
+        assert!(can_feed_back_integers(&grid, columns) && rows.len().is_multiple_of(columns));
+        assert_eq!(out.len(), rows.len() / columns * grid.row_bytes(columns));
+        match (grid.width, grid.group_size) {
+            (Width::Eight, _) => run::<_, ROWS_SUB>(Rows(grid), self, rows, out),
+            (Width::Four, Some(32)) => run::<_, 32>(Groups::<32>(grid), self, rows, out),
+            (Width::Four, Some(64)) => run::<_, 64>(Groups::<64>(grid), self, rows, out),
+            _ => run::<_, 128>(Groups::<128>(grid), self, rows, out),
+        }
+    }
+
     /// Rows that are rounded without regard to each other. Their errors against `rows` go to `errors`.
     fn panels<G: FeedbackGrid, const SUB: usize>(
         &self,
@@ -295,16 +369,20 @@ impl Job<'_> {
         for half in &mut halves {
             grid.preset(half, &self.how.moments.factor.pivots);
         }
+        let InputMoments { matrix, factor, .. } = self.how.moments;
         for chunk in chunks(columns) {
-            self.first_pass::<G, SUB>(grid, &mut halves, chunk);
+            let before = 0..chunk.start;
+            let repairs = products(self.isa, &halves, &factor.feedback, before, chunk.clone());
+            self.first_pass::<G, SUB>(grid, &mut halves, chunk, repairs);
         }
         let mut changes = vec![[0.0; ROWS]; columns];
         for _ in 0..self.how.passes {
             for chunk in chunks(columns) {
-                self.descend::<G, SUB>(grid, &mut halves, chunk, &mut changes);
+                let gradients = products(self.isa, &halves, matrix, 0..columns, chunk.clone());
+                self.descend::<G, SUB>(grid, &mut halves, chunk, gradients, &mut changes);
             }
         }
-        let loss = loss_of(self.isa, &halves, &self.how.moments.matrix);
+        let loss = loss_of(self.isa, &halves, matrix);
         for (row, errors) in errors
             .into_iter()
             .flat_map(|e| e.chunks_exact_mut(columns))
@@ -316,11 +394,7 @@ impl Job<'_> {
                 .zip(&half.errors)
                 .for_each(|(error, lanes)| *error = lanes[lane]);
         }
-        let mut overflow = 0;
-        for (row, out) in out.chunks_exact_mut(grid.row_bytes(columns)).enumerate() {
-            let (half, lane) = (&halves[row / ROWS], row % ROWS);
-            overflow += grid.pack_row(RoundedRow { half, lane }, out).0;
-        }
+        let overflow = pack_panel(grid, &halves, columns, out);
         Rounded { loss, overflow }
     }
 
@@ -329,9 +403,8 @@ impl Job<'_> {
         grid: &G,
         halves: &mut [Half; 2],
         chunk: Range<usize>,
+        repairs: [Vec<Row>; 2],
     ) {
-        let feedback = &self.how.moments.factor.feedback;
-        let repairs = products(self.isa, halves, feedback, 0..chunk.start, chunk.clone());
         for (half, mut targets) in halves.iter_mut().zip(repairs) {
             for (target, wanted) in targets.iter_mut().zip(&half.wanted[chunk.clone()]) {
                 target
@@ -354,16 +427,9 @@ impl Job<'_> {
         grid: &G,
         halves: &mut [Half; 2],
         chunk: Range<usize>,
+        gradients: [Vec<Row>; 2],
         changes: &mut [Row],
     ) {
-        let all = 0..self.how.moments.in_features();
-        let gradients = products(
-            self.isa,
-            halves,
-            &self.how.moments.matrix,
-            all,
-            chunk.clone(),
-        );
         for (half, mut gradient) in halves.iter_mut().zip(gradients) {
             Arch::new().dispatch(Pass::<G, SUB> {
                 half,
@@ -375,6 +441,21 @@ impl Job<'_> {
             });
         }
     }
+}
+
+/// Packs the rows of a panel that are there; says how many scales are too large.
+fn pack_panel<G: FeedbackGrid>(
+    grid: &G,
+    halves: &[Half; 2],
+    columns: usize,
+    out: &mut [u8],
+) -> u64 {
+    let mut overflow = 0;
+    for (row, out) in out.chunks_exact_mut(grid.row_bytes(columns)).enumerate() {
+        let (half, lane) = (&halves[row / ROWS], row % ROWS);
+        overflow += grid.pack_row(RoundedRow { half, lane }, out).0;
+    }
+    overflow
 }
 
 fn chunks(columns: usize) -> impl Iterator<Item = Range<usize>> {
@@ -424,13 +505,20 @@ fn loss_of(isa: Isa, halves: &[Half; 2], matrix: &Strips) -> f64 {
     let mut loss = 0.0;
     for chunk in chunks(matrix.n()) {
         let gradients = products(isa, halves, matrix, 0..matrix.n(), chunk.clone());
-        for (half, gradient) in halves.iter().zip(&gradients) {
-            for (errors, gradient) in half.errors[chunk.clone()].iter().zip(gradient) {
-                let terms = errors.iter().zip(gradient);
-                loss += terms
-                    .map(|(e, g)| f64::from(*e) * f64::from(*g))
-                    .sum::<f64>();
-            }
+        loss += loss_in(halves, chunk, &gradients);
+    }
+    loss
+}
+
+/// What a chunk adds to the loss: errors times `E M`.
+fn loss_in(halves: &[Half; 2], chunk: Range<usize>, gradients: &[Vec<Row>; 2]) -> f64 {
+    let mut loss = 0.0;
+    for (half, gradient) in halves.iter().zip(gradients) {
+        for (errors, gradient) in half.errors[chunk.clone()].iter().zip(gradient) {
+            let terms = errors.iter().zip(gradient);
+            loss += terms
+                .map(|(e, g)| f64::from(*e) * f64::from(*g))
+                .sum::<f64>();
         }
     }
     loss

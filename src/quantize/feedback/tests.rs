@@ -202,16 +202,14 @@ fn codes_are_those_of_textbook_gptq_on_the_same_grid() {
         let damped: Vec<f64> = (0..n * n)
             .map(|at| f64::from(moments.matrix.at(at / n, at % n)))
             .collect();
-        let job = Job {
-            isa: Isa::detect(),
-            how: Feedback::of_inputs(&moments, 0),
-        };
+        let job = Job::here(Isa::detect(), Feedback::of_inputs(&moments, 0));
         let rows: Vec<&[f32]> = rows.chunks(n).collect();
         let mut halves = halves_of(&rows).map(|rows| Half::new(rows, n, SUB));
         for half in &mut halves {
             grid.preset(half, &moments.factor.pivots);
         }
-        job.first_pass::<G, SUB>(&grid, &mut halves, 0..n);
+        let nothing = [(); 2].map(|()| vec![[0.0; ROWS]; n]);
+        job.first_pass::<G, SUB>(&grid, &mut halves, 0..n, nothing);
         for (lane, row) in rows.iter().enumerate() {
             let scales = |j: usize| {
                 let [d, dmin, scale, min] = halves[0].scales[j / SUB].map(|part| part[lane]);
@@ -371,4 +369,67 @@ fn outputs_that_have_nothing_in_common_change_nothing() {
     assert!(round(&[]) == round(&[factor]));
     alone.fill(0.0);
     assert!(OutputFactor::new(isa, count, &alone, Damping::default()).is_none());
+}
+
+/// Multiplies errors in f64, so that sums are rounded otherwise than here.
+struct Twin;
+
+struct TwinErrors {
+    rows: usize,
+    values: Vec<f32>,
+}
+
+impl ErrorProducts for Twin {
+    fn begin(&self, rows: usize, columns: usize) -> Result<Box<dyn Errors + '_>> {
+        let values = vec![0.0; rows * columns];
+        Ok(Box::new(TwinErrors { rows, values }))
+    }
+}
+
+impl Errors for TwinErrors {
+    fn set(&mut self, first: usize, errors: &[f32]) -> Result<()> {
+        self.values[first * self.rows..][..errors.len()].copy_from_slice(errors);
+        Ok(())
+    }
+
+    fn times(&mut self, inputs: Range<usize>, part: &[f32], width: usize) -> Result<Vec<f32>> {
+        let sum = |j: usize, row: usize| {
+            let terms = inputs.clone().enumerate().map(|(at, k)| {
+                f64::from(self.values[k * self.rows + row]) * f64::from(part[at * width + j])
+            });
+            terms.sum::<f64>() as f32
+        };
+        let places = (0..width).flat_map(|j| (0..self.rows).map(move |row| (j, row)));
+        Ok(places.map(|(j, row)| sum(j, row)).collect())
+    }
+}
+
+#[test]
+fn products_of_another_machine_give_the_same_codes_but_for_ties() {
+    let (n, count) = (512, 37);
+    let (rows, moments) = (weights(count, n), prepared(n));
+    for ty in [
+        GgmlType::Q4_0,
+        GgmlType::Q4_K,
+        GgmlType::Q6_K,
+        GgmlType::Q8_0,
+    ] {
+        for passes in [0, 2] {
+            let how = Feedback::of_inputs(&moments, passes);
+            let bytes = ty.bytes_for(rows.len() as u64).unwrap() as usize;
+            let (mut here, mut there) = (vec![0; bytes], vec![0; bytes]);
+            let expected = quantize_rows(Isa::detect(), ty, &rows, how, &mut here);
+            let found = quantize_rows_on(&Twin, ty, &rows, how, &mut there).unwrap();
+            let differing = here.iter().zip(&there).filter(|(a, b)| a != b).count();
+            assert!(
+                differing * 200 <= bytes,
+                "{ty}: {differing} of {bytes} bytes differ"
+            );
+            let change = (found.loss - expected.loss).abs() / expected.loss;
+            assert!(change < 1e-4, "{ty}: {} and {}", found.loss, expected.loss);
+            let loss = loss_on(&Twin, &rows, &moments).unwrap();
+            let expected = super::loss(Isa::detect(), &rows, &moments);
+            assert!((loss - expected).abs() < 1e-6 * expected);
+        }
+    }
 }

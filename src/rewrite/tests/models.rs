@@ -6,9 +6,9 @@ use std::sync::Arc;
 
 use nemoconv_fixtures::checkpoint::cases;
 
-use crate::error::Result;
 use crate::artifact::StoredModel;
 use crate::backend::cpu::{Cpu, Residence};
+use crate::error::Result;
 use crate::forward::network::{Network, Sequence};
 use crate::forward::numerics::Numerics;
 use crate::forward::observer::{Observer, Silent};
@@ -36,13 +36,7 @@ struct Collect {
 type Sums = (Vec<f64>, Vec<f32>, f64);
 
 impl Observer<Cpu> for Collect {
-    fn residual(
-        &mut self,
-        block: usize,
-        _: &Cpu,
-        residual: &Vec<f32>,
-        rows: usize,
-    ) -> Result<()> {
+    fn residual(&mut self, block: usize, _: &Cpu, residual: &Vec<f32>, rows: usize) -> Result<()> {
         let size = self.hidden;
         self.residual.resize(block + 1, vec![0.0; size * size]);
         for row in residual.chunks(size).take(rows) {

@@ -170,7 +170,10 @@ impl<'a> Probing<'a> {
     /// What the rewritten head reads, from rewritten streams behind the last block.
     pub fn normed(&self, residual: &[f32]) -> Result<Vec<f32>> {
         let norm = self.job.weights.matrix("output_norm.weight", 0)?;
-        let (stream, norm) = (self.machine.upload(residual.to_vec())?, self.machine.upload(norm)?);
+        let (stream, norm) = (
+            self.machine.upload(residual.to_vec())?,
+            self.machine.upload(norm)?,
+        );
         let eps = self.config().norm_epsilon();
         let normed = self.machine.rms_norm(&stream, &norm, eps)?;
         self.machine.download_all(normed)

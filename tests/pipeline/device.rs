@@ -1,0 +1,166 @@
+//! Networks on every device that is there, and on the emulator of CUDA: what the CPU computes, within named tolerances.
+
+use std::path::Path;
+use std::sync::Arc;
+
+use nemoconv::artifact::StoredModel;
+use nemoconv::backend::cpu::Residence;
+use nemoconv::backend::device::OpenDevice;
+use nemoconv::backend::{Backend, Machines};
+use nemoconv::forward::network::{Network, Sequence};
+use nemoconv::forward::numerics::Numerics;
+use nemoconv::forward::observer::Silent;
+use nemoconv_cuda_emu::{Emulator, Order};
+use nemoconv_device::{Device, DeviceName, Found, devices, open};
+
+use crate::support::to_gguf;
+
+/// Largest difference of a logit from the CPU's, as a share of the largest logit.
+const LOGITS: f32 = 1e-4;
+/// The same where inputs are rounded to 8 bits: another last bit may fall on the other side of a tie.
+const ROUNDED_LOGITS: f32 = 2e-2;
+
+/// Every device that can be opened, and the emulator.
+pub fn machines() -> Vec<(String, Machines)> {
+    let emulator: Box<dyn nemoconv_device::Driver> = Box::new(Emulator::new(Order::Strided));
+    let mut drivers = vec![("emulator".to_string(), emulator)];
+    for Found { family, devices } in devices() {
+        match devices {
+            Err(error) => println!("skipped {}: {error}", family.name()),
+            Ok(found) => {
+                for index in 0..found.len() {
+                    let name = DeviceName { family, index };
+                    drivers.push((name.to_string(), open(name).expect("a listed device opens")));
+                }
+            }
+        }
+    }
+    let machines = |driver| {
+        let device = Device::new(driver, None);
+        Machines::Device(Arc::new(OpenDevice::new(device)))
+    };
+    drivers
+        .into_iter()
+        .map(|(name, driver)| (name, machines(driver)))
+        .collect()
+}
+
+/// Logits of two sequences together, then of one more token.
+fn logits(machines: &Machines, model: &Arc<StoredModel>, numerics: &Numerics) -> Vec<f32> {
+    let machine = machines.machine(Arc::clone(model), Residence::Mapped);
+    let network = Network::open(model, machine, numerics).unwrap();
+    let vocabulary = model.config().vocab_size as u32;
+    let tokens: Vec<u32> = (0..40).map(|i| (i * 7919 + 13) % vocabulary).collect();
+    let (first, second) = tokens.split_at(25);
+    let [mut one, mut two] = [(); 2].map(|()| network.empty_state().unwrap());
+    let sequence = |tokens, state| Sequence { tokens, state };
+    let mut batch = [sequence(first, &mut one), sequence(second, &mut two)];
+    let normed = network.run(&mut batch, &mut Silent).unwrap();
+    let mut logits = network
+        .logits(&normed, &[3, 24, 25, 39], &mut Silent)
+        .unwrap();
+    let mut fork = one.fork(network.backend()).unwrap();
+    let normed = network
+        .run(&mut [sequence(&[7], &mut fork)], &mut Silent)
+        .unwrap();
+    logits.extend(network.logits(&normed, &[0], &mut Silent).unwrap());
+    logits
+}
+
+#[track_caller]
+fn check(path: &Path, numerics: impl Fn(&StoredModel) -> Numerics, tolerance: f32) {
+    let model = Arc::new(StoredModel::open(path.to_str().unwrap()).unwrap());
+    let numerics = numerics(&model);
+    let expected = logits(&Machines::Cpu, &model, &numerics);
+    let largest = expected.iter().fold(0.0_f32, |max, x| max.max(x.abs()));
+    for (name, machines) in machines() {
+        let found = logits(&machines, &model, &numerics);
+        let pairs = found.iter().zip(&expected);
+        let distance = pairs.fold(0.0_f32, |max, (a, b)| max.max((a - b).abs())) / largest;
+        println!("{name}, {}: {distance:.1e}", path.display());
+        assert!(
+            distance <= tolerance,
+            "{name}, {}: {distance}",
+            path.display()
+        );
+        let tally = machines.tally().unwrap().counts();
+        let on_host: Vec<_> = tally.iter().filter(|(_, count)| count.host > 0).collect();
+        assert!(
+            on_host.iter().all(|(operation, _)| **operation == "route"),
+            "{name}: {on_host:?}"
+        );
+    }
+}
+
+#[test]
+fn networks_give_the_logits_of_the_cpu() {
+    for model in nemoconv_fixtures::models() {
+        check(&model, |_| Numerics::EXACT, LOGITS);
+    }
+}
+
+#[test]
+fn files_of_every_mix_give_the_logits_of_the_cpu() {
+    let folder = tempfile::tempdir().unwrap();
+    for mix in [
+        "q4_k_m",
+        "q5_0",
+        "iq4_xs",
+        "q2_k",
+        "mxfp4_moe",
+        "tq2_0",
+        "f16",
+        "q8_0",
+    ] {
+        let file = folder.path().join(format!("{mix}.gguf"));
+        to_gguf(
+            &nemoconv_fixtures::nano(),
+            &file,
+            &["-t", mix, "--allow-fallback"],
+        );
+        check(&file, |_| Numerics::EXACT, LOGITS);
+        check(&file, Numerics::of_target, ROUNDED_LOGITS);
+    }
+}
+
+#[test]
+fn what_does_not_fit_is_sent_tile_by_tile() {
+    let path = nemoconv_fixtures::nano();
+    let model = Arc::new(StoredModel::open(path.to_str().unwrap()).unwrap());
+    let roomy = logits(&machines()[0].1, &model, &Numerics::EXACT);
+    let budget = Some(model.weight_bytes() / 8);
+    let device = Device::new(Box::new(Emulator::new(Order::Ascending)), budget);
+    let tight = Machines::Device(Arc::new(OpenDevice::new(device)));
+    assert_eq!(logits(&tight, &model, &Numerics::EXACT), roomy);
+}
+
+#[test]
+fn second_moments_are_those_of_the_cpu() {
+    let (n, width, rows) = (70, 33, 600);
+    let values = |count: usize, seed: usize| -> Vec<f32> {
+        let value = |i: usize| ((i * 7919 + seed) % 1009) as f32 / 500.0 - 1.0;
+        (0..count).map(value).collect()
+    };
+    let (u, v) = (values(rows * n, 1), values(rows * width, 2));
+    let path = nemoconv_fixtures::nano();
+    let model = StoredModel::open(path.to_str().unwrap()).unwrap();
+    let sums = |machines: &Machines| {
+        let machine = machines.without_weights(model.config());
+        let (mut gram, mut cross) = (vec![0.0; n * n], vec![0.0; width * n]);
+        machine.gram(&u, n, &mut gram).unwrap();
+        machine
+            .cross_gram((&v, width), (&u, n), &mut cross)
+            .unwrap();
+        let upper = (0..n).flat_map(|i| gram[i * n + i..(i + 1) * n].to_vec());
+        upper.chain(cross).collect::<Vec<f64>>()
+    };
+    let expected = sums(&Machines::Cpu);
+    for (name, machines) in machines() {
+        for (found, expected) in sums(&machines).iter().zip(&expected) {
+            assert!(
+                (found - expected).abs() < 1e-6 * rows as f64,
+                "{name}: {found} {expected}"
+            );
+        }
+    }
+}
