@@ -2,6 +2,7 @@
 //! same for every device.
 
 mod drivers;
+mod through_driver;
 #[allow(dead_code, reason = "it comes with the devices of this machine")]
 #[path = "../../../shaders/tests/operations/main.rs"]
 mod operations;
