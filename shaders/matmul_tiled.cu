@@ -78,7 +78,7 @@ static __device__ inline void load_four(float (&values)[4], const float* from) {
     values[3] = four.w;
 }
 
-extern "C" __global__ void __launch_bounds__(256, 2) matmul_tiled(
+extern "C" __global__ void __launch_bounds__(256, 3) matmul_tiled(
     const float* __restrict__ a,
     const float* __restrict__ b,
     float* __restrict__ out,

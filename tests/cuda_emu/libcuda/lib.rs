@@ -96,7 +96,7 @@ calls! {
         if context.is_null() { INVALID_VALUE } else { SUCCESS }
     }
     cuDeviceGetMemPool(_world, pool: *mut *mut c_void, _device: c_int) {
-        answer(pool, 1 as *mut c_void)
+        answer(pool, std::ptr::dangling_mut())
     }
     cuMemPoolSetAttribute(_world, _pool: *mut c_void, _attribute: c_int, _value: *mut c_void) {
         SUCCESS
