@@ -1,6 +1,6 @@
-// sums[i, j] += sum over rows of x[row, i] x[row, j], for j >= i and those of its tile.
+// sums[i, j] += sum over rows of x[row, first_i + i] x[row, j], for j >= first_i + i and those of its tile.
 //
-// x: [rows, n], from row first_row on. sums: [n, n], each in two floats, large and small part. A group computes 32 x 32
+// x: [rows, n], from first_value on. sums: [count_i, n], each in two floats, large and small part. A group computes 32 x 32
 // sums, a thread 4 x 4; 16 rows at a time are in shared memory. The rows of a call are summed in f32, in order, then added
 // without loss: callers give at most 512. Groups: tiles of columns, then of rows; those below the diagonal do nothing.
 // Twins: gram.wgsl, src/backend/cpu/gram.rs.
@@ -8,7 +8,9 @@
 struct Parameters {
     u32 rows;
     u32 n;
-    u32 first_row;
+    u32 first_i;
+    u32 count_i;
+    u32 first_value;
     // For the twin alone: sums are not reordered here.
     u32 zero;
 };
@@ -24,13 +26,20 @@ static __device__ inline float2 add_exactly(float2 sum, float x) {
     return {high, sum.y + lost};
 }
 
-// DEPTH rows of TILE columns; beyond the last zeros.
-static __device__ inline void load_block(float (*block)[TILE], const float* x, const Parameters& p, u32 row, u32 column) {
+// DEPTH rows of TILE columns; zeros from column `end` on and beyond the last row.
+static __device__ inline void load_block(
+    float (*block)[TILE],
+    const float* x,
+    const Parameters& p,
+    u32 row,
+    u32 column,
+    u32 end
+) {
     #pragma unroll
     for (u32 item = threadIdx.x; item < DEPTH * TILE; item += 64u) {
         const u32 r = row + item / TILE;
         const u32 c = column + item % TILE;
-        block[item / TILE][item % TILE] = r < p.rows && c < p.n ? x[(p.first_row + r) * p.n + c] : 0.0f;
+        block[item / TILE][item % TILE] = r < p.rows && c < end ? x[p.first_value + r * p.n + c] : 0.0f;
     }
 }
 
@@ -53,16 +62,16 @@ extern "C" __global__ void __launch_bounds__(64) gram(
     const u32 across = (p.n + TILE - 1u) / TILE;
     const u32 tile_i = tile / across;
     const u32 tile_j = tile % across;
-    // Groups beyond the last are below the diagonal as well.
-    if (tile_i > tile_j) {
+    const bool is_below = p.first_i + tile_i * TILE >= (tile_j + 1u) * TILE;
+    if (is_below || tile_i * TILE >= p.count_i) {
         return;
     }
     const u32 thread_i = threadIdx.x / 8u * 4u;
     const u32 thread_j = threadIdx.x % 8u * 4u;
     float all[4][4] = {};
     for (u32 row = 0u; row < p.rows; row += DEPTH) {
-        load_block(left, x, p, row, tile_i * TILE);
-        load_block(right, x, p, row, tile_j * TILE);
+        load_block(left, x, p, row, p.first_i + tile_i * TILE, p.first_i + p.count_i);
+        load_block(right, x, p, row, tile_j * TILE, p.n);
         __syncthreads();
         #pragma unroll
         for (u32 depth = 0u; depth < DEPTH; depth++) {
@@ -86,7 +95,7 @@ extern "C" __global__ void __launch_bounds__(64) gram(
     for (u32 r = 0u; r < 4u; r++) {
         #pragma unroll
         for (u32 c = 0u; c < 4u; c++) {
-            if (i + r < p.n && j + c < p.n) {
+            if (i + r < p.count_i && j + c < p.n) {
                 const u32 at = (i + r) * p.n + j + c;
                 sums[at] = add_exactly(sums[at], all[r][c]);
             }

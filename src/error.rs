@@ -98,6 +98,10 @@ pub enum Error {
     /// Benchmark data, or results to compare with, cannot be used.
     #[error("{0}")]
     Data(Fault),
+    /// The device cannot be used, or no longer.
+    #[cfg(feature = "device")]
+    #[error("{0}")]
+    Device(#[from] nemoconv_device::DeviceError),
     /// A signal asked to stop.
     #[error("interrupted; nothing was left under the final name")]
     Interrupted,
@@ -115,6 +119,8 @@ impl Error {
             | Self::Run(fault)
             | Self::Data(fault) => Some(&fault.place),
             Self::Write { fault, .. } => Some(&fault.place),
+            #[cfg(feature = "device")]
+            Self::Device(_) => None,
             Self::Interrupted => None,
         }
     }
@@ -130,6 +136,8 @@ impl Error {
             | Self::Run(fault)
             | Self::Data(fault) => fault.hint.as_deref(),
             Self::Write { fault, .. } => fault.hint.as_deref(),
+            #[cfg(feature = "device")]
+            Self::Device(error) => Some(error.hint()),
             Self::Interrupted => None,
         }
     }

@@ -211,7 +211,10 @@ impl Device {
     }
 
     /// Values of undefined content, to be written by a kernel.
-    pub(crate) fn uninitialized(&self, len: usize) -> Result<Array> {
+    ///
+    /// # Errors
+    /// Out of memory.
+    pub fn uninitialized(&self, len: usize) -> Result<Array> {
         let bytes = self.allocate(len as u64 * 4)?;
         Ok(Array { bytes, len })
     }
@@ -295,6 +298,14 @@ impl Device {
             self.inner.driver.read(array.bytes.handle, offset, bytes)?;
         }
         Ok(out)
+    }
+
+    /// All values.
+    ///
+    /// # Errors
+    /// As [`Self::download`].
+    pub fn download_all(&self, array: &Array) -> Result<Vec<f32>> {
+        self.download(array, 0..array.len)
     }
 
     /// A copy.

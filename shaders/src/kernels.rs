@@ -26,6 +26,8 @@ const WGSL_GRID: &str = include_str!("../shared/grid.wgsl");
 const WGSL_NUMERICS: &str = include_str!("../shared/numerics.wgsl");
 /// Bytes, halves and floats out of words.
 const WGSL_BYTES: &str = include_str!("../shared/bytes.wgsl");
+/// What types of blocks share.
+const WGSL_BLOCKS: &str = include_str!("../shared/blocks.wgsl");
 /// The loop of every `dequantize_*`.
 const WGSL_DEQUANTIZE: &str = include_str!("../shared/dequantize.wgsl");
 /// The same of CUDA.
@@ -36,10 +38,16 @@ const CUDA_NUMERICS: &str = include_str!("../shared/numerics.cuh");
 #[cfg(feature = "cuda")]
 const CUDA_BYTES: &str = include_str!("../shared/bytes.cuh");
 #[cfg(feature = "cuda")]
+const CUDA_BLOCKS: &str = include_str!("../shared/blocks.cuh");
+#[cfg(feature = "cuda")]
 const CUDA_DEQUANTIZE: &str = include_str!("../shared/dequantize.cuh");
 
+// Behind the views: what CUDA sources need besides.
 macro_rules! kernels {
-    ($($(#[$doc:meta])* $constant:ident = $name:literal, $threads:literal threads, $views:literal views;)*) => {
+    ($(
+        $(#[$doc:meta])*
+        $constant:ident = $name:literal, $threads:literal threads, $views:literal views $(, $cuda:ident)?;
+    )*) => {
         $(
             $(#[$doc])*
             pub static $constant: Kernel = Kernel {
@@ -48,11 +56,11 @@ macro_rules! kernels {
                 views: $views,
                 wgsl: &[WGSL_GRID, WGSL_NUMERICS, include_str!(concat!("../", $name, ".wgsl"))],
                 #[cfg(feature = "cuda")]
-                cuda: &[CUDA_GRID, CUDA_NUMERICS, include_str!(concat!("../", $name, ".cu"))],
+                cuda: &[CUDA_GRID, CUDA_NUMERICS, $($cuda,)? include_str!(concat!("../", $name, ".cu"))],
             };
         )*
 
-        /// Every kernel but those that decode types.
+        /// Every kernel but those that decode blocks.
         static PLAIN: &[&Kernel] = &[$(&$constant),*];
     };
 }
@@ -67,9 +75,23 @@ macro_rules! decoders {
                         name: $name,
                         threads: 256,
                         views: 2,
-                        wgsl: &[WGSL_GRID, WGSL_NUMERICS, WGSL_BYTES, include_str!(concat!("../", $name, ".wgsl")), WGSL_DEQUANTIZE],
+                        wgsl: &[
+                            WGSL_GRID,
+                            WGSL_NUMERICS,
+                            WGSL_BYTES,
+                            WGSL_BLOCKS,
+                            include_str!(concat!("../", $name, ".wgsl")),
+                            WGSL_DEQUANTIZE,
+                        ],
                         #[cfg(feature = "cuda")]
-                cuda: &[CUDA_GRID, CUDA_NUMERICS, CUDA_BYTES, include_str!(concat!("../", $name, ".cu")), CUDA_DEQUANTIZE],
+                        cuda: &[
+                            CUDA_GRID,
+                            CUDA_NUMERICS,
+                            CUDA_BYTES,
+                            CUDA_BLOCKS,
+                            include_str!(concat!("../", $name, ".cu")),
+                            CUDA_DEQUANTIZE,
+                        ],
                     };
                     Some(&KERNEL)
                 })*
@@ -118,10 +140,32 @@ kernels! {
     SCATTER_ADD = "scatter_add", 256 threads, 4 views;
     /// Rounds inputs of matrix products as a runtime does. Views: input, out.
     ROUND_ACTIVATION = "round_activation", 64 threads, 2 views;
+    /// Integers of compressed-tensors as values. Views: codes, scales, zero points, out.
+    DEQUANTIZE_INTEGERS = "dequantize_integers", 256 threads, 4 views, CUDA_BYTES;
 }
 
 decoders! {
+    F32 = "dequantize_f32";
+    F16 = "dequantize_f16";
+    BF16 = "dequantize_bf16";
     Q4_0 = "dequantize_q4_0";
+    Q4_1 = "dequantize_q4_1";
+    Q5_0 = "dequantize_q5_0";
+    Q5_1 = "dequantize_q5_1";
+    Q8_0 = "dequantize_q8_0";
+    Q2_K = "dequantize_q2_k";
+    Q3_K = "dequantize_q3_k";
+    Q4_K = "dequantize_q4_k";
+    Q5_K = "dequantize_q5_k";
+    Q6_K = "dequantize_q6_k";
+    IQ4_NL = "dequantize_iq4_nl";
+    IQ4_XS = "dequantize_iq4_xs";
+    TQ1_0 = "dequantize_tq1_0";
+    TQ2_0 = "dequantize_tq2_0";
+    MXFP4 = "dequantize_mxfp4";
+    NVFP4 = "dequantize_nvfp4";
+    Q1_0 = "dequantize_q1_0";
+    Q2_0 = "dequantize_q2_0";
 }
 
 /// Every kernel.

@@ -1,16 +1,25 @@
-//! What the network needs from a machine: about a dozen coarse operations on f32 arrays and stored weights.
+//! What the network needs from a machine: about twenty coarse operations on f32 arrays and stored weights.
 //!
 //! Enters: activations, weights in their stored types. Leaves: activations. The CPU backend defines correct; another
-//! backend agrees with it within its named tolerance. Knows no layer order and no files beyond the weights it is given.
+//! backend agrees with it within its named tolerance, and leaves to the CPU what it has no kernel for. Knows no layer
+//! order and no files beyond the weights it is given.
 
 pub mod activation;
 pub mod cpu;
+mod default_bodies;
+#[cfg(feature = "device")]
+pub mod device;
+mod machine;
+pub mod tally;
+
+pub use machine::{Machine, MachineBuffer, MachineWeight, Machines};
 
 use std::ops::Range;
 
 use crate::artifact::StoredTensor;
 use crate::error::Result;
 use activation::Activation;
+use cpu::{Cpu, CpuWeight};
 
 /// One sequence's share of a batch, with the state that an operation reads and advances.
 ///
@@ -130,11 +139,23 @@ pub struct ExpertRows {
 /// Buffers are f32 arrays; lengths are in values. Weight matrices are `[out_features, in_features]` in their stored
 /// type. Every operation is a function of each row (or sequence) alone: results do not depend on what else is in the
 /// batch, nor on the number of threads.
+///
+/// What a machine has no kernel for it leaves as it is here: buffers are brought to the [host](Backend::host), computed
+/// there and brought back. All operations fail where the machine does: out of memory, lost.
 pub trait Backend: Sync {
     /// An f32 array on the machine.
     type Buffer: Send + Sync;
     /// A stored tensor that the machine can multiply with.
     type Weight: Send + Sync;
+
+    /// The CPU beside the machine.
+    fn host(&self) -> &Cpu;
+
+    /// The weight as the host has it.
+    fn host_weight<'a>(&self, weight: &'a Self::Weight) -> &'a CpuWeight;
+
+    /// Told that the host computes an operation in the machine's place.
+    fn on_host(&self, operation: &'static str);
 
     /// Makes a stored tensor usable; reads it or leaves it to be streamed.
     ///
@@ -142,41 +163,66 @@ pub trait Backend: Sync {
     /// The type cannot be decoded, or the file cannot be read.
     fn weight(&self, tensor: &StoredTensor) -> Result<Self::Weight>;
 
-    /// A stored vector or small matrix as f32 values.
+    /// Copies values to the machine.
     ///
     /// # Errors
-    /// As [`Self::weight`].
-    fn vector(&self, tensor: &StoredTensor) -> Result<Self::Buffer>;
-
-    /// An array of zeros.
-    fn zeros(&self, len: usize) -> Self::Buffer;
-
-    /// A copy of a buffer.
-    fn duplicate(&self, buffer: &Self::Buffer) -> Self::Buffer;
-
-    /// Copies values to the machine.
-    fn upload(&self, values: &[f32]) -> Self::Buffer;
+    /// The machine fails.
+    fn upload(&self, values: Vec<f32>) -> Result<Self::Buffer>;
 
     /// Values of a buffer.
     fn len(&self, buffer: &Self::Buffer) -> usize;
 
     /// Copies a part of a buffer back.
-    fn download(&self, buffer: &Self::Buffer, part: Range<usize>) -> Vec<f32>;
+    ///
+    /// # Errors
+    /// The machine fails.
+    fn download(&self, buffer: &Self::Buffer, part: Range<usize>) -> Result<Vec<f32>>;
 
     /// All values of a buffer that is no longer needed.
-    fn download_all(&self, buffer: Self::Buffer) -> Vec<f32>;
+    ///
+    /// # Errors
+    /// The machine fails.
+    fn download_all(&self, buffer: Self::Buffer) -> Result<Vec<f32>> {
+        self.download(&buffer, 0..self.len(&buffer))
+    }
+
+    /// A stored vector or small matrix as f32 values.
+    ///
+    /// # Errors
+    /// The type cannot be decoded, or the file cannot be read.
+    fn vector(&self, tensor: &StoredTensor) -> Result<Self::Buffer> {
+        self.upload(self.host().vector(tensor)?)
+    }
+
+    /// An array of zeros.
+    ///
+    /// # Errors
+    /// The machine fails.
+    fn zeros(&self, len: usize) -> Result<Self::Buffer> {
+        self.upload(vec![0.0; len])
+    }
+
+    /// A copy of a buffer.
+    ///
+    /// # Errors
+    /// The machine fails.
+    fn duplicate(&self, buffer: &Self::Buffer) -> Result<Self::Buffer> {
+        default_bodies::duplicate(self, buffer)
+    }
 
     /// Rows `tokens` of an embedding matrix, `[tokens, columns]`.
     ///
     /// # Errors
     /// The file cannot be read.
-    fn embed(&self, embedding: &Self::Weight, tokens: &[u32]) -> Result<Self::Buffer>;
+    fn embed(&self, embedding: &Self::Weight, tokens: &[u32]) -> Result<Self::Buffer> {
+        self.upload(self.host().embed(self.host_weight(embedding), tokens)?)
+    }
 
     /// `x W^T` for matrix `matrix` of a stack: `input [rows, in_features]` to `[rows, out_features]`, activations taken
     /// as `activation` says.
     ///
     /// # Errors
-    /// The file cannot be read.
+    /// The file cannot be read, or the machine fails.
     fn matmul(
         &self,
         weight: &Self::Weight,
@@ -184,13 +230,28 @@ pub trait Backend: Sync {
         input: &Self::Buffer,
         rows: usize,
         activation: Activation,
-    ) -> Result<Self::Buffer>;
+    ) -> Result<Self::Buffer> {
+        default_bodies::matmul(self, weight, matrix, input, rows, activation)
+    }
 
     /// `x / sqrt(mean(x^2) + eps) * weight` per row of `weight`'s length.
-    fn rms_norm(&self, input: &Self::Buffer, weight: &Self::Buffer, eps: f32) -> Self::Buffer;
+    ///
+    /// # Errors
+    /// The machine fails.
+    fn rms_norm(
+        &self,
+        input: &Self::Buffer,
+        weight: &Self::Buffer,
+        eps: f32,
+    ) -> Result<Self::Buffer> {
+        default_bodies::rms_norm(self, input, weight, eps)
+    }
 
     /// `y * silu(z)`, then RMS norm in `groups` groups per row, then `weight`: `y` is `[rows, inner]`, `z` the first
     /// `inner` of each `z_stride` values.
+    ///
+    /// # Errors
+    /// The machine fails.
     fn gated_rms_norm(
         &self,
         y: Self::Buffer,
@@ -199,12 +260,17 @@ pub trait Backend: Sync {
         weight: &Self::Buffer,
         groups: usize,
         eps: f32,
-    ) -> Self::Buffer;
+    ) -> Result<Self::Buffer> {
+        default_bodies::gated_rms_norm(self, y, z, z_stride, weight, groups, eps)
+    }
 
     /// Causal depthwise convolution over time, plus bias, then SiLU.
     ///
     /// Reads channels `first..first + channels` of rows of `stride` values; `weight [channels, taps]`, oldest tap first.
     /// A state holds the last `taps - 1` raw rows, `[taps - 1, channels]`. Gives `[rows, channels]`.
+    ///
+    /// # Errors
+    /// The machine fails.
     fn conv1d_silu(
         &self,
         input: &Self::Buffer,
@@ -213,12 +279,17 @@ pub trait Backend: Sync {
         weight: &Self::Buffer,
         bias: &Self::Buffer,
         segments: &mut [Segment<'_, Self::Buffer>],
-    ) -> Self::Buffer;
+    ) -> Result<Self::Buffer> {
+        default_bodies::conv1d_silu(self, input, stride, first, weight, bias, segments)
+    }
 
     /// Mamba-2 selective scan: per head `S = exp(dt A) S + dt x B^T`, `y = S C + D x` with `dt = softplus(dt + bias)`.
     ///
     /// `xbc [rows, conv_dim]`; the dt of a row are the last `heads` of each `dt_stride` values of `dt`. Gives
     /// `[rows, inner]`.
+    ///
+    /// # Errors
+    /// The machine fails.
     fn selective_scan(
         &self,
         xbc: &Self::Buffer,
@@ -227,9 +298,14 @@ pub trait Backend: Sync {
         weights: ScanWeights<'_, Self::Buffer>,
         shape: ScanShape,
         segments: &mut [Segment<'_, Self::Buffer>],
-    ) -> Self::Buffer;
+    ) -> Result<Self::Buffer> {
+        default_bodies::selective_scan(self, xbc, dt, dt_stride, weights, shape, segments)
+    }
 
     /// Causal grouped-query attention without positions, scale `1 / sqrt(head_dim)`; appends to the caches.
+    ///
+    /// # Errors
+    /// The machine fails.
     fn attention(
         &self,
         query: &Self::Buffer,
@@ -237,40 +313,92 @@ pub trait Backend: Sync {
         values: &Self::Buffer,
         shape: AttentionShape,
         segments: &mut [Segment<'_, KeyValues<Self::Buffer>>],
-    ) -> Self::Buffer;
+    ) -> Result<Self::Buffer> {
+        default_bodies::attention(self, query, keys, values, shape, segments)
+    }
 
     /// `max(x, 0)^2`, in place.
-    fn relu_squared(&self, values: &mut Self::Buffer);
+    ///
+    /// # Errors
+    /// The machine fails.
+    fn relu_squared(&self, values: &mut Self::Buffer) -> Result<()> {
+        default_bodies::relu_squared(self, values)
+    }
 
     /// Multiplies every value, in place.
-    fn scale(&self, values: &mut Self::Buffer, factor: f32);
+    ///
+    /// # Errors
+    /// The machine fails.
+    fn scale(&self, values: &mut Self::Buffer, factor: f32) -> Result<()> {
+        default_bodies::scale(self, values, factor)
+    }
 
     /// Adds one row of values to every row, in place.
-    fn add_bias(&self, rows: &mut Self::Buffer, bias: &Self::Buffer);
+    ///
+    /// # Errors
+    /// The machine fails.
+    fn add_bias(&self, rows: &mut Self::Buffer, bias: &Self::Buffer) -> Result<()> {
+        default_bodies::add_bias(self, rows, bias)
+    }
 
     /// Whether no value is NaN or infinite.
-    fn is_finite(&self, values: &Self::Buffer) -> bool;
+    ///
+    /// # Errors
+    /// The machine fails.
+    fn is_finite(&self, values: &Self::Buffer) -> Result<bool> {
+        default_bodies::is_finite(self, values)
+    }
 
     /// `sum += values`.
-    fn add(&self, sum: &mut Self::Buffer, values: &Self::Buffer);
+    ///
+    /// # Errors
+    /// The machine fails.
+    fn add(&self, sum: &mut Self::Buffer, values: &Self::Buffer) -> Result<()> {
+        default_bodies::add(self, sum, values)
+    }
 
-    /// Chooses experts from router logits `[rows, experts]`: one entry per expert.
+    /// Chooses experts from router logits `[rows, experts]`: one entry per expert. The choice is made in f64, so that ties
+    /// of scores in f32 are none.
+    ///
+    /// # Errors
+    /// The machine fails.
     fn route(
         &self,
         logits: &Self::Buffer,
         bias: &Self::Buffer,
         shape: RouteShape,
-    ) -> Vec<ExpertRows>;
+    ) -> Result<Vec<ExpertRows>> {
+        default_bodies::route(self, logits, bias, shape)
+    }
 
     /// The given rows of `width` values each.
-    fn gather(&self, input: &Self::Buffer, width: usize, rows: &[u32]) -> Self::Buffer;
+    ///
+    /// # Errors
+    /// The machine fails.
+    fn gather(&self, input: &Self::Buffer, width: usize, rows: &[u32]) -> Result<Self::Buffer> {
+        default_bodies::gather(self, input, width, rows)
+    }
 
     /// `sum[row] += weight * values[i]` for the i-th of `rows`.
+    ///
+    /// # Errors
+    /// The machine fails.
     fn scatter_add(
         &self,
         sum: &mut Self::Buffer,
         width: usize,
         values: &Self::Buffer,
         rows: &ExpertRows,
-    );
+    ) -> Result<()> {
+        default_bodies::scatter_add(self, sum, width, values, rows)
+    }
+
+    /// `sums += X^T X` for `rows [_, n]`, `sums [n, n]`; columns from about the row on are meant.
+    ///
+    /// # Errors
+    /// The machine fails.
+    fn gram(&self, rows: &[f32], n: usize, sums: &mut [f64]) -> Result<()> {
+        self.on_host("gram");
+        self.host().gram(rows, n, sums)
+    }
 }

@@ -3,8 +3,8 @@
 use std::collections::BTreeMap;
 use std::ops::Range;
 
-use crate::backend::ExpertRows;
-use crate::backend::cpu::Cpu;
+use crate::backend::{Backend, ExpertRows, Machine, MachineBuffer};
+use crate::error::Result;
 use crate::forward::observer::Observer;
 
 /// Inputs of one matrix in one pass.
@@ -62,7 +62,7 @@ impl<'a> Capture<'a> {
     }
 }
 
-impl Observer<Cpu> for Capture<'_> {
+impl Observer<Machine> for Capture<'_> {
     fn experts(&mut self, _: usize, experts: &[ExpertRows]) {
         self.routes = experts.to_vec();
     }
@@ -71,16 +71,25 @@ impl Observer<Cpu> for Capture<'_> {
         self.routing.map(<[ExpertRows]>::to_vec)
     }
 
-    fn input(&mut self, tensor: &str, matrix: usize, _: &Cpu, input: &Vec<f32>, rows: usize) {
+    fn input(
+        &mut self,
+        tensor: &str,
+        matrix: usize,
+        machine: &Machine,
+        input: &MachineBuffer,
+        rows: usize,
+    ) -> Result<()> {
         // A cell without sequences shows nothing, not even how wide inputs are.
         let wanted = self.wanted.get(tensor);
         if rows > 0 && wanted.is_some_and(|matrices| matrices.contains(&matrix)) {
+            let input = machine.download(input, 0..machine.len(input))?;
             let captured = Captured {
                 in_features: input.len() / rows,
-                rows: input.clone(),
+                rows: input,
                 weights: self.weights_of(tensor, matrix),
             };
             self.inputs.insert((tensor.to_string(), matrix), captured);
         }
+        Ok(())
     }
 }

@@ -5,8 +5,8 @@ use std::sync::Arc;
 
 use super::capture::Capture;
 use crate::artifact::{MemoryTensor, StoredModel};
-use crate::backend::cpu::{Cpu, Residence};
-use crate::backend::{Backend, ExpertRows};
+use crate::backend::cpu::Residence;
+use crate::backend::{Backend, ExpertRows, Machine, MachineBuffer, Machines};
 use crate::error::{Error, Fault, Result};
 use crate::forward::block::Block;
 use crate::forward::numerics::Numerics;
@@ -17,8 +17,8 @@ use crate::model::hybrid_pattern::BlockKind;
 /// A block with all its weights in memory.
 pub struct Layer {
     model: Arc<StoredModel>,
-    backend: Cpu,
-    block: Block<Cpu>,
+    machine: Machine,
+    block: Block<Machine>,
     index: usize,
 }
 
@@ -28,6 +28,7 @@ impl Layer {
     /// # Errors
     /// A tensor of the block is missing or has a wrong shape.
     pub fn open(
+        machines: &Machines,
         config: &NemotronHConfig,
         index: usize,
         tensors: Vec<MemoryTensor>,
@@ -38,19 +39,14 @@ impl Layer {
             config.clone(),
             tensors,
         )?);
-        let backend = Cpu::new(Arc::clone(&model), Residence::Mapped);
-        let block = Block::open(&model, &backend, index, &Numerics::EXACT)?;
+        let machine = machines.machine(Arc::clone(&model), Residence::Mapped);
+        let block = Block::open(&model, &machine, index, &Numerics::EXACT)?;
         Ok(Self {
             model,
-            backend,
+            machine,
             block,
             index,
         })
-    }
-
-    /// The machine.
-    pub fn backend(&self) -> &Cpu {
-        &self.backend
     }
 
     /// What the block is.
@@ -61,7 +57,7 @@ impl Layer {
     /// Runs fresh sequences of `lengths` tokens, one after the other in `residual`, through the block.
     ///
     /// # Errors
-    /// A value that is not finite, naming the block.
+    /// A value that is not finite, naming the block; the machine fails.
     pub fn run(
         &self,
         residual: &mut Vec<f32>,
@@ -69,14 +65,16 @@ impl Layer {
         capture: &mut Capture,
     ) -> Result<()> {
         let numerics = Numerics::EXACT;
+        let mut stream = self.machine.upload(std::mem::take(residual))?;
         let is_finite = self.block.run_fresh(
             &self.model,
-            &self.backend,
-            residual,
+            &self.machine,
+            &mut stream,
             lengths,
             &numerics,
             capture,
         )?;
+        *residual = self.machine.download_all(stream)?;
         if is_finite {
             return Ok(());
         }
@@ -92,35 +90,38 @@ impl Layer {
 
     /// Shows the inputs of matrices that read the normed stream, without running the block: `routing` says which rows
     /// experts read.
+    ///
+    /// # Errors
+    /// The machine fails.
     pub fn show_readers(
         &self,
-        residual: &Vec<f32>,
+        residual: Vec<f32>,
         routing: Option<&[ExpertRows]>,
         capture: &mut Capture,
-    ) {
-        let normed = self.block.normed(&self.backend, residual);
+    ) -> Result<()> {
         let hidden = self.model.config().hidden_size;
+        let rows = residual.len() / hidden;
+        let stream = self.machine.upload(residual)?;
+        let normed = self.block.normed(&self.machine, &stream)?;
         if let Some(routing) = routing {
             capture.experts(self.index, routing);
         }
         for tensor in self.model.tensors() {
             let experts = routing.filter(|_| tensor.matrices > 1);
             for matrix in 0..tensor.matrices {
+                let mut show = |input: &MachineBuffer, rows| {
+                    capture.input(&tensor.name, matrix, &self.machine, input, rows)
+                };
                 match experts.map(|experts| &experts[matrix].rows) {
-                    None => capture.input(
-                        &tensor.name,
-                        matrix,
-                        &self.backend,
-                        &normed,
-                        normed.len() / hidden,
-                    ),
+                    None => show(&normed, rows)?,
                     Some(rows) if rows.is_empty() => {}
                     Some(rows) => {
-                        let gathered = self.backend.gather(&normed, hidden, rows);
-                        capture.input(&tensor.name, matrix, &self.backend, &gathered, rows.len());
+                        let gathered = self.machine.gather(&normed, hidden, rows)?;
+                        show(&gathered, rows.len())?;
                     }
                 }
             }
         }
+        Ok(())
     }
 }

@@ -1,8 +1,12 @@
 //! Sums of outer products of inputs: what rounding with error feedback minimizes against.
 
+use std::borrow::Cow;
+
 use super::cells::Merge;
-use crate::backend::cpu::gram::{CHUNK_ROWS, Columns, products};
+use crate::backend::Backend;
+use crate::backend::cpu::gram::{CHUNK_ROWS, Columns, products, second_moments};
 use crate::backend::cpu::kernels::Isa;
+use crate::error::Result;
 
 /// `sum of w u^T u` over inputs u of a matrix, and what else is known of them.
 #[derive(Debug, Clone, PartialEq)]
@@ -30,34 +34,28 @@ impl SecondMoments {
 
     /// Sees `rows [_, n]`, each with its weight; without weights each counts 1.
     pub fn add(&mut self, isa: Isa, rows: &[f32], weights: Option<&[f32]>) {
-        let scaled;
-        let (rows, count) = match weights {
-            None => (rows, rows.len() / self.n),
-            Some(weights) => {
-                scaled = scale_rows(rows, self.n, weights);
-                (&scaled[..], weights.len())
-            }
-        };
-        let columns = Columns {
-            values: rows,
-            stride: self.n,
-            range: 0..self.n,
-        };
-        for first in (0..count).step_by(CHUNK_ROWS) {
-            let chunk = first..(first + CHUNK_ROWS).min(count);
-            let add = |out: &mut f64, sum: f32| *out += f64::from(sum);
-            products(
-                isa,
-                chunk,
-                &columns,
-                &columns,
-                true,
-                &mut self.sums,
-                self.n,
-                add,
-            );
-        }
+        second_moments(isa, &weighted(rows, self.n, weights), self.n, &mut self.sums);
+        self.count(rows, weights);
+    }
+
+    /// The same on a machine.
+    ///
+    /// # Errors
+    /// The machine fails.
+    pub fn add_on<B: Backend>(
+        &mut self,
+        machine: &B,
+        rows: &[f32],
+        weights: Option<&[f32]>,
+    ) -> Result<()> {
+        machine.gram(&weighted(rows, self.n, weights), self.n, &mut self.sums)?;
+        self.count(rows, weights);
+        Ok(())
+    }
+
+    fn count(&mut self, rows: &[f32], weights: Option<&[f32]>) {
         let seen = |weight: f32| (f64::from(weight), u64::from(weight > 0.0));
+        let count = rows.len() / self.n;
         let (weight, tokens) = match weights {
             None => (count as f64, count as u64),
             Some(weights) => weights.iter().fold((0.0, 0), |(sum, tokens), weight| {
@@ -109,13 +107,17 @@ impl Merge for SecondMoments {
     }
 }
 
-fn scale_rows(rows: &[f32], n: usize, weights: &[f32]) -> Vec<f32> {
+/// Rows times the square roots of their weights, which are not more than there are rows.
+fn weighted<'a>(rows: &'a [f32], n: usize, weights: Option<&[f32]>) -> Cow<'a, [f32]> {
+    let Some(weights) = weights else {
+        return Cow::Borrowed(rows);
+    };
     let rows = rows.chunks_exact(n).zip(weights);
-    rows.flat_map(|(row, weight)| {
+    let scaled = rows.flat_map(|(row, weight)| {
         let factor = weight.sqrt();
         row.iter().map(move |x| x * factor)
-    })
-    .collect()
+    });
+    Cow::Owned(scaled.collect())
 }
 
 /// `sum of v^T u` over pairs of rows: u the inputs of a matrix of the rounded network, v something of the same tokens.

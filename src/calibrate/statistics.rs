@@ -13,9 +13,7 @@ use super::samples::Samples;
 use super::second_moments::SecondMoments;
 use super::stream::Streams;
 use crate::artifact::StoredModel;
-use crate::backend::Backend;
-use crate::backend::cpu::kernels::Isa;
-use crate::backend::cpu::{Cpu, Residence};
+use crate::backend::{Backend, Machine, Machines};
 use crate::error::{Error, Fault, Result};
 use crate::rewrite::{ChannelStatistics, RewriteStatistics, RewrittenModel};
 
@@ -100,13 +98,14 @@ impl Statistics {
     /// # Errors
     /// A block computes something that is not a number, a file cannot be read, whatever `watch` returns.
     pub fn collect(
+        machines: &Machines,
         model: &Arc<StoredModel>,
         samples: &Samples,
         in_file: bool,
         watch: &dyn Fn() -> Result<()>,
     ) -> Result<Self> {
         let plain = RewrittenModel::new(Arc::clone(model), Arc::default());
-        let mut walk = Walk::new(&plain, samples, in_file)?;
+        let mut walk = Walk::new(machines, &plain, samples, in_file)?;
         let mut statistics = Self::default();
         for block in 0..model.config().pattern.kinds().len() {
             walk.block(block, &mut statistics, watch)?;
@@ -229,11 +228,17 @@ struct Walk<'a> {
     model: &'a RewrittenModel,
     streams: Streams,
     cells: Vec<Vec<usize>>,
-    backend: Cpu,
+    machines: &'a Machines,
+    machine: Machine,
 }
 
 impl<'a> Walk<'a> {
-    fn new(model: &'a RewrittenModel, samples: &Samples, in_file: bool) -> Result<Self> {
+    fn new(
+        machines: &'a Machines,
+        model: &'a RewrittenModel,
+        samples: &Samples,
+        in_file: bool,
+    ) -> Result<Self> {
         let hidden = model.stored().config().hidden_size;
         let cells: Vec<Vec<usize>> = samples
             .cells()
@@ -252,16 +257,12 @@ impl<'a> Walk<'a> {
                 .map(|token| &embedding[*token as usize * hidden..][..hidden]);
             streams.write(cell, rows.flatten().copied().collect())?;
         }
-        let nothing = StoredModel::in_memory(
-            model.stored().path(),
-            model.stored().config().clone(),
-            Vec::new(),
-        )?;
         Ok(Self {
             model,
             streams,
             cells,
-            backend: Cpu::new(Arc::new(nothing), Residence::Mapped),
+            machine: machines.without_weights(model.stored().config()),
+            machines,
         })
     }
 
@@ -281,14 +282,19 @@ impl<'a> Walk<'a> {
         let in_memory = tensors
             .iter()
             .map(|tensor| self.model.in_memory(&tensor.name));
-        let layer = Layer::open(stored.config(), block, in_memory.collect::<Result<_>>()?)?;
+        let layer = Layer::open(
+            self.machines,
+            stored.config(),
+            block,
+            in_memory.collect::<Result<_>>()?,
+        )?;
         let names: Vec<&str> = tensors.iter().map(|tensor| tensor.name.as_str()).collect();
         let mut residual = Tree::default();
         let mut inputs: BTreeMap<(String, usize), Tree<InputSums>> = BTreeMap::new();
         for cell in 0..self.cells.len() {
             watch()?;
             let mut stream = self.streams.read(cell)?;
-            residual.push(self.normed_moments(&stream));
+            residual.push(self.normed_moments(stream.clone())?);
             let mut capture = Capture::new(&names, None);
             layer.run(&mut stream, &self.cells[cell], &mut capture)?;
             self.streams.write(cell, stream)?;
@@ -321,25 +327,25 @@ impl<'a> Walk<'a> {
         let mut tree = Tree::default();
         for cell in 0..self.cells.len() {
             watch()?;
-            tree.push(self.normed_moments(&self.streams.read(cell)?));
+            tree.push(self.normed_moments(self.streams.read(cell)?)?);
         }
         Ok(tree
             .finish()
             .unwrap_or_else(|| SecondMoments::empty(self.hidden())))
     }
 
-    fn normed_moments(&self, stream: &Vec<f32>) -> SecondMoments {
+    fn normed_moments(&self, stream: Vec<f32>) -> Result<SecondMoments> {
         let ones = vec![1.0; self.hidden()];
         let mut moments = SecondMoments::empty(self.hidden());
-        moments.add(Isa::detect(), &self.normed(stream, &ones), None);
-        moments
+        moments.add_on(&self.machine, &self.normed(stream, ones)?, None)?;
+        Ok(moments)
     }
 
     fn head_inputs(&self) -> Result<Option<InputSums>> {
         let weight = self.model.matrix("output_norm.weight", 0)?;
         let mut tree = Tree::default();
         for cell in 0..self.cells.len() {
-            let rows = self.normed(&self.streams.read(cell)?, &weight);
+            let rows = self.normed(self.streams.read(cell)?, weight.clone())?;
             tree.push(InputSums::of(&Captured {
                 rows,
                 in_features: self.hidden(),
@@ -349,9 +355,11 @@ impl<'a> Walk<'a> {
         Ok(tree.finish())
     }
 
-    fn normed(&self, stream: &Vec<f32>, weight: &Vec<f32>) -> Vec<f32> {
-        self.backend
-            .rms_norm(stream, weight, self.model.stored().config().norm_epsilon())
+    fn normed(&self, stream: Vec<f32>, weight: Vec<f32>) -> Result<Vec<f32>> {
+        let (stream, weight) = (self.machine.upload(stream)?, self.machine.upload(weight)?);
+        let eps = self.model.stored().config().norm_epsilon();
+        let normed = self.machine.rms_norm(&stream, &weight, eps)?;
+        self.machine.download_all(normed)
     }
 
     fn hidden(&self) -> usize {
@@ -378,7 +386,10 @@ mod tests {
         let pool = rayon::ThreadPoolBuilder::new().num_threads(threads);
         pool.build()
             .unwrap()
-            .install(|| Statistics::collect(&model, &samples(), threads == 2, &|| Ok(())).unwrap())
+            .install(|| {
+                let in_file = threads == 2;
+                Statistics::collect(&Machines::Cpu, &model, &samples(), in_file, &|| Ok(())).unwrap()
+            })
     }
 
     /// Equal values: a NaN is refused, and zeros of both signs are the same sum.

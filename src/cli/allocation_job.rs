@@ -4,6 +4,7 @@ use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 
 use nemoconv::artifact::StoredModel;
+use nemoconv::backend::Machines;
 use nemoconv::convert::calibrated::sensitivity::trial::{self, Trial, Types};
 use nemoconv::convert::calibrated::sensitivity::{Group, Measurement, Sensitivity};
 use nemoconv::error::{Error, Fault, Result};
@@ -27,7 +28,13 @@ use super::recipe_job::Chosen;
 use super::workers::on_workers;
 
 /// Measures every tensor and chooses types for the recipe's target: a recipe that names a type for each.
-pub fn allocate(args: &ToGguf, recipe: Recipe, talk: &Talk, stop: &AtomicBool) -> Result<Chosen> {
+pub fn allocate(
+    args: &ToGguf,
+    machines: &Machines,
+    recipe: Recipe,
+    talk: &Talk,
+    stop: &AtomicBool,
+) -> Result<Chosen> {
     let Some(text) = &args.calibration.calibration else {
         let fault = Fault::new("a target needs a text to measure sensitivities on");
         return Err(Error::Plan(fault.hint(
@@ -46,13 +53,14 @@ pub fn allocate(args: &ToGguf, recipe: Recipe, talk: &Talk, stop: &AtomicBool) -
         type_of: &|name| allocator.middle_type(name),
     };
     let calibration =
-        Calibration::begin(args.calibration_flags(), text, &recipe, &source, talk, stop)?;
+        Calibration::begin(args.calibration_flags(machines), text, &recipe, &source, talk, stop)?;
     let mut recipe = recipe;
     if let Some(rewrite) = &mut recipe.rewrite {
         rewrite.rotation = calibration.rotation().into();
     }
     let allocator = Allocator::new(args, recipe, &weights, calibration.keys())?;
     let measurement = Measurement {
+        machines,
         weights: calibration.weights(),
         samples: calibration.samples(),
         rounding: allocator.recipe.rounding,

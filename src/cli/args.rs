@@ -19,6 +19,7 @@ use nemoconv::write::gguf::parts::SplitLimits;
 use regex::Regex;
 
 use super::calibrate_args::Calibrate;
+use super::device::{DeviceArgs, Devices};
 use super::safetensors_args::ToSafetensors;
 
 const EXIT_CODES: &str = "\
@@ -27,6 +28,8 @@ Exit codes:
   1    could not do the work (input, output, internal)
   2    done, but a gate of `validate` failed, or a finding is at or above --fail-on
   64   wrong usage
+  70   no driver of the device that was asked for; 71 no such device; 72 no CUDA compiler (NVRTC)
+  73   the device is too old; 74 out of device memory; 75 device lost; 76 its limits are too small
   130  interrupted; nothing is left under a final name";
 
 /// Converts NVIDIA Nemotron-H hybrids (Mamba-2 + attention + MLP/MoE) into quantized GGUF files.
@@ -59,6 +62,8 @@ pub enum Command {
     Inspect(Inspect),
     /// Score benchmarks as lm-evaluation-harness does, alone or beside a baseline
     Eval(Box<Eval>),
+    /// List GPUs that networks can run on, with their limits
+    Devices(Devices),
 }
 
 #[derive(Debug, Args)]
@@ -138,6 +143,8 @@ pub struct EvalRun {
     /// Bounds of the Mamba-2 time step; `minimum` is what transformers, and so lm-eval, computes
     #[arg(long, value_name = "limit|minimum", default_value = "limit", value_parser = time_step_rule)]
     pub time_step: TimeStepRule,
+    #[command(flatten)]
+    pub device: DeviceArgs,
     /// Worker threads; the scores do not depend on it. Default: all cores
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..))]
     pub threads: Option<u16>,
@@ -164,6 +171,8 @@ pub struct Validate {
     /// Text on which logits are compared
     #[arg(long, value_name = "FILE")]
     pub text: Option<PathBuf>,
+    #[command(flatten)]
+    pub device: DeviceArgs,
     /// Tokens of a chunk of the text
     #[arg(long, value_name = "N", default_value_t = 512, value_parser = clap::value_parser!(u32).range(3..))]
     pub context: u32,
@@ -358,6 +367,8 @@ pub struct ToGguf {
     /// Start a new file after this many tensors
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
     pub split_max_tensors: Option<u32>,
+    #[command(flatten)]
+    pub device: DeviceArgs,
     /// Write NaN and infinite weights as they are
     #[arg(long)]
     pub allow_nonfinite: bool,

@@ -6,6 +6,8 @@ use clap::Args;
 use nemoconv::calibrate::samples::SampleSettings;
 use nemoconv::plan::recipe::parse_size;
 
+use super::device::DeviceArgs;
+
 const HELP: &str = "\
 A dataset has one document per line: {\"text\": \"...\"}, or {\"messages\": [...]} for the model's own chat
 template. Documents are packed into sequences in order; longer ones are cut.
@@ -49,6 +51,8 @@ pub struct Calibrate {
     /// quarters of what is free
     #[arg(long, value_name = "SIZE", value_parser = parse_size)]
     pub max_ram: Option<u64>,
+    #[command(flatten)]
+    pub device: DeviceArgs,
     /// Worker threads; the numbers do not depend on it. Default: all cores
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..))]
     pub threads: Option<u16>,

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use nemoconv::artifact::StoredModel;
+use nemoconv::backend::Machines;
 use nemoconv::calibrate::cells::CELLS;
 use nemoconv::calibrate::experts::{ExpertEntry, ExpertMoments};
 use nemoconv::calibrate::samples::{SampleSettings, Samples};
@@ -25,7 +26,12 @@ use super::progress::Report;
 use super::workers::on_workers;
 
 /// Reads the samples, runs the model on them and writes what was asked for.
-pub fn calibrate(args: &Calibrate, talk: &Talk, stop: &AtomicBool) -> Result<()> {
+pub fn calibrate(
+    args: &Calibrate,
+    machines: &Machines,
+    talk: &Talk,
+    stop: &AtomicBool,
+) -> Result<()> {
     let stored = Arc::new(StoredModel::open(&args.model)?);
     let settings = args.samples();
     let (encoder, templates) = open_tokenizer(&stored)?;
@@ -40,7 +46,7 @@ pub fn calibrate(args: &Calibrate, talk: &Talk, stop: &AtomicBool) -> Result<()>
         imatrix: args.imatrix.as_deref().map(WholeFile::create).transpose()?,
     };
     talk.say(format_args!("calibrating on {}", summary(&samples)));
-    let statistics = collect(args, &stored, &samples, talk, stop)?;
+    let statistics = collect(args, machines, &stored, &samples, talk, stop)?;
     let origin = Origin::new(model_sha256(&stored)?, &samples, settings);
     let written = outputs.write(args, &statistics, &origin)?;
     let experts = statistics.experts();
@@ -91,6 +97,7 @@ fn open_tokenizer(stored: &StoredModel) -> Result<(TextEncoder, ChatTemplates)> 
 
 fn collect(
     args: &Calibrate,
+    machines: &Machines,
     stored: &Arc<StoredModel>,
     samples: &Samples,
     talk: &Talk,
@@ -115,7 +122,7 @@ fn collect(
         }
     };
     let statistics = on_workers(args.threads, || {
-        Statistics::collect(stored, samples, needs.streams_in_file, &watch)
+        Statistics::collect(machines, stored, samples, needs.streams_in_file, &watch)
     })?;
     progress.end();
     Ok(statistics)

@@ -6,6 +6,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use nemoconv::artifact::StoredModel;
+use nemoconv::backend::Machines;
 use nemoconv::calibrate::gradients::{GradientSettings, OutputMoments};
 use nemoconv::calibrate::samples::Samples;
 use nemoconv::calibrate::statistics::Statistics;
@@ -39,6 +40,7 @@ const REWRITES: &str = "rewrites.safetensors";
 
 /// A model that has read its samples.
 pub struct Calibration {
+    machines: Machines,
     weights: RewrittenModel,
     samples: Samples,
     rounding: Rounding,
@@ -65,6 +67,7 @@ pub struct Source<'a> {
 
 /// What the user said of a calibration.
 pub struct CalibrationFlags<'a> {
+    pub machines: &'a Machines,
     pub model: &'a str,
     pub threads: Option<u16>,
     pub calibration: &'a CalibrationArgs,
@@ -74,8 +77,9 @@ pub struct CalibrationFlags<'a> {
 
 impl ToGguf {
     /// What is said of the calibration.
-    pub fn calibration_flags(&self) -> CalibrationFlags<'_> {
+    pub fn calibration_flags<'a>(&'a self, machines: &'a Machines) -> CalibrationFlags<'a> {
         CalibrationFlags {
+            machines,
             model: &self.model,
             threads: self.threads,
             calibration: &self.calibration,
@@ -160,7 +164,8 @@ impl Calibration {
                     None => {
                         let needs = Statistics::arrange(&stored, &samples, memory_bytes)?;
                         peak_bytes = needs.peak_bytes;
-                        Statistics::collect(&stored, &samples, needs.streams_in_file, &watch)?
+                        let in_file = needs.streams_in_file;
+                        Statistics::collect(flags.machines, &stored, &samples, in_file, &watch)?
                     }
                 };
                 let statistics = statistics.into_rewrites();
@@ -194,6 +199,7 @@ impl Calibration {
             }
         };
         Ok(Self {
+            machines: flags.machines.clone(),
             weights: RewrittenModel::new(stored, Arc::new(rewrites)),
             samples,
             rounding: recipe.rounding,
@@ -306,6 +312,7 @@ impl Calibration {
             "rewrites": self.sidecar,
             "widened": plan.widening.is_widened(),
             "types": types,
+            "device": self.machines.name(),
         });
         let folder = outfile.with_extension("work");
         let mut workspace = Workspace::open(&folder, &digest(key.to_string().as_bytes()))?;
@@ -317,6 +324,7 @@ impl Calibration {
         }
         let outputs = self.outputs(threads, stop)?;
         let job = Calibrated {
+            machines: &self.machines,
             weights: &self.weights,
             plan,
             integers,

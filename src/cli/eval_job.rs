@@ -4,6 +4,7 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::AtomicBool;
 use std::time::{SystemTime, UNIX_EPOCH};
 
+use nemoconv::backend::Machines;
 use nemoconv::error::{Error, Fault, Result};
 use nemoconv::eval::comparison::Comparison;
 use nemoconv::eval::document::DataSet;
@@ -40,20 +41,21 @@ struct Evaluated {
 }
 
 /// Scores a model, or merges parts.
-pub fn eval(args: &Eval, talk: &Talk, stop: &AtomicBool) -> Result<()> {
+pub fn eval(args: &Eval, machines: &Machines, talk: &Talk, stop: &AtomicBool) -> Result<()> {
     match &args.command {
         Some(EvalCommand::Merge(args)) => merge_parts(args),
-        None => run(&args.run, talk, stop),
+        None => run(&args.run, machines, talk, stop),
     }
 }
 
-fn run(args: &EvalRun, talk: &Talk, stop: &AtomicBool) -> Result<()> {
+fn run(args: &EvalRun, machines: &Machines, talk: &Talk, stop: &AtomicBool) -> Result<()> {
     let artifact = args.artifact.as_deref().unwrap_or_default();
     // Before the long run: a baseline of results that cannot be read.
     let stored = args.baseline.as_deref().and_then(stored_baseline);
     let stored = stored.map(|path| read_baseline(&path)).transpose()?;
     let job = Job {
         args,
+        machines,
         data: read_data(args)?,
         date: date()?,
         talk,
@@ -120,6 +122,7 @@ fn merge_parts(args: &EvalMerge) -> Result<()> {
 /// Everything that both models of a run share.
 struct Job<'a> {
     args: &'a EvalRun,
+    machines: &'a Machines,
     data: Vec<(Task, DataSet)>,
     date: f64,
     talk: &'a Talk,
@@ -131,6 +134,7 @@ impl Job<'_> {
     fn evaluate(&self, artifact: &str, other_name: Option<&str>) -> Result<Evaluated> {
         reset_peak_memory();
         let model = open_scorer(
+            self.machines,
             artifact,
             self.args.tokenizer.as_deref(),
             self.args.time_step,

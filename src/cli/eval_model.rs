@@ -6,7 +6,8 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use nemoconv::artifact::StoredModel;
-use nemoconv::backend::cpu::{Cpu, Residence};
+use nemoconv::backend::cpu::Residence;
+use nemoconv::backend::{Machine, Machines};
 use nemoconv::error::{Error, Fault, Result};
 use nemoconv::formats::checkpoint::config_json;
 use nemoconv::formats::gguf::Value as GgufValue;
@@ -34,7 +35,7 @@ pub struct OpenModel {
     /// Digest of the artifact and of the arithmetic.
     pub identity: String,
     pub encoder: TextEncoder,
-    pub scorer: NetworkScorer<Cpu>,
+    pub scorer: NetworkScorer<Machine>,
     /// The model's own longest input.
     pub max_length: usize,
     pub stored: Arc<StoredModel>,
@@ -57,6 +58,7 @@ pub struct Performance {
 
 /// Opens an artifact, with its own tokenizer or that of another folder.
 pub fn open_scorer(
+    machines: &Machines,
     artifact: &str,
     tokenizer: Option<&Path>,
     time_step: TimeStepRule,
@@ -68,13 +70,13 @@ pub fn open_scorer(
     };
     let vocab_size = stored.config().vocab_size;
     let encoder = open_encoder(&stored, tokenizer, vocab_size)?;
-    let backend = Cpu::new(Arc::clone(&stored), Residence::Mapped);
-    let network = Network::open(&stored, backend, &numerics)?;
+    let machine = machines.machine(Arc::clone(&stored), Residence::Mapped);
+    let network = Network::open(&stored, machine, &numerics)?;
     let files = files_of(&stored);
     let (file_bytes, digest) = digest_of(&files)?;
     Ok(OpenModel {
         name: name_of(artifact),
-        identity: format!("{digest}-{time_step:?}").to_lowercase(),
+        identity: format!("{digest}-{time_step:?}-{}", machines.name()).to_lowercase(),
         max_length: max_length(&stored)?
             .or(encoder.max_length())
             .unwrap_or(DEFAULT_MAX_LENGTH),
@@ -216,7 +218,7 @@ impl OpenModel {
         let tokens: Vec<u32> = (0..length)
             .map(|index| ((index * 7919 + 13) % vocab_size) as u32)
             .collect();
-        let mut state = network.empty_state();
+        let mut state = network.empty_state()?;
         let begun = Instant::now();
         self.step(&tokens, &mut state)?;
         let prefill = length as f64 / begun.elapsed().as_secs_f64();
@@ -229,7 +231,7 @@ impl OpenModel {
     }
 
     /// Runs tokens and asks for the logits after the last.
-    fn step(&self, tokens: &[u32], state: &mut nemoconv::forward::state::State<Cpu>) -> Result<()> {
+    fn step(&self, tokens: &[u32], state: &mut nemoconv::forward::state::State<Machine>) -> Result<()> {
         let network = self.scorer.network();
         let normed = network.run(&mut [Sequence { tokens, state }], &mut Silent)?;
         network.logits(&normed, &[tokens.len() as u32 - 1], &mut Silent)?;

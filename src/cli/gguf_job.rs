@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::AtomicBool;
 
 use nemoconv::artifact::locate;
+use nemoconv::backend::Machines;
 use nemoconv::convert::calibrated::needs::{Arrangement, Needs, measured_rate};
 use nemoconv::convert::{self, Conduct};
 use nemoconv::error::{Error, Fault, Result};
@@ -41,17 +42,17 @@ pub struct Prepared {
 }
 
 /// Writes the artifact, or shows the plan with `--dry-run`.
-pub fn to_gguf(args: &ToGguf, talk: &Talk, stop: &AtomicBool) -> Result<()> {
+pub fn to_gguf(args: &ToGguf, machines: &Machines, talk: &Talk, stop: &AtomicBool) -> Result<()> {
     if args.dry_run {
-        return plan(args, talk, stop);
+        return plan(args, machines, talk, stop);
     }
-    let Some(mut chosen) = recipe_job::choose(args, talk, stop)? else {
+    let Some(mut chosen) = recipe_job::choose(args, machines, talk, stop)? else {
         return Ok(());
     };
     let mut prepared = prepare(args, &chosen, &[])?;
     let calibration = match (chosen.calibration.take(), &args.calibration.calibration) {
         (None, Some(text)) => Some(Calibration::begin(
-            args.calibration_flags(),
+            args.calibration_flags(machines),
             text,
             &chosen.recipe,
             &Source {
@@ -143,8 +144,8 @@ pub fn to_gguf(args: &ToGguf, talk: &Talk, stop: &AtomicBool) -> Result<()> {
 }
 
 /// Shows what would be written.
-pub fn plan(args: &ToGguf, talk: &Talk, stop: &AtomicBool) -> Result<()> {
-    let Some(chosen) = recipe_job::choose(args, talk, stop)? else {
+pub fn plan(args: &ToGguf, machines: &Machines, talk: &Talk, stop: &AtomicBool) -> Result<()> {
+    let Some(chosen) = recipe_job::choose(args, machines, talk, stop)? else {
         return Ok(());
     };
     let keys = chosen.calibration.as_ref().map(Calibration::keys);

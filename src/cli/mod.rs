@@ -5,6 +5,7 @@ mod args;
 mod calibrate_args;
 mod calibrate_job;
 mod calibration_job;
+mod device;
 mod eval_job;
 mod eval_model;
 mod eval_progress;
@@ -29,6 +30,7 @@ use clap::Parser;
 use clap::error::ErrorKind;
 
 use args::{Cli, Command};
+use device::on_device;
 use nemoconv::error::Error;
 use output::Talk;
 use workers::on_workers;
@@ -54,18 +56,34 @@ pub fn main() -> ExitCode {
     let _ = ctrlc::set_handler(|| STOP.store(true, Ordering::Relaxed));
     let talk = Talk::new(cli.quiet, cli.verbose);
     let result = match &cli.command {
-        Command::ToGguf(args) => gguf_job::to_gguf(args, &talk, &STOP).map(done),
-        Command::ToSafetensors(args) => {
-            safetensors_job::to_safetensors(args, &talk, &STOP).map(done)
-        }
-        Command::Plan(args) => gguf_job::plan(args, &talk, &STOP).map(done),
+        Command::ToGguf(args) => on_device(&args.device, &talk, |machines| {
+            gguf_job::to_gguf(args, machines, &talk, &STOP)
+        })
+        .map(done),
+        Command::ToSafetensors(args) => on_device(&args.device, &talk, |machines| {
+            safetensors_job::to_safetensors(args, machines, &talk, &STOP)
+        })
+        .map(done),
+        Command::Plan(args) => on_device(&args.device, &talk, |machines| {
+            gguf_job::plan(args, machines, &talk, &STOP)
+        })
+        .map(done),
         Command::Inspect(args) => inspect::inspect(args).map(done),
-        Command::Calibrate(args) => calibrate_job::calibrate(args, &talk, &STOP).map(done),
+        Command::Calibrate(args) => on_device(&args.device, &talk, |machines| {
+            calibrate_job::calibrate(args, machines, &talk, &STOP)
+        })
+        .map(done),
+        Command::Devices(args) => device::list(args).map(done),
         Command::Eval(args) => {
-            on_workers(args.run.threads, || eval_job::eval(args, &talk, &STOP)).map(done)
+            on_device(&args.run.device, &talk, |machines| {
+                on_workers(args.run.threads, || eval_job::eval(args, machines, &talk, &STOP))
+            })
+            .map(done)
         }
         Command::Validate(args) => {
-            on_workers(args.threads, || validate_job::validate(args, &talk, &STOP))
+            on_device(&args.device, &talk, |machines| {
+                on_workers(args.threads, || validate_job::validate(args, machines, &talk, &STOP))
+            })
         }
     };
     match result {
@@ -75,7 +93,7 @@ pub fn main() -> ExitCode {
             ExitCode::from(if matches!(error, Error::Interrupted) {
                 exit::INTERRUPTED
             } else {
-                exit::FAILED
+                device::exit_code(&error).unwrap_or(exit::FAILED)
             })
         }
     }

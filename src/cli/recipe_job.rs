@@ -3,6 +3,7 @@
 use std::sync::atomic::AtomicBool;
 
 use nemoconv::artifact::locate;
+use nemoconv::backend::Machines;
 use nemoconv::error::{Error, Fault, Result};
 use nemoconv::formats::Dtype;
 use nemoconv::formats::checkpoint::Checkpoint;
@@ -42,7 +43,12 @@ impl Chosen {
 }
 
 /// The recipe in force; `None` where it was only to be printed.
-pub fn choose(args: &ToGguf, talk: &Talk, stop: &AtomicBool) -> Result<Option<Chosen>> {
+pub fn choose(
+    args: &ToGguf,
+    machines: &Machines,
+    talk: &Talk,
+    stop: &AtomicBool,
+) -> Result<Option<Chosen>> {
     let file = args
         .recipe
         .as_deref()
@@ -65,7 +71,7 @@ pub fn choose(args: &ToGguf, talk: &Talk, stop: &AtomicBool) -> Result<Option<Ch
             )
         }
         Aim::BitsPerWeight(_) | Aim::FileBytes(_) => {
-            allocation_job::allocate(args, recipe, talk, stop)?
+            allocation_job::allocate(args, machines, recipe, talk, stop)?
         }
     };
     if args.print_recipe {

@@ -13,6 +13,7 @@ use nemoconv::plan::recipe::{RecipeEntries, parse_size};
 use nemoconv::quantize::integer::Nearest;
 
 use super::args::{CalibrationArgs, ToGguf};
+use super::device::DeviceArgs;
 
 const HELP: &str = "\
 Schemes: w4a16 (4-bit groups), w4a16-asym (with zero points), w8a16, w8a8 (int8 inputs per token),
@@ -57,6 +58,8 @@ pub struct ToSafetensors {
     pub rounding: RoundingArg,
     #[command(flatten)]
     pub calibration: CalibrationArgs,
+    #[command(flatten)]
+    pub device: DeviceArgs,
     /// Start a new shard before this many bytes of tensors (K, M, G: powers of 1000). Default: 5G
     #[arg(long, value_name = "SIZE", value_parser = parse_size)]
     pub max_shard_size: Option<u64>,

@@ -3,6 +3,7 @@
 use std::path::{Path, PathBuf};
 use std::sync::atomic::AtomicBool;
 
+use nemoconv::backend::Machines;
 use nemoconv::artifact::locate;
 use nemoconv::convert::Conduct;
 use nemoconv::convert::packed::{PackedJob, Rounded};
@@ -23,7 +24,12 @@ use super::progress::Report;
 use super::safetensors_args::{RoundingArg, ToSafetensors};
 
 /// Writes the folder, or shows the plan with `--dry-run`.
-pub fn to_safetensors(args: &ToSafetensors, talk: &Talk, stop: &AtomicBool) -> Result<()> {
+pub fn to_safetensors(
+    args: &ToSafetensors,
+    machines: &Machines,
+    talk: &Talk,
+    stop: &AtomicBool,
+) -> Result<()> {
     let recipe = recipe(args)?;
     if args.print_recipe {
         print_stdout(recipe.to_yaml().trim_end());
@@ -41,6 +47,7 @@ pub fn to_safetensors(args: &ToSafetensors, talk: &Talk, stop: &AtomicBool) -> R
         None => None,
         Some(text) => {
             let flags = CalibrationFlags {
+                machines,
                 model: &args.model,
                 threads: args.threads,
                 calibration: &args.calibration,

@@ -6,7 +6,8 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use nemoconv::artifact::{Container, StoredModel};
-use nemoconv::backend::cpu::{Cpu, Residence};
+use nemoconv::backend::cpu::Residence;
+use nemoconv::backend::{Machine, Machines};
 use nemoconv::error::{Error, Fault, Result};
 use nemoconv::forward::network::Network;
 use nemoconv::forward::numerics::{ActivationScheme, Numerics};
@@ -35,7 +36,12 @@ const CALIBRATION_CHUNKS: usize = 4;
 const BASE_MEMORY_BYTES: u64 = 256 << 20;
 
 /// Validates, writes the reports and gives the exit code.
-pub fn validate(args: &Validate, talk: &Talk, stop: &AtomicBool) -> Result<u8> {
+pub fn validate(
+    args: &Validate,
+    machines: &Machines,
+    talk: &Talk,
+    stop: &AtomicBool,
+) -> Result<u8> {
     if let Err(fault) = args.gates().check() {
         print_error(&Error::Plan(fault));
         return Ok(exit::USAGE);
@@ -45,7 +51,12 @@ pub fn validate(args: &Validate, talk: &Talk, stop: &AtomicBool) -> Result<u8> {
         Some(path) => args.gates().or(Gates::open(path)?),
         None => args.gates(),
     };
-    let job = Job { args, talk, stop };
+    let job = Job {
+        args,
+        machines,
+        talk,
+        stop,
+    };
     if let Some(path) = &args.save_reference {
         job.save_reference(path)?;
         return Ok(exit::DONE);
@@ -60,6 +71,7 @@ pub fn validate(args: &Validate, talk: &Talk, stop: &AtomicBool) -> Result<u8> {
 
 struct Job<'a> {
     args: &'a Validate,
+    machines: &'a Machines,
     talk: &'a Talk,
     stop: &'a AtomicBool,
 }
@@ -137,15 +149,15 @@ impl Job<'_> {
         };
         let text = self.chunked(tokens_of, text)?;
         let residence = self.residence(&[stored, &theirs])?;
-        let exact = open(&theirs, residence, &Numerics::EXACT)?;
+        let exact = open(self.machines, &theirs, residence, &Numerics::EXACT)?;
         let recorded = recorded(stored);
         // Inputs of a rewritten network have other sizes: then its own, with its weights, are measured.
         let own = match recorded {
             Recorded::None => None,
-            _ => Some(open(stored, residence, &Numerics::EXACT)?),
+            _ => Some(open(self.machines, stored, residence, &Numerics::EXACT)?),
         };
         let numerics = self.numerics(stored, Some((own.as_ref().unwrap_or(&exact), &text)))?;
-        let artifact = open(stored, residence, &numerics)?;
+        let artifact = open(self.machines, stored, residence, &numerics)?;
         let is_comparable = !matches!(recorded, Recorded::Unknown(_));
         let rewrites = match recorded {
             Recorded::Rewrites(rewrites) => *rewrites,
@@ -157,7 +169,7 @@ impl Job<'_> {
             activations: ActivationScheme::Bf16,
             ..Numerics::EXACT
         };
-        let rounded = open(&theirs, residence, &floor)?;
+        let rounded = open(self.machines, &theirs, residence, &floor)?;
         let few = first_chunks(&text, FLOOR_CHUNKS)?;
         let (none, watch) = (Rewrites::none(), self.watch("noise floor"));
         let noise = side_by_side(&exact, &rounded, &none, &few, &watch)?;
@@ -198,7 +210,7 @@ impl Job<'_> {
         let chunks = self.args.chunks.map(|chunks| chunks as usize);
         let text = file.text(bos, chunks)?;
         let numerics = self.numerics(stored, None)?;
-        let artifact = open(stored, self.residence(&[stored])?, &numerics)?;
+        let artifact = open(self.machines, stored, self.residence(&[stored])?, &numerics)?;
         let logits = file.measure(&artifact, &text, &self.watch("logits"))?;
         if let Some(KlBounds { lower, upper, .. }) = logits.kl_bounds {
             self.talk.say(format_args!(
@@ -236,7 +248,7 @@ impl Job<'_> {
         })?;
         let stored = Arc::new(StoredModel::open(&self.args.artifact)?);
         let text = self.chunked(&stored, text)?;
-        let network = open(&stored, self.residence(&[&stored])?, &Numerics::EXACT)?;
+        let network = open(self.machines, &stored, self.residence(&[&stored])?, &Numerics::EXACT)?;
         let vocab_size = stored.config().vocab_size;
         let watch = self.watch("reference");
         if path.extension().is_some_and(|extension| extension == "kld") {
@@ -290,7 +302,7 @@ impl Job<'_> {
     fn numerics(
         &self,
         stored: &StoredModel,
-        calibration: Option<(&Network<Cpu>, &ChunkedText)>,
+        calibration: Option<(&Network<Machine>, &ChunkedText)>,
     ) -> Result<Numerics> {
         let target = Numerics::of_target(stored);
         if self.args.act == Act::Target
@@ -376,11 +388,13 @@ impl Job<'_> {
 }
 
 fn open(
+    machines: &Machines,
     model: &Arc<StoredModel>,
     residence: Residence,
     numerics: &Numerics,
-) -> Result<Network<Cpu>> {
-    Network::open(model, Cpu::new(Arc::clone(model), residence), numerics)
+) -> Result<Network<Machine>> {
+    let machine = machines.machine(Arc::clone(model), residence);
+    Network::open(model, machine, numerics)
 }
 
 fn first_chunks(text: &ChunkedText, chunks: usize) -> Result<ChunkedText> {

@@ -47,7 +47,10 @@ impl<B: Backend> Block<B> {
     }
 
     /// What the mixer reads: the stream after the block's norm.
-    pub fn normed(&self, backend: &B, residual: &B::Buffer) -> B::Buffer {
+    ///
+    /// # Errors
+    /// The machine fails.
+    pub fn normed(&self, backend: &B, residual: &B::Buffer) -> Result<B::Buffer> {
         backend.rms_norm(residual, &self.norm, self.eps)
     }
 
@@ -63,8 +66,8 @@ impl<B: Backend> Block<B> {
         turns: &mut [Turn<'_, B>],
         observer: &mut dyn Observer<B>,
     ) -> Result<bool> {
-        observer.residual(self.index, backend, residual, rows);
-        let normed = self.normed(backend, residual);
+        observer.residual(self.index, backend, residual, rows)?;
+        let normed = self.normed(backend, residual)?;
         let pass = Pass {
             backend,
             block: self.index,
@@ -73,8 +76,8 @@ impl<B: Backend> Block<B> {
             observer,
         };
         let mixed = self.mixer.run(pass, &normed)?;
-        backend.add(residual, &mixed);
-        Ok(backend.is_finite(residual))
+        backend.add(residual, &mixed)?;
+        backend.is_finite(residual)
     }
 
     /// Runs fresh sequences of `lengths` tokens each, which lie one after the other in `residual`.
@@ -92,7 +95,7 @@ impl<B: Backend> Block<B> {
     ) -> Result<bool> {
         let scan = scan_shape(model.config(), numerics);
         let fresh = |_: &usize| State::of_block(backend, model.config(), &scan, self.index);
-        let mut states: Vec<State<B>> = lengths.iter().map(fresh).collect();
+        let mut states = lengths.iter().map(fresh).collect::<Result<Vec<State<B>>>>()?;
         let mut first = 0;
         let mut turns = Vec::with_capacity(lengths.len());
         for (state, length) in states.iter_mut().zip(lengths) {

@@ -56,13 +56,13 @@ impl<B: Backend> Linear<B> {
         rows: usize,
         observer: &mut dyn Observer<B>,
     ) -> Result<B::Buffer> {
-        observer.input(&self.name, matrix, backend, input, rows);
+        observer.input(&self.name, matrix, backend, input, rows)?;
         let mut out = backend.matmul(&self.weight, matrix, input, rows, self.activation)?;
         if let Some(scale) = self.scales.get(matrix) {
-            backend.scale(&mut out, *scale);
+            backend.scale(&mut out, *scale)?;
         }
         if let Some(bias) = &self.bias {
-            backend.add_bias(&mut out, bias);
+            backend.add_bias(&mut out, bias)?;
         }
         Ok(out)
     }

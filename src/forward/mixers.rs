@@ -186,7 +186,7 @@ impl<B: Backend> Mamba2<B> {
             &self.conv_weight,
             &self.conv_bias,
             &mut conv_states,
-        );
+        )?;
         let mut ssm_states = pass.segments(|state| match state {
             BlockState::Mamba { ssm, .. } => Some(ssm),
             _ => None,
@@ -203,7 +203,7 @@ impl<B: Backend> Mamba2<B> {
             weights,
             self.shape,
             &mut ssm_states,
-        );
+        )?;
         let gated = backend.gated_rms_norm(
             y,
             &projected,
@@ -211,7 +211,7 @@ impl<B: Backend> Mamba2<B> {
             &self.norm,
             self.shape.groups,
             self.eps,
-        );
+        )?;
         pass.apply(&self.out_proj, &gated)
     }
 }
@@ -252,7 +252,7 @@ impl<B: Backend> Attention<B> {
                 BlockState::Attention(cache) => Some(cache),
                 _ => None,
             });
-        let mixed = backend.attention(&query, &keys, &values, self.shape, &mut caches);
+        let mixed = backend.attention(&query, &keys, &values, self.shape, &mut caches)?;
         pass.apply(&self.output, &mixed)
     }
 }
@@ -292,7 +292,7 @@ impl<B: Backend> Mlp<B> {
         let mut hidden = self
             .up
             .apply_matrix(backend, matrix, input, rows, observer)?;
-        backend.relu_squared(&mut hidden);
+        backend.relu_squared(&mut hidden)?;
         self.down
             .apply_matrix(backend, matrix, &hidden, rows, observer)
     }
@@ -334,7 +334,7 @@ impl<B: Backend> Moe<B> {
         let logits = pass.apply(&self.router, input)?;
         let experts = match pass.observer.routing(pass.block) {
             Some(experts) => experts,
-            None => backend.route(&logits, &self.router_bias, self.route),
+            None => backend.route(&logits, &self.router_bias, self.route)?,
         };
         pass.observer.experts(pass.block, &experts);
         let narrowed = match &self.latent {
@@ -343,23 +343,23 @@ impl<B: Backend> Moe<B> {
         };
         let expert_input = narrowed.as_ref().unwrap_or(input);
         let width = self.experts.down.out_features;
-        let mut sum = backend.zeros(pass.rows * width);
+        let mut sum = backend.zeros(pass.rows * width)?;
         for (expert, rows) in experts.iter().enumerate() {
             if rows.rows.is_empty() {
                 continue;
             }
             let count = rows.rows.len();
-            let gathered = backend.gather(expert_input, width, &rows.rows);
+            let gathered = backend.gather(expert_input, width, &rows.rows)?;
             let out = self
                 .experts
                 .run_matrix(backend, expert, &gathered, count, pass.observer)?;
-            backend.scatter_add(&mut sum, width, &out, rows);
+            backend.scatter_add(&mut sum, width, &out, rows)?;
         }
         if let Some((_, up)) = &self.latent {
             sum = pass.apply(up, &sum)?;
         }
         let shared = self.shared.run(backend, input, pass.rows, pass.observer)?;
-        backend.add(&mut sum, &shared);
+        backend.add(&mut sum, &shared)?;
         Ok(sum)
     }
 }

@@ -72,7 +72,10 @@ impl<B: Backend> Network<B> {
     }
 
     /// The state before the first token.
-    pub fn empty_state(&self) -> State<B> {
+    ///
+    /// # Errors
+    /// The machine fails.
+    pub fn empty_state(&self) -> Result<State<B>> {
         State::empty(&self.backend, &self.config, &self.scan)
     }
 
@@ -121,7 +124,8 @@ impl<B: Backend> Network<B> {
         mut residual: B::Buffer,
         lengths: &[usize],
     ) -> Result<B::Buffer> {
-        let mut states: Vec<State<B>> = lengths.iter().map(|_| self.empty_state()).collect();
+        let states = lengths.iter().map(|_| self.empty_state());
+        let mut states = states.collect::<Result<Vec<State<B>>>>()?;
         let mut rows = 0;
         let turns = states.iter_mut().zip(lengths).map(|(state, length)| {
             let own = rows..rows + length;
@@ -133,7 +137,7 @@ impl<B: Backend> Network<B> {
             self.add_block(block, &mut residual, rows, &mut turns, &mut Silent)?;
         }
         let eps = self.config.norm_epsilon();
-        Ok(self.backend.rms_norm(&residual, &self.norm, eps))
+        self.backend.rms_norm(&residual, &self.norm, eps)
     }
 
     fn run_blocks(
@@ -152,18 +156,18 @@ impl<B: Backend> Network<B> {
         }
         if let Some(wanted) = wanted {
             let width = self.config.hidden_size;
-            residual = self.backend.gather(&residual, width, wanted);
+            residual = self.backend.gather(&residual, width, wanted)?;
             rows = wanted.len();
         }
         for block in states_end..self.blocks.len() {
             self.add_block(block, &mut residual, rows, &mut turns, observer)?;
         }
-        observer.residual(self.blocks.len(), &self.backend, &residual, rows);
+        observer.residual(self.blocks.len(), &self.backend, &residual, rows)?;
         for turn in turns {
             turn.state.position += turn.rows.len();
         }
         let eps = self.config.norm_epsilon();
-        Ok(self.backend.rms_norm(&residual, &self.norm, eps))
+        self.backend.rms_norm(&residual, &self.norm, eps)
     }
 
     /// Blocks up to the last that has a state; those behind it see every row by itself.
@@ -200,12 +204,12 @@ impl<B: Backend> Network<B> {
         observer: &mut dyn Observer<B>,
     ) -> Result<Vec<f32>> {
         let head = self.head.as_ref().unwrap_or(&self.embedding);
-        let chosen = self.backend.gather(normed, self.config.hidden_size, rows);
+        let chosen = self.backend.gather(normed, self.config.hidden_size, rows)?;
         let logits = head.apply(&self.backend, &chosen, rows.len(), observer)?;
-        if !self.backend.is_finite(&logits) {
+        if !self.backend.is_finite(&logits)? {
             return Err(not_finite("the output head"));
         }
-        Ok(self.backend.download_all(logits))
+        self.backend.download_all(logits)
     }
 
     fn tokens_of(&self, sequences: &[Sequence<'_, B>]) -> Result<Vec<u32>> {

@@ -1,13 +1,24 @@
 //! Looking into a run: hidden states after every block, expert choices, inputs of matrices.
 
 use crate::backend::{Backend, ExpertRows};
+use crate::error::Result;
 
 /// Told what happens inside a run. Every method may be left out.
 pub trait Observer<B: Backend> {
     /// The residual stream `[rows, hidden]` before block `block`; after the last block it is called with the number of
     /// blocks.
-    fn residual(&mut self, block: usize, backend: &B, residual: &B::Buffer, rows: usize) {
+    ///
+    /// # Errors
+    /// The stream cannot be copied from the machine.
+    fn residual(
+        &mut self,
+        block: usize,
+        backend: &B,
+        residual: &B::Buffer,
+        rows: usize,
+    ) -> Result<()> {
         let _ = (block, backend, residual, rows);
+        Ok(())
     }
 
     /// Which rows of the batch went to which expert.
@@ -22,8 +33,19 @@ pub trait Observer<B: Backend> {
     }
 
     /// The input of a matrix, `[rows, in_features]`; `matrix` counts experts.
-    fn input(&mut self, tensor: &str, matrix: usize, backend: &B, input: &B::Buffer, rows: usize) {
+    ///
+    /// # Errors
+    /// The input cannot be copied from the machine.
+    fn input(
+        &mut self,
+        tensor: &str,
+        matrix: usize,
+        backend: &B,
+        input: &B::Buffer,
+        rows: usize,
+    ) -> Result<()> {
         let _ = (tensor, matrix, backend, input, rows);
+        Ok(())
     }
 }
 

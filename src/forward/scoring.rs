@@ -90,7 +90,8 @@ impl<B: Backend> NetworkScorer<B> {
     fn score_batch(&self, groups: &[PrefixGroup]) -> Result<Vec<Vec<ContinuationScore>>> {
         let continuations = || groups.iter().flat_map(|group| &group.continuations);
         let mut scores = vec![ContinuationScore::CERTAIN; continuations().count()];
-        let mut states: Vec<State<B>> = groups.iter().map(|_| self.network.empty_state()).collect();
+        let states = groups.iter().map(|_| self.network.empty_state());
+        let mut states = states.collect::<Result<Vec<State<B>>>>()?;
         let prefixes = groups.iter().map(|group| group.prefix.as_slice());
         self.run(
             prefixes.zip(&mut states),
@@ -99,11 +100,11 @@ impl<B: Backend> NetworkScorer<B> {
         )?;
 
         let is_longer = |continuation: &&Continuation| !continuation.tokens.is_empty();
-        let forks = groups.iter().zip(states).flat_map(|(group, state)| {
+        let mut forks = Vec::new();
+        for (group, state) in groups.iter().zip(states) {
             let longer = group.continuations.iter().filter(is_longer);
-            state.into_forks(self.network.backend(), longer.count())
-        });
-        let mut forks: Vec<State<B>> = forks.collect();
+            forks.extend(state.into_forks(self.network.backend(), longer.count())?);
+        }
         let longer = continuations().filter(is_longer);
         let inputs = longer.map(|continuation| continuation.tokens.as_slice());
         self.run(

@@ -1,6 +1,7 @@
 //! What a sequence leaves behind: convolution rows, SSM states, keys and values. Saved by forking.
 
 use crate::backend::{Backend, KeyValues, ScanShape};
+use crate::error::Result;
 use crate::model::config::NemotronHConfig;
 use crate::model::hybrid_pattern::BlockKind;
 
@@ -20,18 +21,23 @@ pub enum BlockState<B: Backend> {
 }
 
 impl<B: Backend> BlockState<B> {
-    fn empty(kind: BlockKind, backend: &B, config: &NemotronHConfig, scan: &ScanShape) -> Self {
-        match kind {
+    fn empty(
+        kind: BlockKind,
+        backend: &B,
+        config: &NemotronHConfig,
+        scan: &ScanShape,
+    ) -> Result<Self> {
+        Ok(match kind {
             BlockKind::Mamba => Self::Mamba {
-                conv: backend.zeros((config.conv_kernel - 1) * scan.conv_dim()),
-                ssm: backend.zeros(scan.state_len()),
+                conv: backend.zeros((config.conv_kernel - 1) * scan.conv_dim())?,
+                ssm: backend.zeros(scan.state_len())?,
             },
             BlockKind::Attention => Self::Attention(KeyValues {
-                keys: backend.zeros(0),
-                values: backend.zeros(0),
+                keys: backend.zeros(0)?,
+                values: backend.zeros(0)?,
             }),
             BlockKind::Mlp | BlockKind::Moe => Self::Stateless,
-        }
+        })
     }
 }
 
@@ -45,54 +51,70 @@ pub struct State<B: Backend> {
 
 impl<B: Backend> State<B> {
     /// Before the first token.
-    pub fn empty(backend: &B, config: &NemotronHConfig, scan: &ScanShape) -> Self {
+    ///
+    /// # Errors
+    /// The machine fails.
+    pub fn empty(backend: &B, config: &NemotronHConfig, scan: &ScanShape) -> Result<Self> {
         let kinds = config.pattern.kinds().iter();
-        Self {
+        Ok(Self {
             position: 0,
             blocks: kinds
                 .map(|kind| BlockState::empty(*kind, backend, config, scan))
-                .collect(),
-        }
+                .collect::<Result<_>>()?,
+        })
     }
 
     /// The same where block `block` alone will be run.
-    pub fn of_block(backend: &B, config: &NemotronHConfig, scan: &ScanShape, block: usize) -> Self {
+    ///
+    /// # Errors
+    /// The machine fails.
+    pub fn of_block(
+        backend: &B,
+        config: &NemotronHConfig,
+        scan: &ScanShape,
+        block: usize,
+    ) -> Result<Self> {
         let mut blocks: Vec<_> = (0..block).map(|_| BlockState::Stateless).collect();
-        blocks.push(BlockState::empty(
-            config.pattern.kinds()[block],
-            backend,
-            config,
-            scan,
-        ));
-        Self {
+        let kind = config.pattern.kinds()[block];
+        blocks.push(BlockState::empty(kind, backend, config, scan)?);
+        Ok(Self {
             position: 0,
             blocks,
-        }
+        })
     }
 
     /// An independent copy: whatever is run from it leaves this one as it is.
-    pub fn fork(&self, backend: &B) -> Self {
-        let block = |block: &BlockState<B>| match block {
-            BlockState::Mamba { conv, ssm } => BlockState::Mamba {
-                conv: backend.duplicate(conv),
-                ssm: backend.duplicate(ssm),
-            },
-            BlockState::Attention(cache) => BlockState::Attention(KeyValues {
-                keys: backend.duplicate(&cache.keys),
-                values: backend.duplicate(&cache.values),
-            }),
-            BlockState::Stateless => BlockState::Stateless,
+    ///
+    /// # Errors
+    /// The machine fails.
+    pub fn fork(&self, backend: &B) -> Result<Self> {
+        let block = |block: &BlockState<B>| -> Result<_> {
+            Ok(match block {
+                BlockState::Mamba { conv, ssm } => BlockState::Mamba {
+                    conv: backend.duplicate(conv)?,
+                    ssm: backend.duplicate(ssm)?,
+                },
+                BlockState::Attention(cache) => BlockState::Attention(KeyValues {
+                    keys: backend.duplicate(&cache.keys)?,
+                    values: backend.duplicate(&cache.values)?,
+                }),
+                BlockState::Stateless => BlockState::Stateless,
+            })
         };
-        Self {
+        Ok(Self {
             position: self.position,
-            blocks: self.blocks.iter().map(block).collect(),
-        }
+            blocks: self.blocks.iter().map(block).collect::<Result<_>>()?,
+        })
     }
 
     /// `count` states like this one, of which the last is it.
-    pub fn into_forks(self, backend: &B, count: usize) -> Vec<Self> {
-        let mut forks: Vec<_> = (1..count).map(|_| self.fork(backend)).collect();
+    ///
+    /// # Errors
+    /// The machine fails.
+    pub fn into_forks(self, backend: &B, count: usize) -> Result<Vec<Self>> {
+        let forks = (1..count).map(|_| self.fork(backend));
+        let mut forks = forks.collect::<Result<Vec<_>>>()?;
         forks.extend((count > 0).then_some(self));
-        forks
+        Ok(forks)
     }
 }

@@ -63,8 +63,8 @@ pub fn side_by_side<B: Backend>(
     for (index, group) in chunks.chunks(together).enumerate() {
         watch(index * together, chunks.len())?;
         let mut pair = Pair {
-            reference: Side::new(reference, group.len()),
-            artifact: Side::new(artifact, group.len()),
+            reference: Side::new(reference, group.len())?,
+            artifact: Side::new(artifact, group.len())?,
             restore: &restore,
             layers: &mut layers,
             drift: &mut drift,
@@ -118,11 +118,12 @@ struct Seen<B: Backend> {
 }
 
 impl<'a, B: Backend> Side<'a, B> {
-    fn new(network: &'a Network<B>, chunks: usize) -> Self {
-        Self {
-            states: (0..chunks).map(|_| network.empty_state()).collect(),
+    fn new(network: &'a Network<B>, chunks: usize) -> Result<Self> {
+        let states = (0..chunks).map(|_| network.empty_state());
+        Ok(Self {
+            states: states.collect::<Result<_>>()?,
             network,
-        }
+        })
     }
 
     /// Runs the same piece of every chunk.
@@ -148,14 +149,14 @@ impl<'a, B: Backend> Side<'a, B> {
         })
     }
 
-    fn ssm_state(&self, chunk: usize, block: usize) -> Option<Vec<f32>> {
-        match &self.states[chunk].blocks[block] {
+    fn ssm_state(&self, chunk: usize, block: usize) -> Result<Option<Vec<f32>>> {
+        Ok(match &self.states[chunk].blocks[block] {
             BlockState::Mamba { ssm, .. } => {
                 let shape = self.network.scan_shape();
-                Some(self.network.backend().download(ssm, 0..shape.state_len()))
+                Some(self.network.backend().download(ssm, 0..shape.state_len())?)
             }
             _ => None,
-        }
+        })
     }
 }
 
@@ -175,12 +176,18 @@ struct Capture {
 }
 
 impl<B: Backend> Observer<B> for Capture {
-    fn residual(&mut self, block: usize, backend: &B, residual: &B::Buffer, _: usize) {
+    fn residual(
+        &mut self,
+        block: usize,
+        backend: &B,
+        residual: &B::Buffer,
+        _: usize,
+    ) -> Result<()> {
         if block > 0 {
-            let rows = backend.gather(residual, self.width, &self.rows);
-            let values = backend.download(&rows, 0..self.rows.len() * self.width);
-            self.outputs.push(values);
+            let rows = backend.gather(residual, self.width, &self.rows)?;
+            self.outputs.push(backend.download_all(rows)?);
         }
+        Ok(())
     }
 
     fn experts(&mut self, block: usize, experts: &[ExpertRows]) {
@@ -213,7 +220,7 @@ impl<B: Backend> Pair<'_, B> {
             let reference = self.reference.advance(&inputs, &piece)?;
             let artifact = self.artifact.advance(&inputs, &piece)?;
             let routing = self.compare_blocks(&reference, &artifact);
-            self.compare_states(time, chunks.len());
+            self.compare_states(time, chunks.len())?;
             let scored = scored_in(chunks, &piece);
             self.compare_logits(&scored, &reference.normed, &artifact.normed, &routing)?;
             begin = end;
@@ -244,19 +251,20 @@ impl<B: Backend> Pair<'_, B> {
         changed
     }
 
-    fn compare_states(&mut self, time: usize, chunks: usize) {
+    fn compare_states(&mut self, time: usize, chunks: usize) -> Result<()> {
         let config = self.reference.network.config();
         let blocks = 0..config.pattern.kinds().len();
         for (block, chunk) in blocks.flat_map(|block| (0..chunks).map(move |chunk| (block, chunk)))
         {
-            let theirs = self.reference.ssm_state(chunk, block);
-            let ours = self.artifact.ssm_state(chunk, block);
+            let theirs = self.reference.ssm_state(chunk, block)?;
+            let ours = self.artifact.ssm_state(chunk, block)?;
             if let (Some(theirs), Some(mut ours)) = (theirs, ours) {
                 self.restore.state(block, config.mamba_head_dim, &mut ours);
                 let heads = config.mamba_num_heads;
                 self.layers.push_state(block, time, heads, &theirs, &ours);
             }
         }
+        Ok(())
     }
 
     fn compare_logits(
@@ -331,7 +339,7 @@ pub fn for_each_scored_row<B: Backend>(
     for (done, chunk) in text.chunks().enumerate() {
         watch(done, total)?;
         let tokens = chunk.input();
-        let mut state = network.empty_state();
+        let mut state = network.empty_state()?;
         let sequence = Sequence {
             tokens: &tokens,
             state: &mut state,
@@ -361,7 +369,7 @@ pub fn static_scales<B: Backend>(
     let mut seen = Magnitudes::default();
     for chunk in text.chunks().take(chunks) {
         let tokens = chunk.input();
-        let mut state = network.empty_state();
+        let mut state = network.empty_state()?;
         let sequence = Sequence {
             tokens: &tokens,
             state: &mut state,
@@ -381,11 +389,19 @@ pub fn static_scales<B: Backend>(
 struct Magnitudes(std::collections::BTreeMap<String, f32>);
 
 impl<B: Backend> Observer<B> for Magnitudes {
-    fn input(&mut self, tensor: &str, _: usize, backend: &B, input: &B::Buffer, rows: usize) {
-        let values = backend.download(input, 0..backend.len(input));
+    fn input(
+        &mut self,
+        tensor: &str,
+        _: usize,
+        backend: &B,
+        input: &B::Buffer,
+        rows: usize,
+    ) -> Result<()> {
+        let values = backend.download(input, 0..backend.len(input))?;
         debug_assert!(rows == 0 || values.len().is_multiple_of(rows));
         let max = values.iter().fold(0.0_f32, |max, x| max.max(x.abs()));
         let entry = self.0.entry(tensor.to_string()).or_default();
         *entry = entry.max(max);
+        Ok(())
     }
 }

@@ -71,7 +71,7 @@ fn measure(settings: &Settings) {
         let tokens: Vec<u32> = (0..settings.prompt as u32).map(|i| i % 997 + 3).collect();
         let (mut prefill, mut decode) = (Vec::new(), Vec::new());
         for run in 0..=settings.runs {
-            let mut state = network.empty_state();
+            let mut state = network.empty_state().unwrap();
             let begun = Instant::now();
             let sequence = Sequence {
                 tokens: &tokens,

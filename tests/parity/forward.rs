@@ -4,7 +4,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use nemoconv::artifact::StoredModel;
-use nemoconv::backend::Backend;
+use nemoconv::error::Result;
 use nemoconv::backend::cpu::{Cpu, Residence};
 use nemoconv::forward::network::{Network, Sequence};
 use nemoconv::forward::numerics::Numerics;
@@ -22,9 +22,9 @@ const RMS_TOLERANCE: f64 = 1e-4;
 struct Rms(Vec<f64>);
 
 impl Observer<Cpu> for Rms {
-    fn residual(&mut self, _: usize, backend: &Cpu, residual: &Vec<f32>, _: usize) {
-        let values = backend.download(residual, 0..residual.len());
-        self.0.push(rms(&values));
+    fn residual(&mut self, _: usize, _: &Cpu, residual: &Vec<f32>, _: usize) -> Result<()> {
+        self.0.push(rms(residual));
+        Ok(())
     }
 }
 
@@ -67,7 +67,7 @@ fn compare(model: &Path, reference: &Path, residence: Residence) {
             &format!("{prompt}.logits_last16"),
             f32::from_le_bytes,
         );
-        let mut state = network.empty_state();
+        let mut state = network.empty_state().unwrap();
         let mut seen = Rms::default();
         let mut batch = [Sequence {
             tokens: &tokens,
@@ -149,7 +149,7 @@ fn decode_forks_and_batches_equal_prefill() {
     {
         let network = open(&model, Residence::Mapped, &Numerics::EXACT);
         let tokens = prompt(&model);
-        let mut state = network.empty_state();
+        let mut state = network.empty_state().unwrap();
         let normed = network
             .run(
                 &mut [Sequence {
@@ -162,7 +162,7 @@ fn decode_forks_and_batches_equal_prefill() {
         let whole = logits_of(&network, &normed);
         let vocabulary = network.config().vocab_size;
 
-        let mut state = network.empty_state();
+        let mut state = network.empty_state().unwrap();
         network
             .run(
                 &mut [Sequence {
@@ -172,7 +172,7 @@ fn decode_forks_and_batches_equal_prefill() {
                 silent,
             )
             .unwrap();
-        let mut fork = state.fork(network.backend());
+        let mut fork = state.fork(network.backend()).unwrap();
         let mut pieces = Vec::new();
         for token in &tokens[150..] {
             let one = [*token];
@@ -193,7 +193,7 @@ fn decode_forks_and_batches_equal_prefill() {
             "decode differs from prefill"
         );
 
-        let mut other = network.empty_state();
+        let mut other = network.empty_state().unwrap();
         let mut batch = [
             Sequence {
                 tokens: &tokens[..77],
@@ -218,7 +218,7 @@ fn decode_forks_and_batches_equal_prefill() {
         );
         assert_eq!(fork.position, tokens.len());
 
-        let mut state = network.empty_state();
+        let mut state = network.empty_state().unwrap();
         let sequence = Sequence {
             tokens: &tokens,
             state: &mut state,

@@ -373,7 +373,7 @@ fn ours(
     let network = Network::open(&model, backend, &Numerics::of_target(&model)).unwrap();
     let rows = prompts.iter().map(|prompt| {
         let tokens: Vec<u32> = prompt.iter().map(|id| *id as u32).collect();
-        let mut state = network.empty_state();
+        let mut state = network.empty_state().unwrap();
         let sequence = Sequence {
             tokens: &tokens,
             state: &mut state,

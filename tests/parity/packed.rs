@@ -19,7 +19,7 @@ const TOLERANCE: f64 = 0.03;
 fn log_probabilities(folder: &Path, tokens: &[u32]) -> Vec<f64> {
     let stored = nemoconv::artifact::StoredModel::open(folder.to_str().unwrap()).unwrap();
     let network = open(folder, Residence::Mapped, &Numerics::of_target(&stored));
-    let mut state = network.empty_state();
+    let mut state = network.empty_state().unwrap();
     let mut batch = [Sequence {
         tokens,
         state: &mut state,

@@ -115,7 +115,7 @@ fn ours(folder: &Path, tokens: &[u32]) -> Vec<f32> {
         ..Numerics::of_target(&stored)
     };
     let network = open(folder, Residence::Mapped, &numerics);
-    let mut state = network.empty_state();
+    let mut state = network.empty_state().unwrap();
     let mut batch = [Sequence {
         tokens,
         state: &mut state,

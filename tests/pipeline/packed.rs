@@ -253,7 +253,7 @@ fn logits(model: &Path) -> Vec<f32> {
     let stored = Arc::new(open(model));
     let backend = Cpu::new(Arc::clone(&stored), Residence::Mapped);
     let network = Network::open(&stored, backend, &Numerics::EXACT).unwrap();
-    let mut state = network.empty_state();
+    let mut state = network.empty_state().unwrap();
     let tokens: Vec<u32> = (5..25).collect();
     let mut batch = [Sequence {
         tokens: &tokens,

@@ -80,6 +80,10 @@ fn span([first, row, column]: [usize; 3], rows: usize, columns: usize) -> Range<
 
 /// Rows of inputs that are summed in f32 before the sums are added without loss.
 const GRAM_ROWS: usize = 512;
+/// Rows and columns of second moments that a group of threads computes.
+const GRAM_TILE: usize = 32;
+/// Bytes of second moments that are held together.
+const GRAM_BYTES: u64 = 512 << 20;
 
 impl Device {
     /// A matrix product.
@@ -146,23 +150,32 @@ impl Device {
         }
     }
 
-    /// `sums += X^T X` for `rows [_, n]`: `sums [n, n]` pairs of floats, the large and the small part of each sum; columns
-    /// from about the row on are meant.
+    /// Rows of second moments of width `n` that [`Self::gram`] may be asked for together.
+    pub fn gram_strips(&self, n: usize) -> impl Iterator<Item = Range<usize>> + use<> {
+        let limits = self.description().limits;
+        let rows = (limits.view_bytes.min(GRAM_BYTES) as usize / (8 * n.max(1))).max(1);
+        (0..n).step_by(rows).map(move |first| first..n.min(first + rows))
+    }
+
+    /// `sums += X^T X` for `x [_, n]`, of it the rows `strip`: `sums [strip, n]` pairs of floats, the large and the small
+    /// part of each sum; columns from about the row on are meant.
     ///
     /// # Errors
-    /// Device lost; the sums are larger than a view may be.
+    /// Device lost; the sums are larger than a view may be (see [`Self::gram_strips`]).
     ///
     /// # Panics
     /// The lengths do not belong together.
-    pub fn gram(&self, rows: &Array, n: usize, sums: &mut Array) -> Result<()> {
-        assert!(rows.len().is_multiple_of(n) && sums.len() == 2 * n * n);
-        let tiles = n.div_ceil(32);
-        let count = rows.len() / n;
+    pub fn gram(&self, x: &Array, n: usize, strip: Range<usize>, sums: &mut Array) -> Result<()> {
+        assert!(x.len().is_multiple_of(n) && sums.len() == 2 * strip.len() * n);
+        let groups = strip.len().div_ceil(GRAM_TILE) * n.div_ceil(GRAM_TILE);
+        let count = x.len() / n;
         for first in (0..count).step_by(GRAM_ROWS) {
             let part = GRAM_ROWS.min(count - first);
-            let parameters = [word(part), word(n), word(first), 0];
-            let views = [rows.view(), sums.view()];
-            self.launch(&kernels::GRAM, word(tiles * tiles), &views, &parameters)?;
+            let (view, first_value) = x.part(first * n..(first + part) * n);
+            let sizes = [part, n, strip.start, strip.len()].map(word);
+            // The last one is a zero that compilers must not know.
+            let parameters = [&sizes[..], &[first_value, 0]].concat();
+            self.launch(&kernels::GRAM, word(groups), &[view, sums.view()], &parameters)?;
         }
         Ok(())
     }

@@ -1,12 +1,14 @@
 //! One typed method per kernel: shapes in, launch grid and parameters out. What does not fit one view is cut into parts.
 
 mod decode;
+mod integers;
 mod matmul;
 mod mixers;
 mod rows;
 mod values;
 
 pub use decode::can_dequantize;
+pub use integers::{IntegerLayout, Integers};
 pub use matmul::MatmulLayout;
 pub use mixers::{AttentionLayout, ConvLayout, ScanLayout};
 pub use rows::Rounding;

@@ -78,6 +78,21 @@ pub fn products<T: Send>(
     });
 }
 
+/// `sums += X^T X` for `rows [_, n]`, `sums [n, n]`; columns from about the row on are meant.
+pub fn second_moments(isa: Isa, rows: &[f32], n: usize, sums: &mut [f64]) {
+    let columns = Columns {
+        values: rows,
+        stride: n,
+        range: 0..n,
+    };
+    let count = rows.len() / n.max(1);
+    for first in (0..count).step_by(CHUNK_ROWS) {
+        let chunk = first..(first + CHUNK_ROWS).min(count);
+        let add = |out: &mut f64, sum: f32| *out += f64::from(sum);
+        products(isa, chunk, &columns, &columns, true, sums, n, add);
+    }
+}
+
 /// `[strip of 8 columns][row][8]`, zeros beyond the last column.
 fn pack_strips(rows: Range<usize>, b: &Columns) -> Vec<f32> {
     let strip_len = rows.len() * MAX_TOKENS;

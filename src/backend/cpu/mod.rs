@@ -85,8 +85,16 @@ impl CpuWeight {
         })
     }
 
+    /// What it is.
+    pub fn tensor(&self) -> &StoredTensor {
+        &self.tensor
+    }
+
     /// Whole rows in the stored type: mapped, or read into `buffer`.
-    fn rows<'a>(
+    ///
+    /// # Errors
+    /// The file cannot be read.
+    pub fn rows<'a>(
         &'a self,
         matrix: usize,
         first: usize,
@@ -141,6 +149,16 @@ impl Backend for Cpu {
     type Buffer = Vec<f32>;
     type Weight = CpuWeight;
 
+    fn host(&self) -> &Cpu {
+        self
+    }
+
+    fn host_weight<'a>(&self, weight: &'a CpuWeight) -> &'a CpuWeight {
+        weight
+    }
+
+    fn on_host(&self, _: &'static str) {}
+
     fn weight(&self, tensor: &StoredTensor) -> Result<CpuWeight> {
         let mut block = vec![0.0; tensor.ty.block_elements()];
         let bytes = vec![0; tensor.ty.block_bytes()];
@@ -156,28 +174,24 @@ impl Backend for Cpu {
         Ok(values)
     }
 
-    fn zeros(&self, len: usize) -> Vec<f32> {
-        vec![0.0; len]
+    fn duplicate(&self, buffer: &Vec<f32>) -> Result<Vec<f32>> {
+        Ok(buffer.clone())
     }
 
-    fn duplicate(&self, buffer: &Vec<f32>) -> Vec<f32> {
-        buffer.clone()
-    }
-
-    fn upload(&self, values: &[f32]) -> Vec<f32> {
-        values.to_vec()
+    fn upload(&self, values: Vec<f32>) -> Result<Vec<f32>> {
+        Ok(values)
     }
 
     fn len(&self, buffer: &Vec<f32>) -> usize {
         buffer.len()
     }
 
-    fn download(&self, buffer: &Vec<f32>, part: Range<usize>) -> Vec<f32> {
-        buffer[part].to_vec()
+    fn download(&self, buffer: &Vec<f32>, part: Range<usize>) -> Result<Vec<f32>> {
+        Ok(buffer[part].to_vec())
     }
 
-    fn download_all(&self, buffer: Vec<f32>) -> Vec<f32> {
-        buffer
+    fn download_all(&self, buffer: Vec<f32>) -> Result<Vec<f32>> {
+        Ok(buffer)
     }
 
     fn embed(&self, embedding: &CpuWeight, tokens: &[u32]) -> Result<Vec<f32>> {
@@ -203,8 +217,8 @@ impl Backend for Cpu {
         matmul::matmul(self.isa, weight, matrix, input, activation)
     }
 
-    fn rms_norm(&self, input: &Vec<f32>, weight: &Vec<f32>, eps: f32) -> Vec<f32> {
-        rms_norm::rms_norm(self.isa, input, weight, eps)
+    fn rms_norm(&self, input: &Vec<f32>, weight: &Vec<f32>, eps: f32) -> Result<Vec<f32>> {
+        Ok(rms_norm::rms_norm(self.isa, input, weight, eps))
     }
 
     fn gated_rms_norm(
@@ -215,8 +229,8 @@ impl Backend for Cpu {
         weight: &Vec<f32>,
         groups: usize,
         eps: f32,
-    ) -> Vec<f32> {
-        rms_norm::gated_rms_norm(self.isa, y, z, z_stride, weight, groups, eps)
+    ) -> Result<Vec<f32>> {
+        Ok(rms_norm::gated_rms_norm(self.isa, y, z, z_stride, weight, groups, eps))
     }
 
     fn conv1d_silu(
@@ -227,13 +241,13 @@ impl Backend for Cpu {
         weight: &Vec<f32>,
         bias: &Vec<f32>,
         segments: &mut [Segment<'_, Vec<f32>>],
-    ) -> Vec<f32> {
+    ) -> Result<Vec<f32>> {
         let source = conv1d::Channels {
             values: input,
             stride,
             first,
         };
-        conv1d::conv1d_silu(self.isa, source, weight, bias, segments)
+        Ok(conv1d::conv1d_silu(self.isa, source, weight, bias, segments))
     }
 
     fn selective_scan(
@@ -244,8 +258,8 @@ impl Backend for Cpu {
         weights: ScanWeights<'_, Vec<f32>>,
         shape: ScanShape,
         segments: &mut [Segment<'_, Vec<f32>>],
-    ) -> Vec<f32> {
-        selective_scan::selective_scan(self.isa, xbc, dt, dt_stride, weights, shape, segments)
+    ) -> Result<Vec<f32>> {
+        Ok(selective_scan::selective_scan(self.isa, xbc, dt, dt_stride, weights, shape, segments))
     }
 
     fn attention(
@@ -255,45 +269,49 @@ impl Backend for Cpu {
         values: &Vec<f32>,
         shape: AttentionShape,
         segments: &mut [Segment<'_, KeyValues<Vec<f32>>>],
-    ) -> Vec<f32> {
-        attention::attention(self.isa, query, keys, values, shape, segments)
+    ) -> Result<Vec<f32>> {
+        Ok(attention::attention(self.isa, query, keys, values, shape, segments))
     }
 
-    fn relu_squared(&self, values: &mut Vec<f32>) {
+    fn relu_squared(&self, values: &mut Vec<f32>) -> Result<()> {
         elementwise::relu_squared(self.isa, values);
+        Ok(())
     }
 
-    fn scale(&self, values: &mut Vec<f32>, factor: f32) {
+    fn scale(&self, values: &mut Vec<f32>, factor: f32) -> Result<()> {
         values.iter_mut().for_each(|value| *value *= factor);
+        Ok(())
     }
 
-    fn add_bias(&self, rows: &mut Vec<f32>, bias: &Vec<f32>) {
+    fn add_bias(&self, rows: &mut Vec<f32>, bias: &Vec<f32>) -> Result<()> {
         for row in rows.chunks_exact_mut(bias.len()) {
             row.iter_mut().zip(bias).for_each(|(x, b)| *x += b);
         }
+        Ok(())
     }
 
-    fn is_finite(&self, values: &Vec<f32>) -> bool {
-        elementwise::is_finite(self.isa, values)
+    fn is_finite(&self, values: &Vec<f32>) -> Result<bool> {
+        Ok(elementwise::is_finite(self.isa, values))
     }
 
-    fn add(&self, sum: &mut Vec<f32>, values: &Vec<f32>) {
+    fn add(&self, sum: &mut Vec<f32>, values: &Vec<f32>) -> Result<()> {
         elementwise::add(self.isa, sum, values);
+        Ok(())
     }
 
-    fn route(&self, logits: &Vec<f32>, bias: &Vec<f32>, shape: RouteShape) -> Vec<ExpertRows> {
-        route::route(logits, bias, shape)
+    fn route(&self, logits: &Vec<f32>, bias: &Vec<f32>, shape: RouteShape) -> Result<Vec<ExpertRows>> {
+        Ok(route::route(logits, bias, shape))
     }
 
-    fn gather(&self, input: &Vec<f32>, width: usize, rows: &[u32]) -> Vec<f32> {
+    fn gather(&self, input: &Vec<f32>, width: usize, rows: &[u32]) -> Result<Vec<f32>> {
         let mut gathered = Vec::with_capacity(rows.len() * width);
         for row in rows {
             gathered.extend_from_slice(&input[*row as usize * width..][..width]);
         }
-        gathered
+        Ok(gathered)
     }
 
-    fn scatter_add(&self, sum: &mut Vec<f32>, width: usize, values: &Vec<f32>, rows: &ExpertRows) {
+    fn scatter_add(&self, sum: &mut Vec<f32>, width: usize, values: &Vec<f32>, rows: &ExpertRows) -> Result<()> {
         let entries = rows.rows.iter().zip(&rows.weights);
         for ((row, weight), values) in entries.zip(values.chunks_exact(width)) {
             let sum = &mut sum[*row as usize * width..][..width];
@@ -301,5 +319,11 @@ impl Backend for Cpu {
                 .zip(values)
                 .for_each(|(s, v)| *s += weight * v);
         }
+        Ok(())
+    }
+
+    fn gram(&self, rows: &[f32], n: usize, sums: &mut [f64]) -> Result<()> {
+        gram::second_moments(self.isa, rows, n, sums);
+        Ok(())
     }
 }

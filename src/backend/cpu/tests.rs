@@ -8,6 +8,7 @@ use super::kernels::Isa;
 use super::{Cpu, Residence};
 use crate::artifact::StoredModel;
 use crate::calibrate::second_moments::{CrossMoments, SecondMoments};
+use crate::error::Result;
 use crate::forward::network::{Network, Sequence};
 use crate::forward::numerics::Numerics;
 use crate::forward::observer::{Observer, Silent};
@@ -24,13 +25,15 @@ fn fused() -> Vec<Isa> {
 struct Everything(Vec<(String, Vec<f32>)>);
 
 impl Observer<Cpu> for Everything {
-    fn residual(&mut self, block: usize, _: &Cpu, residual: &Vec<f32>, _: usize) {
+    fn residual(&mut self, block: usize, _: &Cpu, residual: &Vec<f32>, _: usize) -> Result<()> {
         self.0
             .push((format!("stream before block {block}"), residual.clone()));
+        Ok(())
     }
 
-    fn input(&mut self, tensor: &str, matrix: usize, _: &Cpu, input: &Vec<f32>, _: usize) {
+    fn input(&mut self, tensor: &str, matrix: usize, _: &Cpu, input: &Vec<f32>, _: usize) -> Result<()> {
         self.0.push((format!("{tensor} {matrix}"), input.clone()));
+        Ok(())
     }
 }
 
@@ -41,7 +44,7 @@ fn run(model: &Arc<StoredModel>, isa: Isa) -> Vec<(String, Vec<f32>)> {
     let vocab_size = model.config().vocab_size as u32;
     let tokens: Vec<u32> = (0..180).map(|i| (i * 7919 + 13) % vocab_size).collect();
     let (first, second) = tokens.split_at(113);
-    let (mut one, mut two) = (network.empty_state(), network.empty_state());
+    let [mut one, mut two] = [(); 2].map(|()| network.empty_state().unwrap());
     let mut sequences = [
         Sequence {
             tokens: first,

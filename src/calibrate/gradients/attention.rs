@@ -42,7 +42,7 @@ impl Attention {
         let values = self.value.apply(backend, 0, input)?;
         let mut caches = pass.fresh(KeyValues::default());
         let mut caches = segments(pass.sequences, &mut caches);
-        let mixed = backend.attention(&query, &keys, &values, self.shape, &mut caches);
+        let mixed = backend.attention(&query, &keys, &values, self.shape, &mut caches)?;
         let at_mixed = pass.back(&self.output, 0, &mixed, gradient)?;
         let inputs = vjp::Attention {
             query: &query,
@@ -55,7 +55,7 @@ impl Attention {
         let mut sum = pass.back(&self.query, 0, input, &found.query)?;
         for (matrix, gradient) in [(&self.key, found.keys), (&self.value, found.values)] {
             let part = pass.back(matrix, 0, input, &gradient)?;
-            backend.add(&mut sum, &part);
+            backend.add(&mut sum, &part)?;
         }
         Ok(sum)
     }

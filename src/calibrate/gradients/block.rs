@@ -150,7 +150,7 @@ impl Block {
         observer: &mut dyn OutputObserver,
     ) -> Result<Vec<f32>> {
         let backend = &self.weights.backend;
-        let normed = backend.rms_norm(residual, &self.norm, self.eps);
+        let normed = backend.rms_norm(residual, &self.norm, self.eps)?;
         let pass = Pass {
             backend,
             sequences,
@@ -163,7 +163,7 @@ impl Block {
             Mixer::Moe(mixer) => mixer.back(pass, &normed, &gradient)?,
         };
         let through_norm = vjp::rms_norm(residual, &self.norm, self.eps, &at_normed);
-        backend.add(&mut gradient, &through_norm);
+        backend.add(&mut gradient, &through_norm)?;
         Ok(gradient)
     }
 }

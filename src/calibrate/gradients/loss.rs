@@ -131,7 +131,7 @@ impl<'a> Loss<'a> {
         let backend = self.walk.backend()?;
         let mut normed = self.walk.streams()?;
         for cell in 0..self.walk.cells.len() {
-            let rows = backend.rms_norm(&last.read(cell)?, &self.norm, self.eps);
+            let rows = backend.rms_norm(&last.read(cell)?, &self.norm, self.eps)?;
             normed.write(cell, rows)?;
         }
         Ok(normed)
@@ -184,7 +184,7 @@ impl<'a> Loss<'a> {
             for (cell, _) in self.walk.filled_cells() {
                 (self.walk.watch)()?;
                 let logits = matrix.apply(&backend, 0, &normed.read(cell)?)?;
-                if !backend.is_finite(&logits) {
+                if !backend.is_finite(&logits)? {
                     let what = "the output head produced a value that is not finite";
                     return Err(Error::Run(Fault::new(what)));
                 }

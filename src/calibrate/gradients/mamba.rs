@@ -82,7 +82,7 @@ impl Mamba2 {
             &self.conv_weight,
             &self.conv_bias,
             &mut segments(pass.sequences, &mut conv_states),
-        );
+        )?;
         let mut states = pass.fresh(vec![0.0; shape.state_len()]);
         let y = backend.selective_scan(
             &xbc,
@@ -91,7 +91,7 @@ impl Mamba2 {
             self.scan_weights(),
             shape,
             &mut segments(pass.sequences, &mut states),
-        );
+        )?;
         let gated = backend.gated_rms_norm(
             y.clone(),
             &projected,
@@ -99,7 +99,7 @@ impl Mamba2 {
             &self.norm,
             shape.groups,
             self.eps,
-        );
+        )?;
         Ok(Kept {
             projected,
             xbc,

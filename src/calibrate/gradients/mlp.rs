@@ -38,7 +38,7 @@ impl Mlp {
     pub fn hidden(&self, pass: &Pass, index: usize, input: &Vec<f32>) -> Result<Hidden> {
         let before = self.up.apply(pass.backend, index, input)?;
         let mut after = before.clone();
-        pass.backend.relu_squared(&mut after);
+        pass.backend.relu_squared(&mut after)?;
         Ok(Hidden { before, after })
     }
 

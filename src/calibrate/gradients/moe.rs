@@ -56,7 +56,7 @@ impl Moe {
             .shared
             .back_from(&mut pass, 0, (input, &hidden), gradient)?;
         let logits = self.router.apply(pass.backend, 0, input)?;
-        let experts = pass.backend.route(&logits, &self.router_bias, self.route);
+        let experts = pass.backend.route(&logits, &self.router_bias, self.route)?;
         let routed = match &self.latent {
             None => {
                 let shares = self.shares(&pass, experts, input)?;
@@ -64,7 +64,7 @@ impl Moe {
             }
             Some(latent) => self.back_latent(&mut pass, latent, experts, input, gradient)?,
         };
-        pass.backend.add(&mut sum, &routed);
+        pass.backend.add(&mut sum, &routed)?;
         Ok(sum)
     }
 
@@ -94,7 +94,7 @@ impl Moe {
         let reached = experts.into_iter().enumerate();
         let reached = reached.filter(|(_, rows)| !rows.rows.is_empty());
         let share = |(expert, rows): (usize, ExpertRows)| {
-            let input = pass.backend.gather(input, self.experts.width(), &rows.rows);
+            let input = pass.backend.gather(input, self.experts.width(), &rows.rows)?;
             Ok(Share {
                 expert,
                 hidden: self.experts.hidden(pass, expert, &input)?,
@@ -111,7 +111,7 @@ impl Moe {
         for share in shares {
             let out = self.experts.output(pass, share.expert, &share.hidden)?;
             let backend = pass.backend;
-            backend.scatter_add(&mut sum, self.experts.width(), &out, &share.rows);
+            backend.scatter_add(&mut sum, self.experts.width(), &out, &share.rows)?;
         }
         Ok(sum)
     }
@@ -135,7 +135,7 @@ impl Moe {
                 rows: share.rows.rows.clone(),
                 weights: vec![1.0; share.rows.rows.len()],
             };
-            pass.backend.scatter_add(&mut sum, width, &at_input, &ones);
+            pass.backend.scatter_add(&mut sum, width, &at_input, &ones)?;
         }
         Ok(sum)
     }

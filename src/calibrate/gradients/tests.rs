@@ -12,7 +12,7 @@ use super::block::{Block, OutputObserver};
 use super::matrix::Matrix;
 use super::*;
 use crate::artifact::{MemoryTensor, StoredModel};
-use crate::backend::ExpertRows;
+use crate::backend::{ExpertRows, Machines};
 use crate::backend::cpu::{Cpu, Residence};
 use crate::calibrate::capture::Capture;
 use crate::calibrate::layer::Layer;
@@ -75,7 +75,7 @@ fn check_inputs(path: &Path) {
         let names = tensors.iter().map(|tensor| tensor.name.clone());
         let names: Vec<String> = names.filter(|name| is_rounded(name)).collect();
         let names: Vec<&str> = names.iter().map(String::as_str).collect();
-        let layer = Layer::open(walk.config(), block, tensors.clone()).unwrap();
+        let layer = Layer::open(&Machines::Cpu, walk.config(), block, tensors.clone()).unwrap();
         let back = Block::open(walk.config(), block, tensors).unwrap();
         for (cell, sequences) in walk.filled_cells() {
             let stream = before.read(cell).unwrap();
@@ -176,7 +176,8 @@ impl Scene {
         let backend = Cpu::new(Arc::clone(&model), Residence::Mapped);
         let network = Network::open(&model, backend, &Numerics::EXACT).unwrap();
         let sequences = &self.samples.sequences;
-        let mut states: Vec<_> = sequences.iter().map(|_| network.empty_state()).collect();
+        let states = sequences.iter().map(|_| network.empty_state().unwrap());
+        let mut states: Vec<_> = states.collect();
         let mut sequences: Vec<_> = sequences
             .iter()
             .zip(&mut states)

@@ -6,6 +6,7 @@ use std::sync::Arc;
 
 use super::block::{Block, OutputObserver};
 use crate::artifact::{MemoryTensor, StoredModel};
+use crate::backend::Machines;
 use crate::backend::cpu::{Cpu, Residence};
 use crate::calibrate::capture::Capture;
 use crate::calibrate::layer::Layer;
@@ -88,7 +89,7 @@ impl<'a> Walk<'a> {
         samples.check_vocabulary(self.config().vocab_size)?;
         let mut all = vec![self.embed(samples)?];
         for block in 0..self.blocks() {
-            let layer = Layer::open(self.config(), block, self.tensors(block)?)?;
+            let layer = Layer::open(&Machines::Cpu, self.config(), block, self.tensors(block)?)?;
             let mut behind = self.streams()?;
             for (cell, sequences) in self.filled_cells() {
                 (self.watch)()?;

@@ -17,15 +17,12 @@ mod tests;
 pub mod workspace;
 
 use std::collections::BTreeMap;
-use std::path::Path;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use super::Progress;
-use crate::artifact::{MemoryTensor, StoredModel};
-use crate::backend::ExpertRows;
+use crate::artifact::MemoryTensor;
 use crate::backend::cpu::kernels::Isa;
-use crate::backend::cpu::{Cpu, Residence};
+use crate::backend::{ExpertRows, Machine, Machines};
 use crate::calibrate::capture::Capture;
 use crate::calibrate::gradients::OutputMoments;
 use crate::calibrate::layer::Layer;
@@ -96,6 +93,8 @@ impl Rounding {
 
 /// Everything a calibrated conversion works on.
 pub struct Calibrated<'a> {
+    /// Where the network is run.
+    pub machines: &'a Machines,
     /// The original weights after their rewrites, by GGUF name.
     pub weights: &'a RewrittenModel,
     /// What each tensor becomes.
@@ -259,7 +258,7 @@ impl Calibrated<'_> {
             .iter()
             .map(|name| self.weights.in_memory(name))
             .collect::<Result<Vec<_>>>()?;
-        let original = Layer::open(config, block, originals.clone())?;
+        let original = Layer::open(self.machines, config, block, originals.clone())?;
         let routes = self.run_original(&original, streams)?;
         for (index, stage) in stages.iter().enumerate() {
             self.check_stop()?;
@@ -311,6 +310,7 @@ impl Calibrated<'_> {
                 _ => Ok(original.clone()),
             });
         Layer::open(
+            self.machines,
             self.weights.stored().config(),
             block,
             tensors.collect::<Result<_>>()?,
@@ -390,16 +390,8 @@ impl Calibrated<'_> {
     }
 
     /// For operations without weights.
-    fn backend(&self) -> Cpu {
-        let nothing = StoredModel::in_memory(
-            Path::new("no weights"),
-            self.weights.stored().config().clone(),
-            Vec::new(),
-        );
-        Cpu::new(
-            Arc::new(nothing.expect("nothing cannot be malformed")),
-            Residence::Mapped,
-        )
+    fn machine(&self) -> Machine {
+        self.machines.without_weights(self.weights.stored().config())
     }
 
     fn isa(&self) -> Isa {

@@ -6,7 +6,7 @@ use std::ops::Range;
 use super::rounding::{TensorRounding, add_to_pool};
 use super::{BothStreams, Calibrated, Workspace, absorption, routing_of, stages};
 use crate::backend::cpu::kernels::Isa;
-use crate::backend::{Backend, ExpertRows};
+use crate::backend::{Backend, ExpertRows, Machine};
 use crate::calibrate::capture::{Capture, Captured};
 use crate::calibrate::cells::{Merge, Tree};
 use crate::calibrate::layer::Layer;
@@ -171,8 +171,7 @@ impl<'a> StageMoments<'a> {
     ) -> Result<()> {
         let config = self.job.weights.stored().config();
         if stages::reads_stream(layer.kind(), config, self.members) {
-            layer.show_readers(stream, routing, capture);
-            return Ok(());
+            return layer.show_readers(std::mem::take(stream), routing, capture);
         }
         layer.run(stream, lengths, capture)
     }
@@ -188,11 +187,12 @@ impl<'a> StageMoments<'a> {
             let mut stream = self.streams.original.read(cell)?;
             self.show(self.original, &mut stream, lengths, routing, &mut originals)?;
         }
+        let machine = self.job.machine();
         let seen = |(key, captured)| {
-            let found = seen(self.job.isa(), &captured, originals.inputs.get(&key));
-            (key, found)
+            let found = seen(&machine, &captured, originals.inputs.get(&key))?;
+            Ok((key, found))
         };
-        Ok(capture.inputs.into_iter().map(seen).collect())
+        capture.inputs.into_iter().map(seen).collect()
     }
 }
 
@@ -202,23 +202,32 @@ fn count_of(keys: &[Key], input: &str) -> usize {
 }
 
 /// What is known of some inputs, and of those of the original network with them.
-pub fn seen(isa: Isa, captured: &Captured, original: Option<&Captured>) -> Seen {
+///
+/// # Errors
+/// The machine fails.
+pub fn seen(
+    machine: &Machine,
+    captured: &Captured,
+    original: Option<&Captured>,
+) -> Result<Seen> {
     let n = captured.in_features;
     let mut moments = SecondMoments::empty(n);
     let weights = (!captured.weights.is_empty()).then_some(captured.weights.as_slice());
-    moments.add(isa, &captured.rows, weights);
+    moments.add_on(machine, &captured.rows, weights)?;
     // Of experts the few tokens they see would be corrected for noise.
     let original = original.filter(|_| weights.is_none());
     let cross =
-        original.map(|original| CrossMoments::of(isa, (&original.rows, n), (&captured.rows, n)));
+        original.map(|original| {
+        CrossMoments::of(Isa::detect(), (&original.rows, n), (&captured.rows, n))
+    });
     let largest = captured.rows.iter().fold(0.0, |a: f32, x| a.max(x.abs()));
-    Seen {
+    Ok(Seen {
         moments,
         cross,
         largest,
         sums: sums_of(&captured.rows, n),
         original_sums: original.map(|original| sums_of(&original.rows, n)),
-    }
+    })
 }
 
 /// Rows `[_, n]` summed up in order.
@@ -247,22 +256,26 @@ pub fn round_head(
     let Some(tensor) = job.tensor(name) else {
         return Ok(());
     };
-    let backend = job.backend();
+    let machine = job.machine();
+    let norm = machine.upload(norm.to_vec())?;
     let eps = job.weights.stored().config().norm_epsilon();
     let mut tree = Tree::default();
     for cell in 0..streams.cells.len() {
         job.check_stop()?;
-        let normed = |values: Vec<f32>| Captured {
-            rows: backend.rms_norm(&values, &norm.to_vec(), eps),
-            in_features: norm.len(),
-            weights: Vec::new(),
+        let normed = |values: Vec<f32>| -> Result<_> {
+            let normed = machine.rms_norm(&machine.upload(values)?, &norm, eps)?;
+            Ok(Captured {
+                rows: machine.download_all(normed)?,
+                in_features: machine.len(&norm),
+                weights: Vec::new(),
+            })
         };
-        let rounded = normed(streams.rounded.read(cell)?);
+        let rounded = normed(streams.rounded.read(cell)?)?;
         let original = match job.rounding.target_correction > 0.0 {
-            true => Some(normed(streams.original.read(cell)?)),
+            true => Some(normed(streams.original.read(cell)?)?),
             false => None,
         };
-        tree.push(seen(job.isa(), &rounded, original.as_ref()));
+        tree.push(seen(&machine, &rounded, original.as_ref())?);
     }
     let seen = tree
         .finish()

@@ -8,6 +8,7 @@ use nemoconv_fixtures::checkpoint::{RandomCheckpoint, cases};
 use nemoconv_formats::checkpoint::Checkpoint;
 
 use super::*;
+use crate::artifact::StoredModel;
 use crate::model::config::NemotronHConfig;
 use crate::plan::Settings;
 use crate::plan::file_type::FileType;
@@ -70,6 +71,7 @@ impl Scene {
 
     pub fn job(&self, rounding: Rounding) -> Calibrated<'_> {
         Calibrated {
+            machines: &Machines::Cpu,
             weights: &self.weights,
             plan: &self.plan,
             integers: &NO_INTEGERS,

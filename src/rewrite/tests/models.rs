@@ -6,6 +6,7 @@ use std::sync::Arc;
 
 use nemoconv_fixtures::checkpoint::cases;
 
+use crate::error::Result;
 use crate::artifact::StoredModel;
 use crate::backend::cpu::{Cpu, Residence};
 use crate::forward::network::{Network, Sequence};
@@ -35,7 +36,13 @@ struct Collect {
 type Sums = (Vec<f64>, Vec<f32>, f64);
 
 impl Observer<Cpu> for Collect {
-    fn residual(&mut self, block: usize, _: &Cpu, residual: &Vec<f32>, rows: usize) {
+    fn residual(
+        &mut self,
+        block: usize,
+        _: &Cpu,
+        residual: &Vec<f32>,
+        rows: usize,
+    ) -> Result<()> {
         let size = self.hidden;
         self.residual.resize(block + 1, vec![0.0; size * size]);
         for row in residual.chunks(size).take(rows) {
@@ -47,9 +54,17 @@ impl Observer<Cpu> for Collect {
                 }
             }
         }
+        Ok(())
     }
 
-    fn input(&mut self, tensor: &str, matrix: usize, _: &Cpu, input: &Vec<f32>, rows: usize) {
+    fn input(
+        &mut self,
+        tensor: &str,
+        matrix: usize,
+        _: &Cpu,
+        input: &Vec<f32>,
+        rows: usize,
+    ) -> Result<()> {
         let width = input.len() / rows;
         let empty = || (vec![0.0; width], vec![0.0; width], 0.0);
         let key = (tensor.to_owned(), matrix);
@@ -63,6 +78,7 @@ impl Observer<Cpu> for Collect {
                 .for_each(|(max, x)| *max = max.max(x.abs()));
             *count += 1.0;
         }
+        Ok(())
     }
 }
 
@@ -97,7 +113,7 @@ fn run(model: &Arc<StoredModel>, observer: &mut dyn Observer<Cpu>) -> Vec<f32> {
     let tokens: Vec<u32> = (0..TOKENS)
         .map(|i| (i * i * 31 + i * 7 + 3) % vocabulary)
         .collect();
-    let mut state = network.empty_state();
+    let mut state = network.empty_state().unwrap();
     let sequence = Sequence {
         tokens: &tokens,
         state: &mut state,

@@ -129,7 +129,7 @@ fn gram() {
         let high = values(n * n, 2);
         let sums: Vec<f32> = high.iter().flat_map(|high| [high * 1e4, 0.0]).collect();
         let across = n.div_ceil(32);
-        let parameters = [rows as u32, n as u32, first_row as u32, 0];
+        let parameters = [rows, n, 0, n, first_row * n, 0].map(|size| size as u32);
         let results = run(
             &kernels::GRAM,
             (across * across) as u32,

@@ -23,6 +23,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use nemoconv_formats::GgmlType;
 
 use super::Rounding;
+use crate::backend::Machines;
 use crate::backend::cpu::kernels::Isa;
 use crate::calibrate::samples::Samples;
 use crate::convert::Progress;
@@ -67,6 +68,8 @@ pub struct Sensitivity {
 
 /// A measurement about to be made.
 pub struct Measurement<'a> {
+    /// Where the network is run.
+    pub machines: &'a Machines,
     /// The original weights after their rewrites, by GGUF name.
     pub weights: &'a RewrittenModel,
     /// What the network reads.

@@ -48,7 +48,7 @@ impl Head {
 
     /// Logits of some rows of the normed stream.
     pub fn logits(&self, normed: &Vec<f32>, rows: &[u32]) -> Result<Vec<f32>> {
-        let chosen = self.backend.gather(normed, self.hidden, rows);
+        let chosen = self.backend.gather(normed, self.hidden, rows)?;
         self.backend
             .matmul(&self.weight, 0, &chosen, rows.len(), Activation::None)
     }

@@ -13,8 +13,8 @@ use super::local_losses::{LocalLosses, memory_tensor, sum_of_squares};
 use super::predictions::{Head, KEPT_LOGITS, POSITIONS, Reference, kl_divergence};
 use super::{Group, Measurement, Sensitivity, TypeLoss, probe_types};
 use crate::artifact::{MemoryTensor, StoredTensor};
-use crate::backend::Backend;
-use crate::backend::cpu::{Cpu, Residence};
+use crate::backend::cpu::Residence;
+use crate::backend::{Backend, Machine};
 use crate::calibrate::capture::Capture;
 use crate::calibrate::cells::Merge;
 use crate::calibrate::layer::Layer;
@@ -35,7 +35,9 @@ pub type SeenMoments = BTreeMap<(String, usize), SecondMoments>;
 pub struct Probing<'a> {
     pub job: &'a Measurement<'a>,
     /// As it is stored: what comes behind the block that is looked at.
-    network: Network<Cpu>,
+    network: Network<Machine>,
+    /// For operations without weights.
+    machine: Machine,
     /// From the rewritten stream to the stored one.
     restore: Restore<'a>,
     /// Residual streams are those of the rewritten network.
@@ -49,8 +51,8 @@ impl<'a> Probing<'a> {
     /// Embeds what is read and takes what the original network predicts.
     pub fn begin(job: &'a Measurement<'a>) -> Result<Self> {
         let stored = job.weights.stored();
-        let backend = Cpu::new(Arc::clone(stored), Residence::Mapped);
-        let network = Network::open(stored, backend, &Numerics::EXACT)?;
+        let machine = job.machines.machine(Arc::clone(stored), Residence::Mapped);
+        let network = Network::open(stored, machine, &Numerics::EXACT)?;
         let (for_moments, for_probes) = choose_sequences(&job.samples.sequences);
         let hidden = stored.config().hidden_size;
         let table = job.weights.matrix("token_embd.weight", 0)?;
@@ -86,6 +88,7 @@ impl<'a> Probing<'a> {
         Ok(Self {
             job,
             network,
+            machine: job.machines.without_weights(stored.config()),
             restore: job.weights.rewrites().restore(),
             moment_batches,
             probe_batches,
@@ -157,14 +160,20 @@ impl<'a> Probing<'a> {
         lengths: &[usize],
     ) -> Result<Vec<f32>> {
         self.restore.stream(&mut residual);
-        self.network.run_from(first, residual, lengths)
+        let machine = self.network.backend();
+        let normed = self
+            .network
+            .run_from(first, machine.upload(residual)?, lengths)?;
+        machine.download_all(normed)
     }
 
     /// What the rewritten head reads, from rewritten streams behind the last block.
-    pub fn normed(&self, residual: &Vec<f32>) -> Result<Vec<f32>> {
+    pub fn normed(&self, residual: &[f32]) -> Result<Vec<f32>> {
         let norm = self.job.weights.matrix("output_norm.weight", 0)?;
-        let backend = self.network.backend();
-        Ok(backend.rms_norm(residual, &norm, self.config().norm_epsilon()))
+        let (stream, norm) = (self.machine.upload(residual.to_vec())?, self.machine.upload(norm)?);
+        let eps = self.config().norm_epsilon();
+        let normed = self.machine.rms_norm(&stream, &norm, eps)?;
+        self.machine.download_all(normed)
     }
 
     /// A tensor rounded to the nearest.
@@ -182,7 +191,7 @@ impl<'a> Probing<'a> {
     ) -> Result<()> {
         let prefix = format!("blk.{block}.");
         let originals = self.originals(block)?;
-        let layer = Layer::open(self.config(), block, originals.clone())?;
+        let layer = Layer::open(self.job.machines, self.config(), block, originals.clone())?;
         let groups: Vec<&Group> = self
             .job
             .groups
@@ -236,7 +245,7 @@ impl<'a> Probing<'a> {
                 .find(|original| original.name == tensor.name);
             *place.expect("a group's tensors are of its block") = tensor;
         }
-        Layer::open(self.config(), block, replaced)
+        Layer::open(self.job.machines, self.config(), block, replaced)
     }
 
     /// Runs the moments' streams through a block and sums up what some tensors read.
@@ -251,7 +260,7 @@ impl<'a> Probing<'a> {
             for (key, captured) in capture.inputs {
                 let weights = (!captured.weights.is_empty()).then_some(captured.weights.as_slice());
                 let mut moments = SecondMoments::empty(captured.in_features);
-                moments.add(self.job.isa(), &captured.rows, weights);
+                moments.add_on(&self.machine, &captured.rows, weights)?;
                 match seen.get_mut(&key) {
                     Some(sum) => sum.merge(moments),
                     None => drop(seen.insert(key, moments)),
@@ -283,7 +292,8 @@ impl<'a> Probing<'a> {
     pub fn head_moments(&self) -> Result<SeenMoments> {
         let mut moments = SecondMoments::empty(self.config().hidden_size);
         for batch in &self.moment_batches {
-            moments.add(self.job.isa(), &self.normed(&batch.residual)?, None);
+            let normed = self.normed(&batch.residual)?;
+            moments.add_on(&self.machine, &normed, None)?;
         }
         Ok([(("output.weight".to_string(), 0), moments)]
             .into_iter()
@@ -310,7 +320,10 @@ impl<'a> Probing<'a> {
             let normed = run(index, batch)?;
             let logits = match head {
                 Some(head) => head.logits(&normed, &reference.rows)?,
-                None => self.network.logits(&normed, &reference.rows, &mut Silent)?,
+                None => {
+                    let normed = self.network.backend().upload(normed)?;
+                    self.network.logits(&normed, &reference.rows, &mut Silent)?
+                }
             };
             let vocabulary = logits.len() / reference.rows.len().max(1);
             let rows = reference

@@ -92,7 +92,7 @@ impl Measurement<'_> {
         for block in 0..blocks {
             let prefix = format!("blk.{block}.");
             let originals = probing.originals(block)?;
-            let layer = Layer::open(probing.config(), block, originals.clone())?;
+            let layer = Layer::open(self.machines, probing.config(), block, originals.clone())?;
             let names = originals.iter().map(|tensor| tensor.name.as_str());
             let is_rounded = |name: &&str| runs.iter().any(|run| run.type_of(name).is_some());
             let names: Vec<&str> = names.filter(is_rounded).collect();

@@ -1,0 +1,9 @@
+// F16: exact in F32. A block is a value of 2 bytes.
+// Twins: dequantize_f16.cu, `dequantize` in formats/src/block/mod.rs.
+
+const ELEMENTS = 1u;
+const BYTES = 2u;
+
+fn value(block: u32, at: u32) -> f32 {
+    return half_at(block);
+}

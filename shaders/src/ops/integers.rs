@@ -1,0 +1,205 @@
+//! Integers of compressed-tensors as values.
+
+use std::ops::Range;
+
+use nemoconv_formats::Dtype;
+use nemoconv_formats::packed::bits::WORD_BYTES;
+use nemoconv_formats::packed::{Group, Width};
+
+use super::{groups_of, word};
+use crate::array::{Array, Bytes, Device};
+use crate::driver::View;
+use crate::error::Result;
+use crate::kernels;
+
+/// Integers of compressed-tensors: how rows of codes, scales and zero points lie in their bytes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct IntegerLayout {
+    /// How codes are stored.
+    pub codes: Integers,
+    /// Codes of a row.
+    pub columns: usize,
+    /// What shares a scale and a zero point.
+    pub group: Group,
+    /// BF16, F16 or F32.
+    pub scales: Dtype,
+}
+
+/// How codes of compressed-tensors are stored.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Integers {
+    /// `pack-quantized`: 32-bit words along a row. Zero points are words too, along a column, so their first word
+    /// begins with the first row.
+    Packed(Width),
+    /// `int-quantized`: signed bytes, whatever their width. Zero points are signed bytes too.
+    Bytes,
+}
+
+impl IntegerLayout {
+    /// Bytes of a row of codes.
+    fn row_bytes(&self) -> usize {
+        match self.codes {
+            Integers::Packed(width) => width.words(self.columns) * WORD_BYTES,
+            Integers::Bytes => self.columns,
+        }
+    }
+
+    /// Columns that share a scale.
+    fn group_columns(&self) -> usize {
+        match self.group {
+            Group::Columns(columns) => columns,
+            Group::Row | Group::Tensor => self.columns,
+        }
+    }
+
+    /// Scales of a row.
+    fn groups(&self) -> usize {
+        self.columns / self.group_columns()
+    }
+
+    /// Scales from one row to the next.
+    fn scale_step(&self) -> usize {
+        match self.group {
+            Group::Tensor => 0,
+            _ => self.groups(),
+        }
+    }
+
+    /// The type of scales as the kernel knows it.
+    fn scale_type(&self) -> usize {
+        match self.scales {
+            Dtype::Bf16 => 0,
+            Dtype::F16 => 1,
+            Dtype::F32 => 2,
+            other => panic!("scales cannot be {other}"),
+        }
+    }
+
+    /// What the method promises to panic at.
+    fn check(&self, has_zeros: bool) {
+        let is_whole = matches!(self.group, Group::Row | Group::Tensor);
+        let group_columns = self.group_columns();
+        assert!(
+            is_whole || group_columns > 0 && self.columns.is_multiple_of(group_columns),
+            "groups do not divide rows: {self:?}"
+        );
+        let is_packed = matches!(self.codes, Integers::Packed(_));
+        assert!(
+            !(has_zeros && is_packed && self.group == Group::Tensor),
+            "packed zero points of a whole tensor"
+        );
+    }
+
+    /// The scales that these rows need.
+    fn scales_of(&self, rows: &Range<usize>) -> Range<usize> {
+        match self.group {
+            Group::Tensor => 0..1,
+            _ => rows.start * self.groups()..rows.end * self.groups(),
+        }
+    }
+
+    /// The bytes of zero points that these rows need, and the rows before them in the first word.
+    fn zeros_of(&self, rows: &Range<usize>) -> (Range<usize>, usize) {
+        match self.codes {
+            Integers::Bytes => (self.scales_of(rows), 0),
+            Integers::Packed(width) => {
+                let row_of_words = self.groups() * WORD_BYTES;
+                let words = rows.start / width.per_word()..width.words(rows.end);
+                let bytes = words.start * row_of_words..words.end * row_of_words;
+                (bytes, rows.start % width.per_word())
+            }
+        }
+    }
+
+    /// Bits of a code, and what to change in it so that all are too large by half their number.
+    fn digits(&self) -> [usize; 2] {
+        match self.codes {
+            Integers::Packed(width) => [width.bits(), 0],
+            Integers::Bytes => [8, 0x80],
+        }
+    }
+}
+
+impl Device {
+    /// Values of some rows of integers, `(code - zero) * scale`, to the first values of `out`. `codes`, `scales` and
+    /// `zeros` hold rows from the first on, as a checkpoint stores them; symmetric weights have no zero points.
+    ///
+    /// # Errors
+    /// Device lost; the values or bytes of these rows are more than a view may span.
+    ///
+    /// # Panics
+    /// The rows are not all there or do not fit `out`, groups do not divide them, scales are of another type, or packed
+    /// zero points belong to a whole tensor.
+    pub fn dequantize_integers(
+        &self,
+        layout: &IntegerLayout,
+        codes: &Bytes,
+        scales: &Bytes,
+        zeros: Option<&Bytes>,
+        rows: Range<usize>,
+        out: &mut Array,
+    ) -> Result<()> {
+        layout.check(zeros.is_some());
+        let count = rows.len() * layout.columns;
+        assert!(
+            count <= out.len(),
+            "{rows:?} of {layout:?} do not fit {} values",
+            out.len()
+        );
+        if count == 0 {
+            return Ok(());
+        }
+        let zero_type = match (zeros, layout.codes) {
+            (None, _) => 0,
+            (Some(_), Integers::Bytes) => 1,
+            (Some(_), Integers::Packed(_)) => 2,
+        };
+        let row_bytes = layout.row_bytes();
+        let (codes, first_code) = stored(codes, rows.start * row_bytes..rows.end * row_bytes);
+        let scale_bytes = layout.scales.bytes();
+        let of_rows = layout.scales_of(&rows);
+        let (scales, first_scale) = stored(
+            scales,
+            of_rows.start * scale_bytes..of_rows.end * scale_bytes,
+        );
+        let (of_rows, first_digit) = layout.zeros_of(&rows);
+        let (zeros, first_zero) = match zeros {
+            Some(zeros) => stored(zeros, of_rows),
+            // Any view: it is not read.
+            None => (scales, 0),
+        };
+        let [bits, flip] = layout.digits();
+        let parameters = [
+            count,
+            layout.columns,
+            bits,
+            flip,
+            first_code,
+            row_bytes,
+            layout.group_columns(),
+            layout.scale_step(),
+            layout.scale_type(),
+            first_scale,
+            zero_type,
+            first_zero,
+            first_digit,
+        ]
+        .map(word);
+        let kernel = &kernels::DEQUANTIZE_INTEGERS;
+        let views = [codes, scales, zeros, out.part(0..count).0];
+        self.launch(
+            kernel,
+            groups_of(count, kernel.threads),
+            &views,
+            &parameters,
+        )
+    }
+}
+
+/// Some bytes: the view, and where they begin in it.
+fn stored(bytes: &Bytes, part: Range<usize>) -> (View, usize) {
+    let part = part.start as u64..part.end as u64;
+    assert!(part.end <= bytes.len(), "bytes {part:?} of {}", bytes.len());
+    let (view, first) = bytes.part(part);
+    (view, first as usize)
+}

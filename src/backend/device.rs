@@ -1,0 +1,412 @@
+//! The network on a device: weights as they are stored, decoded and multiplied there.
+//!
+//! Enters: stored weights, f32 rows. Leaves: f32 rows. Weights lie on the device while they fit; the others are sent tile by
+//! tile whenever they are multiplied.
+
+use std::ops::Range;
+use std::sync::Arc;
+
+use nemoconv_device::{
+    Array, AttentionLayout, Bytes, ConvLayout, Device, DeviceError, MatmulLayout, Rounding,
+    ScanLayout, can_dequantize,
+};
+
+use super::activation::Activation;
+use super::cpu::{Cpu, CpuWeight};
+use super::tally::Tally;
+use super::{
+    AttentionArithmetic, AttentionShape, Backend, KeyValues, ScanShape, ScanWeights, Segment,
+    default_bodies,
+};
+use crate::artifact::StoredTensor;
+use crate::backend::ExpertRows;
+use crate::error::{Error, Result};
+
+/// Bytes of decoded weights that are multiplied at a time.
+const TILE_BYTES: usize = 64 << 20;
+/// Bytes that are sent at a time.
+const SENT_BYTES: usize = 32 << 20;
+/// The part of free memory that weights leave to activations.
+const RESERVE: u64 = 4;
+/// Where matrices of a stack begin: multiples of this.
+const MATRIX_ALIGNMENT: u64 = 256;
+
+/// A device that backends share.
+pub struct OpenDevice {
+    device: Device,
+    tally: Tally,
+}
+
+impl OpenDevice {
+    /// Shares a device.
+    pub fn new(device: Device) -> Self {
+        Self {
+            device,
+            tally: Tally::default(),
+        }
+    }
+
+    /// The device.
+    pub fn device(&self) -> &Device {
+        &self.device
+    }
+
+    /// Which operations ran where.
+    pub fn tally(&self) -> &Tally {
+        &self.tally
+    }
+}
+
+/// A device with a model's weights.
+pub struct OnDevice {
+    open: Arc<OpenDevice>,
+    host: Cpu,
+}
+
+/// A weight for a device.
+pub struct DeviceWeight {
+    host: CpuWeight,
+    /// All matrices in the stored type, if they fit.
+    resident: Option<Bytes>,
+}
+
+impl DeviceWeight {
+    fn tensor(&self) -> &StoredTensor {
+        self.host.tensor()
+    }
+}
+
+/// Bytes from one matrix of a stack to the next.
+fn matrix_stride(tensor: &StoredTensor) -> u64 {
+    (tensor.row_bytes() as u64 * tensor.rows as u64).next_multiple_of(MATRIX_ALIGNMENT)
+}
+
+/// How the device rounds inputs; `None` where it does not.
+fn rounding(activation: Activation) -> Option<Rounding> {
+    match activation {
+        Activation::None => None,
+        Activation::Bf16 => Some(Rounding::Bf16),
+        Activation::F16 => Some(Rounding::F16),
+        // The sums of blocks that Q8_1 rounds to F16 are sums of rounded values here.
+        Activation::Q8_0 | Activation::Q8_1 => Some(Rounding::Q8_0),
+        Activation::Q8K => Some(Rounding::Q8K),
+        Activation::TokenInt8 => Some(Rounding::RowInt8),
+        Activation::StaticInt8(scale) => Some(Rounding::StaticInt8(scale)),
+    }
+}
+
+impl OnDevice {
+    /// A backend for the weights that `host` reads.
+    pub fn new(open: Arc<OpenDevice>, host: Cpu) -> Self {
+        Self { open, host }
+    }
+
+    fn device(&self) -> &Device {
+        &self.open.device
+    }
+
+    fn counted(&self, operation: &'static str) -> &Device {
+        self.open.tally.device(operation);
+        self.device()
+    }
+
+    /// Sends a weight, unless it would not fit.
+    fn make_resident(&self, weight: &CpuWeight) -> Result<Option<Bytes>> {
+        let tensor = weight.tensor();
+        let bytes = matrix_stride(tensor) * tensor.matrices as u64;
+        let free = self.device().free_bytes();
+        let limits = self.device().description().limits;
+        if bytes > free - free / RESERVE || bytes > limits.allocation_bytes {
+            return Ok(None);
+        }
+        let mut resident = match self.device().reserve_bytes(bytes) {
+            Err(DeviceError::OutOfMemory { .. }) => return Ok(None),
+            reserved => reserved?,
+        };
+        // Whole words: every fourth row ends with one.
+        let tile = (SENT_BYTES / tensor.row_bytes()).next_multiple_of(4).max(4);
+        let mut buffer = Vec::new();
+        for matrix in 0..tensor.matrices {
+            for first in (0..tensor.rows).step_by(tile) {
+                let count = tile.min(tensor.rows - first);
+                let rows = weight.rows(matrix, first, count, &mut buffer)?;
+                let at = matrix as u64 * matrix_stride(tensor) + (first * tensor.row_bytes()) as u64;
+                self.device().write_bytes(&mut resident, at, rows)?;
+            }
+        }
+        Ok(Some(resident))
+    }
+
+    /// Decodes rows of a matrix to the first values of `out`.
+    fn decode(
+        &self,
+        weight: &DeviceWeight,
+        matrix: usize,
+        rows: Range<usize>,
+        out: &mut Array,
+    ) -> Result<()> {
+        let tensor = weight.tensor();
+        let values = rows.len() * tensor.columns;
+        let sent;
+        let (bytes, first) = match &weight.resident {
+            Some(resident) => {
+                let row = (rows.start * tensor.row_bytes()) as u64;
+                (resident, matrix as u64 * matrix_stride(tensor) + row)
+            }
+            None => {
+                let mut buffer = Vec::new();
+                let stored = weight
+                    .host
+                    .rows(matrix, rows.start, rows.len(), &mut buffer)?;
+                sent = self.device().upload_bytes(stored)?;
+                (&sent, 0)
+            }
+        };
+        Ok(self.device().dequantize(tensor.ty, bytes, first, values, out)?)
+    }
+
+    /// Rows of a weight that are decoded together.
+    fn tile_rows(&self, tensor: &StoredTensor) -> usize {
+        let limit = self.device().description().limits.view_bytes / 2;
+        let bytes = (TILE_BYTES as u64).min(limit) as usize;
+        (bytes / (4 * tensor.columns)).clamp(1, tensor.rows.max(1))
+    }
+}
+
+impl Backend for OnDevice {
+    type Buffer = Array;
+    type Weight = DeviceWeight;
+
+    fn host(&self) -> &Cpu {
+        &self.host
+    }
+
+    fn host_weight<'a>(&self, weight: &'a DeviceWeight) -> &'a CpuWeight {
+        &weight.host
+    }
+
+    fn on_host(&self, operation: &'static str) {
+        self.open.tally.host(operation);
+    }
+
+    fn weight(&self, tensor: &StoredTensor) -> Result<DeviceWeight> {
+        let host = self.host.weight(tensor)?;
+        let resident = match can_dequantize(tensor.ty) {
+            true => self.make_resident(&host)?,
+            false => None,
+        };
+        Ok(DeviceWeight { host, resident })
+    }
+
+    fn upload(&self, values: Vec<f32>) -> Result<Array> {
+        Ok(self.device().upload(&values)?)
+    }
+
+    fn len(&self, buffer: &Array) -> usize {
+        buffer.len()
+    }
+
+    fn download(&self, buffer: &Array, part: Range<usize>) -> Result<Vec<f32>> {
+        Ok(self.device().download(buffer, part)?)
+    }
+
+    fn zeros(&self, len: usize) -> Result<Array> {
+        Ok(self.device().zeros(len)?)
+    }
+
+    fn duplicate(&self, buffer: &Array) -> Result<Array> {
+        Ok(self.device().duplicate(buffer)?)
+    }
+
+    fn matmul(
+        &self,
+        weight: &DeviceWeight,
+        matrix: usize,
+        input: &Array,
+        rows: usize,
+        activation: Activation,
+    ) -> Result<Array> {
+        let tensor = weight.tensor();
+        if !can_dequantize(tensor.ty) {
+            return default_bodies::matmul(self, weight, matrix, input, rows, activation);
+        }
+        let device = self.counted("matmul");
+        let rounded = match rounding(activation) {
+            Some(rounding) => Some(device.round_activation(input, tensor.columns, rounding)?),
+            None => None,
+        };
+        let input = rounded.as_ref().unwrap_or(input);
+        let mut out = device.uninitialized(rows * tensor.rows)?;
+        let tile = self.tile_rows(tensor);
+        let mut decoded = device.uninitialized(tile * tensor.columns)?;
+        for first in (0..tensor.rows).step_by(tile) {
+            let count = tile.min(tensor.rows - first);
+            self.decode(weight, matrix, first..first + count, &mut decoded)?;
+            let layout = MatmulLayout::linear(rows, tensor.columns, count, first, tensor.rows);
+            device.matmul(&layout, input, &decoded, &mut out)?;
+        }
+        Ok(out)
+    }
+
+    fn rms_norm(&self, input: &Array, weight: &Array, eps: f32) -> Result<Array> {
+        Ok(self.counted("rms_norm").rms_norm(input, weight, eps)?)
+    }
+
+    fn gated_rms_norm(
+        &self,
+        mut y: Array,
+        z: &Array,
+        z_stride: usize,
+        weight: &Array,
+        groups: usize,
+        eps: f32,
+    ) -> Result<Array> {
+        let device = self.counted("gated_rms_norm");
+        device.gated_rms_norm(&mut y, z, z_stride, weight, groups, eps)?;
+        Ok(y)
+    }
+
+    fn conv1d_silu(
+        &self,
+        input: &Array,
+        stride: usize,
+        first: usize,
+        weight: &Array,
+        bias: &Array,
+        segments: &mut [Segment<'_, Array>],
+    ) -> Result<Array> {
+        let device = self.counted("conv1d_silu");
+        let channels = bias.len();
+        let layout = ConvLayout {
+            stride,
+            first,
+            channels,
+            taps: weight.len() / channels,
+        };
+        let mut out = device.uninitialized(input.len() / stride * channels)?;
+        for segment in segments {
+            let rows = segment.rows.clone();
+            device.conv1d_silu(layout, rows, input, segment.state, weight, bias, &mut out)?;
+        }
+        Ok(out)
+    }
+
+    fn selective_scan(
+        &self,
+        xbc: &Array,
+        dt: &Array,
+        dt_stride: usize,
+        weights: ScanWeights<'_, Array>,
+        shape: ScanShape,
+        segments: &mut [Segment<'_, Array>],
+    ) -> Result<Array> {
+        let device = self.counted("selective_scan");
+        let layout = ScanLayout {
+            heads: shape.heads,
+            head_dim: shape.head_dim,
+            groups: shape.groups,
+            state_size: shape.state_size,
+            dt_stride,
+            time_step: shape.time_step,
+        };
+        let inputs = [xbc, dt, weights.a, weights.d, weights.dt_bias];
+        let mut out = device.uninitialized(xbc.len() / shape.conv_dim() * shape.inner())?;
+        for segment in segments {
+            let rows = segment.rows.clone();
+            device.selective_scan(layout, rows, inputs, segment.state, &mut out)?;
+        }
+        Ok(out)
+    }
+
+    fn attention(
+        &self,
+        query: &Array,
+        keys: &Array,
+        values: &Array,
+        shape: AttentionShape,
+        segments: &mut [Segment<'_, KeyValues<Array>>],
+    ) -> Result<Array> {
+        if shape.head_dim > AttentionLayout::MAX_HEAD_DIM {
+            return default_bodies::attention(self, query, keys, values, shape, segments);
+        }
+        let device = self.counted("attention");
+        let is_f16 = shape.arithmetic == AttentionArithmetic::F16;
+        let layout = AttentionLayout {
+            heads: shape.heads,
+            key_value_heads: shape.key_value_heads,
+            head_dim: shape.head_dim,
+            is_f16,
+        };
+        let width = shape.key_value_heads * shape.head_dim;
+        let rounded = |cached: &Array| match is_f16 {
+            true => Ok(Some(device.round_activation(cached, width, Rounding::F16)?)),
+            false => Ok::<_, Error>(None),
+        };
+        let (f16_keys, f16_values) = (rounded(keys)?, rounded(values)?);
+        let (keys, values) = (
+            f16_keys.as_ref().unwrap_or(keys),
+            f16_values.as_ref().unwrap_or(values),
+        );
+        let mut out = device.uninitialized(query.len())?;
+        for segment in segments {
+            let rows = segment.rows.clone();
+            let cached = rows.start * width..rows.end * width;
+            let cache = &mut *segment.state;
+            device.append(&mut cache.keys, keys, cached.clone())?;
+            device.append(&mut cache.values, values, cached)?;
+            let inputs = [query, &cache.keys, &cache.values];
+            device.attention(layout, rows, segment.position, inputs, &mut out)?;
+        }
+        Ok(out)
+    }
+
+    fn relu_squared(&self, values: &mut Array) -> Result<()> {
+        Ok(self.counted("relu_squared").relu_squared(values)?)
+    }
+
+    fn scale(&self, values: &mut Array, factor: f32) -> Result<()> {
+        Ok(self.counted("scale").scale(values, factor)?)
+    }
+
+    fn add_bias(&self, rows: &mut Array, bias: &Array) -> Result<()> {
+        Ok(self.counted("add_bias").add_bias(rows, bias)?)
+    }
+
+    fn is_finite(&self, values: &Array) -> Result<bool> {
+        Ok(self.counted("is_finite").is_finite(values)?)
+    }
+
+    fn add(&self, sum: &mut Array, values: &Array) -> Result<()> {
+        Ok(self.counted("add").add(sum, values)?)
+    }
+
+    fn gather(&self, input: &Array, width: usize, rows: &[u32]) -> Result<Array> {
+        Ok(self.counted("gather").gather(input, width, rows)?)
+    }
+
+    fn scatter_add(
+        &self,
+        sum: &mut Array,
+        width: usize,
+        values: &Array,
+        rows: &ExpertRows,
+    ) -> Result<()> {
+        let device = self.counted("scatter_add");
+        Ok(device.scatter_add(sum, width, values, &rows.rows, &rows.weights)?)
+    }
+
+    fn gram(&self, rows: &[f32], n: usize, sums: &mut [f64]) -> Result<()> {
+        let device = self.counted("gram");
+        let input = device.upload(rows)?;
+        for strip in device.gram_strips(n) {
+            let mut found = device.zeros(2 * strip.len() * n)?;
+            device.gram(&input, n, strip.clone(), &mut found)?;
+            let found = device.download_all(&found)?;
+            let sums = &mut sums[strip.start * n..strip.end * n];
+            for (sum, parts) in sums.iter_mut().zip(found.chunks_exact(2)) {
+                *sum += f64::from(parts[0]) + f64::from(parts[1]);
+            }
+        }
+        Ok(())
+    }
+}

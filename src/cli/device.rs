@@ -1,0 +1,243 @@
+//! Where networks run: `--device`, `--device-mem`, and `devices`.
+
+use std::str::FromStr;
+
+use clap::Args;
+use nemoconv::backend::Machines;
+use nemoconv::error::{Error, Result};
+#[cfg(feature = "device")]
+use {
+    super::output::{human_bytes, print_stdout, table},
+    nemoconv::backend::device::OpenDevice,
+    nemoconv_device::{Description, Device, DeviceError, DeviceName, Found, devices, open},
+    serde_json::json,
+    std::sync::Arc,
+};
+
+use nemoconv::plan::recipe::parse_size;
+
+use super::output::Talk;
+
+/// Where networks run.
+#[derive(Debug, Args)]
+#[command(next_help_heading = "Device")]
+pub struct DeviceArgs {
+    /// Where the network is run: cpu, wgpu or cuda, with the number of a device (`wgpu:1`), or auto: the first GPU there
+    /// is, else the CPU. `nemoconv devices` lists them
+    #[arg(long, value_name = "NAME", default_value = "cpu", value_parser = WantedDevice::from_str)]
+    pub device: WantedDevice,
+    /// Memory of the device to stay within, such as 8G: weights that do not fit are sent tile by tile. Default: all of it
+    #[arg(long, value_name = "SIZE", value_parser = parse_size)]
+    pub device_mem: Option<u64>,
+}
+
+/// Flags of `devices`.
+#[derive(Debug, Args)]
+pub struct Devices {
+    /// One JSON document on stdout
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// `--device`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum WantedDevice {
+    Cpu,
+    Auto,
+    #[cfg(feature = "device")]
+    Named(DeviceName),
+}
+
+impl FromStr for WantedDevice {
+    type Err = String;
+
+    fn from_str(text: &str) -> std::result::Result<Self, String> {
+        match text {
+            "cpu" => Ok(Self::Cpu),
+            "auto" => Ok(Self::Auto),
+            #[cfg(feature = "device")]
+            name => name.parse().map(Self::Named),
+            #[cfg(not(feature = "device"))]
+            name => Err(format!("`{name}`: this build runs on the CPU alone")),
+        }
+    }
+}
+
+/// Runs `work` on what was asked for. Where a device runs out of memory, the CPU does it again.
+pub fn on_device<T>(
+    args: &DeviceArgs,
+    talk: &Talk,
+    work: impl Fn(&Machines) -> Result<T>,
+) -> Result<T> {
+    let machines = machines(args, talk)?;
+    let done = work(&machines);
+    if let Some(tally) = machines.tally() {
+        talk.say(tally);
+    }
+    match done {
+        #[cfg(feature = "device")]
+        Err(Error::Device(error @ DeviceError::OutOfMemory { .. })) => {
+            talk.say(format_args!("{error}: going on on the CPU"));
+            work(&Machines::Cpu)
+        }
+        done => done,
+    }
+}
+
+#[cfg(not(feature = "device"))]
+fn machines(args: &DeviceArgs, talk: &Talk) -> Result<Machines> {
+    if args.device == WantedDevice::Auto {
+        talk.say("running on the CPU: this build knows no devices");
+    }
+    Ok::<_, Error>(Machines::Cpu)
+}
+
+#[cfg(feature = "device")]
+fn machines(args: &DeviceArgs, talk: &Talk) -> Result<Machines> {
+    let device = match args.device {
+        WantedDevice::Cpu => return Ok(Machines::Cpu),
+        WantedDevice::Named(name) => Device::new(open(name)?, args.device_mem),
+        WantedDevice::Auto => match first_gpu(talk) {
+            Some(driver) => Device::new(driver, args.device_mem),
+            None => return Ok(Machines::Cpu),
+        },
+    };
+    let Description { name, detail, .. } = device.description();
+    talk.say(format_args!("running on {name}, {detail}"));
+    Ok(Machines::Device(Arc::new(OpenDevice::new(device))))
+}
+
+/// The first device that is no processor and can be opened; whatever is wrong with others is said, and is no error.
+#[cfg(feature = "device")]
+fn first_gpu(talk: &Talk) -> Option<Box<dyn nemoconv_device::Driver>> {
+    for Found { family, devices } in devices() {
+        let found = devices.unwrap_or_else(|error| {
+            talk.detail(&error);
+            Vec::new()
+        });
+        for (index, _) in found.iter().enumerate().filter(|(_, d)| !d.is_software) {
+            match open(DeviceName { family, index }) {
+                Ok(driver) => return Some(driver),
+                Err(error) => talk.say(&error),
+            }
+        }
+    }
+    talk.say("running on the CPU: there is no GPU");
+    None
+}
+
+/// Lists every device, and why a driver has none.
+#[cfg(feature = "device")]
+pub fn list(args: &Devices) -> Result<()> {
+    let found = devices();
+    if args.json {
+        let all: Vec<_> = found.iter().map(found_json).collect();
+        print_stdout(json!({ "devices": all.concat() }));
+        return Ok(());
+    }
+    let header = ["device", "name", "driver", "binding", "allocation", "memory"];
+    let mut rows = vec![header.map(str::to_string).to_vec()];
+    for Found { family, devices } in &found {
+        match devices {
+            Err(error) => rows.push(vec![family.name().into(), error.to_string()]),
+            Ok(devices) if devices.is_empty() => {
+                rows.push(vec![family.name().into(), "no device".into()]);
+            }
+            Ok(devices) => rows.extend(
+                devices
+                    .iter()
+                    .enumerate()
+                    .map(|(index, device)| row(index, device)),
+            ),
+        }
+    }
+    print_stdout(table(&rows, &[false, false, false, true, true, true]));
+    Ok(())
+}
+
+#[cfg(not(feature = "device"))]
+pub fn list(_: &Devices) -> Result<()> {
+    super::output::print_stdout("this build runs on the CPU alone");
+    Ok(())
+}
+
+#[cfg(feature = "device")]
+fn row(index: usize, device: &Description) -> Vec<String> {
+    let name = DeviceName {
+        family: device.family,
+        index,
+    };
+    let limits = &device.limits;
+    vec![
+        name.to_string(),
+        device.name.clone(),
+        device.detail.clone(),
+        human_bytes(limits.view_bytes),
+        human_bytes(limits.allocation_bytes),
+        limits.memory_bytes.map_or("?".into(), human_bytes),
+    ]
+}
+
+#[cfg(feature = "device")]
+fn found_json(found: &Found) -> Vec<serde_json::Value> {
+    let family = found.family;
+    match &found.devices {
+        Err(error) => vec![json!({ "family": family.name(), "error": error.to_string() })],
+        Ok(devices) => {
+            let device = |(index, device): (usize, &Description)| {
+                json!({
+                    "family": family.name(),
+                    "device": DeviceName { family, index }.to_string(),
+                    "name": device.name,
+                    "driver": device.detail,
+                    "is_software": device.is_software,
+                    "binding_bytes": device.limits.view_bytes,
+                    "allocation_bytes": device.limits.allocation_bytes,
+                    "memory_bytes": device.limits.memory_bytes,
+                })
+            };
+            devices.iter().enumerate().map(device).collect()
+        }
+    }
+}
+
+/// The exit code of an error, where devices have their own.
+#[cfg(feature = "device")]
+pub fn exit_code(error: &Error) -> Option<u8> {
+    let Error::Device(error) = error else {
+        return None;
+    };
+    Some(match error {
+        DeviceError::NoDriver { .. } | DeviceError::NotBuilt { .. } => 70,
+        DeviceError::NoDevice { .. } => 71,
+        DeviceError::NoCompiler => 72,
+        DeviceError::UnsupportedArchitecture { .. } => 73,
+        DeviceError::OutOfMemory { .. } => 74,
+        DeviceError::Lost { .. } => 75,
+        DeviceError::LimitTooSmall { .. } => 76,
+        _ => return None,
+    })
+}
+
+#[cfg(not(feature = "device"))]
+pub fn exit_code(_: &Error) -> Option<u8> {
+    None
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn devices_have_names() {
+        let check = |text: &str| WantedDevice::from_str(text);
+        assert_eq!(check("cpu"), Ok(WantedDevice::Cpu));
+        assert_eq!(check("auto"), Ok(WantedDevice::Auto));
+        assert!(check("gpu").is_err());
+        #[cfg(feature = "device")]
+        {
+            assert!(matches!(check("wgpu:2"), Ok(WantedDevice::Named(name)) if name.index == 2));
+            assert!(check("cuda:x").unwrap_err().contains("no index"));
+        }
+    }
+}
