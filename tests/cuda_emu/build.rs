@@ -58,6 +58,7 @@ fn compiler() -> cc::Build {
         .flag("-ffp-contract=off")
         .flag("-pthread")
         .flag("-Wno-unknown-pragmas")
+        .extra_warnings(false)
         .flag("-Wno-unused-function");
     println!("cargo:rerun-if-env-changed=NEMOCONV_EMU_SANITIZE");
     println!("cargo:rustc-check-cfg=cfg(sanitized)");
