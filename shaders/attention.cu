@@ -4,6 +4,7 @@
 // values, [positions, key_value_heads head_dim]; out as query. With is_f16, queries and sums of values are rounded to F16 as
 // llama.cpp's flash attention on CPU does; keys and values were when they were stored. One group per row and head, whose
 // threads compute the scores of 64 positions, then each some channels. head_dim is at most 256.
+// The twin's threads each compute every weight; here each thread computes one of 64, with the same bits.
 // Twins: attention.wgsl, src/backend/cpu/attention.rs.
 
 struct Parameters {
@@ -16,6 +17,14 @@ struct Parameters {
     u32 is_f16;
 };
 
+// Of the first scores and of what was before them; NaN is passed over.
+static __device__ inline float largest_of(const float* scores, u32 count, float largest) {
+    for (u32 i = 0u; i < count; i++) {
+        largest = scores[i] > largest ? scores[i] : largest;
+    }
+    return largest;
+}
+
 extern "C" __global__ void __launch_bounds__(64) attention(
     const float* __restrict__ query,
     const float* __restrict__ keys,
@@ -23,8 +32,12 @@ extern "C" __global__ void __launch_bounds__(64) attention(
     float* __restrict__ out,
     Parameters p
 ) {
-    __shared__ float scores[64];
     __shared__ float own[256];
+    // Of 64 positions: scores, the largest of all up to each, what it multiplies the sums with, its weight.
+    __shared__ float scores[64];
+    __shared__ float peaks[64];
+    __shared__ float shrinks[64];
+    __shared__ float weights[64];
     const u32 item = group_index();
     const u32 row = item / p.heads;
     const u32 head = item % p.heads;
@@ -55,20 +68,25 @@ extern "C" __global__ void __launch_bounds__(64) attention(
         }
         __syncthreads();
         const u32 count = min(64u, seen - first);
+        if (lane < count) {
+            const float peak = largest_of(scores, lane, largest);
+            const bool is_larger = scores[lane] > peak;
+            const float power = exp_of(is_larger ? peak - scores[lane] : scores[lane] - peak);
+            peaks[lane] = is_larger ? scores[lane] : peak;
+            shrinks[lane] = is_larger ? power : 1.0f;
+            weights[lane] = is_larger ? 1.0f : power;
+        }
+        __syncthreads();
         for (u32 other = 0u; other < count; other++) {
-            const float score = scores[other];
-            float weight = 1.0f;
-            if (score > largest) {
-                const float shrink = exp_of(largest - score);
-                largest = score;
+            const float shrink = shrinks[other];
+            if (shrink != 1.0f) {
                 total *= shrink;
                 for (u32 part = 0u; part < 4u; part++) {
                     sums[part] *= shrink;
                     sums[part] = p.is_f16 ? round_to_f16(sums[part]) : sums[part];
                 }
-            } else {
-                weight = exp_of(score - largest);
             }
+            const float weight = weights[other];
             total += weight;
             const float* value = values + (first + other) * width + cache;
             for (u32 part = 0u; part < 4u; part++) {
@@ -79,7 +97,7 @@ extern "C" __global__ void __launch_bounds__(64) attention(
                 }
             }
         }
-        __syncthreads();
+        largest = peaks[count - 1u];
     }
     for (u32 part = 0u; part < 4u; part++) {
         const u32 c = part * 64u + lane;

@@ -28,45 +28,51 @@ struct Parameters {
 // Rows of shared memory: a multiple of 4 for loads of four, and not of 32, so that columns are spread over banks.
 #define PITCH 68u
 
-// One operand of a tile: value [place, k] is at `values[first + place * place_step + k * k_step]`.
-struct Operand {
-    const float* values;
-    u32 first;
+// What a thread loads of one operand: four values of each block, a step apart.
+struct Loads {
+    // The first of the block that comes.
+    const float* next;
+    u32 next_part;
+    u32 next_block;
+    // Where it belongs in the block: place is a row of A or a column of B.
+    u32 depth;
+    u32 place;
+    // The same from value to value: neighbouring threads load what is neighbouring in memory.
+    u32 depth_step;
     u32 place_step;
-    u32 k_step;
-    // Of the tile.
-    u32 origin;
-    // Of the whole operand.
+    // Places of the operand in this tile.
     u32 places;
-    u32 inner;
 };
 
-// The block value that a thread loads: neighbours lie along the dimension whose values are neighbours in memory.
-static __device__ inline u32 depth_of(const Operand& from, u32 item) {
-    return from.k_step == 1u ? item % DEPTH : item / TILE;
+static __device__ inline Loads loads_of(const float* values, u32 place_step, u32 k_step, u32 first, u32 places) {
+    Loads loads;
+    const bool is_along_k = k_step == 1u;
+    loads.depth = is_along_k ? threadIdx.x % DEPTH : threadIdx.x / TILE;
+    loads.place = is_along_k ? threadIdx.x / DEPTH : threadIdx.x % TILE;
+    loads.depth_step = is_along_k ? 0u : 256u / TILE;
+    loads.place_step = is_along_k ? 256u / DEPTH : 0u;
+    loads.next = values + (first + loads.place) * place_step + loads.depth * k_step;
+    loads.next_part = loads.depth_step * k_step + loads.place_step * place_step;
+    loads.next_block = DEPTH * k_step;
+    loads.places = places - first;
+    return loads;
 }
 
-static __device__ inline u32 place_of(const Operand& from, u32 item) {
-    return from.k_step == 1u ? item / DEPTH : item % TILE;
-}
-
-static __device__ inline void fetch(float (&held)[4], const Operand& from, u32 k) {
+// Beyond the last zeros.
+static __device__ inline void fetch(float (&held)[4], Loads& loads, u32 depths) {
     #pragma unroll
     for (u32 part = 0u; part < 4u; part++) {
-        const u32 item = part * 256u + threadIdx.x;
-        const u32 depth = k + depth_of(from, item);
-        const u32 place = from.origin + place_of(from, item);
-        held[part] = depth < from.inner && place < from.places
-            ? from.values[from.first + place * from.place_step + depth * from.k_step]
-            : 0.0f;
+        const bool is_there = loads.depth + part * loads.depth_step < depths
+            && loads.place + part * loads.place_step < loads.places;
+        held[part] = is_there ? loads.next[part * loads.next_part] : 0.0f;
     }
+    loads.next += loads.next_block;
 }
 
-static __device__ inline void keep(float (*block)[PITCH], const Operand& from, const float (&held)[4]) {
+static __device__ inline void keep(float (*block)[PITCH], const Loads& loads, const float (&held)[4]) {
     #pragma unroll
     for (u32 part = 0u; part < 4u; part++) {
-        const u32 item = part * 256u + threadIdx.x;
-        block[depth_of(from, item)][place_of(from, item)] = held[part];
+        block[loads.depth + part * loads.depth_step][loads.place + part * loads.place_step] = held[part];
     }
 }
 
@@ -95,20 +101,21 @@ extern "C" __global__ void __launch_bounds__(256, 2) matmul_tiled(
     }
     const u32 thread_i = threadIdx.x / 16u * 4u;
     const u32 thread_j = threadIdx.x % 16u * 4u;
-    const Operand from_a = {a, p.a_first, p.a_row, p.a_column, first_i, p.rows, p.inner};
-    const Operand from_b = {b, p.b_first, p.b_column, p.b_row, first_j, p.columns, p.inner};
+    Loads of_a = loads_of(a + p.a_first, p.a_row, p.a_column, first_i, p.rows);
+    Loads of_b = loads_of(b + p.b_first, p.b_column, p.b_row, first_j, p.columns);
     float totals[4][4] = {};
     float sums[4][4] = {};
     float held_a[4];
     float held_b[4];
-    fetch(held_a, from_a, 0u);
-    fetch(held_b, from_b, 0u);
+    fetch(held_a, of_a, p.inner);
+    fetch(held_b, of_b, p.inner);
     for (u32 k = 0u; k < p.inner; k += DEPTH) {
-        keep(left, from_a, held_a);
-        keep(right, from_b, held_b);
+        keep(left, of_a, held_a);
+        keep(right, of_b, held_b);
         __syncthreads();
-        fetch(held_a, from_a, k + DEPTH);
-        fetch(held_b, from_b, k + DEPTH);
+        const u32 depths_left = p.inner - min(k + DEPTH, p.inner);
+        fetch(held_a, of_a, depths_left);
+        fetch(held_b, of_b, depths_left);
         #pragma unroll
         for (u32 depth = 0u; depth < DEPTH; depth++) {
             float x[4];

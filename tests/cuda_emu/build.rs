@@ -58,6 +58,7 @@ fn compiler() -> cc::Build {
         .flag("-ffp-contract=off")
         .flag("-pthread")
         .flag("-Wno-unknown-pragmas")
+        .extra_warnings(false)
         .flag("-Wno-unused-function");
     println!("cargo:rerun-if-env-changed=NEMOCONV_EMU_SANITIZE");
     println!("cargo:rustc-check-cfg=cfg(sanitized)");
@@ -97,10 +98,13 @@ fn write_entries(out: &Path, sources: &[(String, String)]) {
     let mut text = String::from("unsafe extern \"C\" {\n");
     for (name, _) in sources {
         text += &format!("    fn emulated_{name}(request: *const Request) -> bool;\n");
+        text += &format!("    fn emulated_{name}_shape() -> Shape;\n");
     }
-    text += "}\n\n/// The entry points of all kernels, by name.\nstatic ENTRIES: &[(&str, Entry)] = &[\n";
+    text += "}\n\n/// All kernels.\nstatic ENTRY_POINTS: &[EntryPoint] = &[\n";
     for (name, _) in sources {
-        text += &format!("    (\"{name}\", emulated_{name}),\n");
+        text += &format!(
+            "    EntryPoint {{ name: \"{name}\", run: emulated_{name}, shape: emulated_{name}_shape }},\n"
+        );
     }
     text += "];\n";
     fs::write(out.join("entries.rs"), text).expect("OUT_DIR can be written");

@@ -40,13 +40,15 @@ unsafe impl Sync for Cuda {}
 struct State {
     streams: Streams,
     memories: HashMap<Handle, Allocation>,
+    allocated: u64,
     functions: HashMap<&'static str, CUfunction>,
     modules: Vec<CUmodule>,
 }
 
-/// Memory; its handle is its address.
+/// Memory. Handles are counted, and not addresses: those come again.
 #[derive(Debug)]
 struct Allocation {
+    address: CUdeviceptr,
     bytes: u64,
     /// Nothing on the compute stream has named it.
     is_fresh: bool,
@@ -72,6 +74,7 @@ impl Cuda {
             state: Mutex::new(State {
                 streams: Streams::new()?,
                 memories: HashMap::new(),
+                allocated: 0,
                 functions: HashMap::new(),
                 modules: Vec::new(),
             }),
@@ -211,7 +214,7 @@ impl State {
             call,
             reason: "the memory is not there, or ends before".to_owned(),
         })?;
-        Ok((memory.0 + offset, allocation))
+        Ok((allocation.address + offset, allocation))
     }
 
     /// The same, to be used by the compute stream.
@@ -248,14 +251,14 @@ impl Driver for Cuda {
             self.trim(&state)?;
             address = self.try_allocate(&mut state, bytes)?;
         }
-        let handle = Handle(address.ok_or(DeviceError::OutOfMemory { bytes })?);
-        state.memories.insert(
-            handle,
-            Allocation {
-                bytes,
-                is_fresh: true,
-            },
-        );
+        let allocation = Allocation {
+            address: address.ok_or(DeviceError::OutOfMemory { bytes })?,
+            bytes,
+            is_fresh: true,
+        };
+        state.allocated += 1;
+        let handle = Handle(state.allocated);
+        state.memories.insert(handle, allocation);
         Ok(handle)
     }
 
@@ -263,9 +266,9 @@ impl Driver for Cuda {
         let Ok(mut state) = self.enter() else {
             return;
         };
-        if state.memories.remove(&memory).is_some() {
+        if let Some(allocation) = state.memories.remove(&memory) {
             // A device that was lost says so in the next call that can.
-            let _ = self.release_memory(&mut state, memory.0);
+            let _ = self.release_memory(&mut state, allocation.address);
         }
     }
 
@@ -355,9 +358,8 @@ impl Drop for Cuda {
     fn drop(&mut self) {
         // What fails here has failed before, or the process ends.
         if let Ok(mut state) = self.enter() {
-            let left: Vec<Handle> = state.memories.drain().map(|(memory, _)| memory).collect();
-            for memory in left {
-                let _ = self.release_memory(&mut state, memory.0);
+            for allocation in std::mem::take(&mut state.memories).into_values() {
+                let _ = self.release_memory(&mut state, allocation.address);
             }
             let _ = self.trim(&state);
             for module in std::mem::take(&mut state.modules) {

@@ -3,7 +3,8 @@
 use nemoconv_device::{Device, can_dequantize, kernels};
 use nemoconv_formats::{GgmlType, block};
 
-use super::{HALVES, Random, assert_same, drivers};
+use super::{HALVES, Random, assert_same};
+use crate::drivers;
 
 /// Odd, and more than the values of a byte.
 const BLOCKS: usize = 515;

@@ -11,7 +11,8 @@ use nemoconv_formats::packed::{
 };
 use safetensors::tensor::{Dtype as Stored, TensorView};
 
-use super::{HALVES, Random, assert_same, drivers};
+use super::{HALVES, Random, assert_same};
+use crate::drivers;
 
 /// No multiples of the codes in a word.
 const ROWS: usize = 21;

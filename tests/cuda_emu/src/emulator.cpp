@@ -16,7 +16,7 @@
 #include <thread>
 #include <vector>
 
-#if defined(__x86_64__)
+#if defined(__x86_64__) && !defined(EMULATOR_UCONTEXT)
 
 // Saves what a callee must preserve and the stack pointer, loads those of the other side.
 extern "C" void emulator_switch(void** save, void* load);

@@ -57,9 +57,6 @@ struct Request {
     // 0: ascending, 1: descending, more: with a stride.
     unsigned order;
     void** arguments;
-    // Pointers among the arguments, and bytes of the structure behind them.
-    size_t views;
-    size_t parameter_bytes;
     Message message;
 };
 
@@ -77,15 +74,20 @@ void invoke(Call<A...>& call, std::index_sequence<I...>) {
     call.kernel(*static_cast<std::remove_reference_t<A>*>(call.arguments[I])...);
 }
 
+// What a kernel takes: pointers, then a structure of so many bytes.
+struct Shape {
+    size_t views;
+    size_t parameter_bytes;
+};
+
 template <class... A>
-bool launch(void (*kernel)(A...), Request request) {
+Shape shape(void (*)(A...)) {
     using Last = std::tuple_element_t<sizeof...(A) - 1, std::tuple<A...>>;
-    if (sizeof...(A) != request.views + 1 || sizeof(Last) != request.parameter_bytes) {
-        request.message.set(
-            "the kernel takes %zu views and %zu bytes of parameters, the launch has %zu and %zu",
-            sizeof...(A) - 1, sizeof(Last), request.views, request.parameter_bytes);
-        return false;
-    }
+    return {sizeof...(A) - 1, sizeof(Last)};
+}
+
+template <class... A>
+bool launch(void (*kernel)(A...), const Request& request) {
     Call<A...> call{kernel, request.arguments};
     auto body = [](void* call) { invoke(*static_cast<Call<A...>*>(call), std::index_sequence_for<A...>{}); };
     return run(request, body, &call);
@@ -178,4 +180,5 @@ inline float atomicAdd(float* at, float value) {
 
 // The launcher of a kernel, for the host.
 #define EMULATOR_EXPORT(symbol, kernel) \
+    extern "C" emulator::Shape symbol##_shape() { return emulator::shape(&kernel); } \
     extern "C" bool symbol(const emulator::Request* request) { return emulator::launch(&kernel, *request); }

@@ -13,18 +13,18 @@
 //! ASAN_OPTIONS=detect_leaks=0 cargo test -p nemoconv-cuda-emu
 //! ```
 
+mod entry_point;
 mod memory;
 
 use std::collections::HashMap;
 use std::ffi::c_void;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
+pub use entry_point::EntryPoint;
 use memory::Memory;
 use nemoconv_device::{
     Description, DeviceError, Driver, Family, Handle, Launch, Limits, Result, View,
 };
-
-include!(concat!(env!("OUT_DIR"), "/entries.rs"));
 
 /// In which order the threads of a group run between barriers. Correct kernels give the same bits for each.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -147,7 +147,10 @@ impl Driver for Emulator {
     }
 
     fn launch(&self, launch: &Launch) -> Result<()> {
-        let entry = entry_of(launch.kernel.name)?;
+        let name = launch.kernel.name;
+        let missing = || refused("launch", &format!("no kernel `{name}` was compiled"));
+        let entry = EntryPoint::find(name).ok_or_else(missing)?;
+        fit(entry, launch)?;
         // Held until the kernel has run: calls happen in order, and no memory is freed under a kernel.
         let mut state = self.state();
         let mut pointers = Vec::new();
@@ -156,10 +159,36 @@ impl Driver for Emulator {
         }
         #[cfg(sanitized)]
         state.close_but(launch.views);
-        let result = run(entry, launch, self.order, &mut pointers);
+        let threads = launch.kernel.threads;
+        // SAFETY: views and parameters fit the kernel; every view lies in memory that the lock keeps.
+        let result = unsafe {
+            entry.run(
+                launch.grid(),
+                threads,
+                self.order,
+                &mut pointers,
+                launch.parameters,
+            )
+        };
         #[cfg(sanitized)]
         state.memories.values().for_each(Memory::open);
-        result
+        result.map_err(|reason| refused("launch", &format!("kernel `{name}`: {reason}")))
+    }
+}
+
+/// A kernel gets what it takes.
+fn fit(entry: &EntryPoint, launch: &Launch) -> Result<()> {
+    let taken = (entry.views(), entry.parameter_bytes());
+    let given = (launch.views.len(), launch.parameters.len() * 4);
+    match taken == given {
+        true => Ok(()),
+        false => Err(refused(
+            "launch",
+            &format!(
+                "kernel `{}` takes {} views and {} bytes of parameters, found {} and {}",
+                launch.kernel.name, taken.0, taken.1, given.0, given.1
+            ),
+        )),
     }
 }
 
@@ -204,69 +233,4 @@ fn refused(call: &'static str, reason: &str) -> DeviceError {
         call,
         reason: reason.to_owned(),
     }
-}
-
-/// `dim3` of the header.
-#[derive(Debug, Clone, Copy)]
-#[repr(C)]
-struct Dim3 {
-    x: u32,
-    y: u32,
-    z: u32,
-}
-
-/// `emulator::Request` of the header.
-#[derive(Debug)]
-#[repr(C)]
-struct Request {
-    grid: Dim3,
-    threads: u32,
-    order: u32,
-    arguments: *mut *mut c_void,
-    views: usize,
-    parameter_bytes: usize,
-    message: *mut u8,
-    message_bytes: usize,
-}
-
-type Entry = unsafe extern "C" fn(request: *const Request) -> bool;
-
-/// Longest text of an error.
-const MESSAGE_BYTES: usize = 512;
-
-fn entry_of(name: &str) -> Result<Entry> {
-    let found = ENTRIES.iter().find(|(other, _)| *other == name);
-    let missing = || refused("launch", &format!("no kernel `{name}` was compiled"));
-    found.map(|(_, entry)| *entry).ok_or_else(missing)
-}
-
-fn run(entry: Entry, launch: &Launch, order: Order, pointers: &mut [*mut c_void]) -> Result<()> {
-    let mut parameters = launch.parameters.to_vec();
-    // As for cuLaunchKernel: a pointer to each argument.
-    let mut arguments: Vec<*mut c_void> =
-        pointers.iter_mut().map(|p| (&raw mut *p).cast()).collect();
-    arguments.push(parameters.as_mut_ptr().cast());
-    let [x, y] = launch.grid();
-    let mut message = [0; MESSAGE_BYTES];
-    let request = Request {
-        grid: Dim3 { x, y, z: 1 },
-        threads: launch.kernel.threads,
-        order: order as u32,
-        arguments: arguments.as_mut_ptr(),
-        views: pointers.len(),
-        parameter_bytes: parameters.len() * 4,
-        message: message.as_mut_ptr(),
-        message_bytes: message.len(),
-    };
-    // SAFETY: the request has the layout of the header; the launcher compares the number of views and the size of the
-    // structure with the kernel's before it reads them; every view lies in memory that the caller keeps.
-    if unsafe { entry(&raw const request) } {
-        return Ok(());
-    }
-    let text = message.split(|byte| *byte == 0).next().unwrap_or_default();
-    let text = String::from_utf8_lossy(text);
-    Err(refused(
-        "launch",
-        &format!("kernel `{}`: {text}", launch.kernel.name),
-    ))
 }

@@ -1,0 +1,244 @@
+//! `nemoconv_device::cuda` on a `libcuda` and a `libnvrtc` that belong to the emulator: what is called in which order, what
+//! is waited for, what is given back, which errors come of it.
+//!
+//! Libraries are found when a process starts: each test runs itself again as a child.
+#![allow(clippy::print_stdout, reason = "tests say why they are skipped")]
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use nemoconv_device::cuda::{list, open};
+use nemoconv_device::{DeviceError, Driver, Family, Handle, Launch, View, kernels};
+
+const CHILD: &str = "NEMOCONV_EMU_CHILD";
+
+/// Whether this process has the libraries.
+pub fn is_child() -> bool {
+    std::env::var_os(CHILD).is_some()
+}
+
+/// A folder with the libraries and an empty cache.
+struct Libraries(PathBuf);
+
+impl Libraries {
+    fn new(name: &str) -> Option<Self> {
+        let tests = std::env::current_exe().unwrap();
+        let library = tests
+            .ancestors()
+            .nth(2)
+            .unwrap()
+            .join("examples")
+            .join("libcuda.so");
+        if !library.exists() {
+            println!(
+                "skipped: `cargo build -p nemoconv-cuda-emu --examples` makes {}",
+                library.display()
+            );
+            return None;
+        }
+        let folder = std::env::temp_dir().join(format!("nemoconv-{name}-{}", std::process::id()));
+        std::fs::create_dir_all(&folder).unwrap();
+        for name in ["libcuda.so", "libnvrtc.so"] {
+            std::fs::copy(&library, folder.join(name)).unwrap();
+        }
+        Some(Self(folder))
+    }
+
+    fn run(&self, settings: &[(&str, u64)], arguments: &[&str]) {
+        let mut child = Command::new(std::env::current_exe().unwrap());
+        child
+            .args(arguments)
+            .env(CHILD, "1")
+            .env("LD_LIBRARY_PATH", &self.0)
+            .env("XDG_CACHE_HOME", &self.0);
+        for (name, value) in settings {
+            child.env(format!("NEMOCONV_LIBCUDA_{name}"), value.to_string());
+        }
+        let output = child.output().unwrap();
+        let text = [output.stdout, output.stderr].concat();
+        let text = String::from_utf8_lossy(&text);
+        assert!(output.status.success(), "{settings:?}: {text}");
+        assert!(!text.contains("0 passed"), "{settings:?}: {text}");
+    }
+}
+
+impl Drop for Libraries {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_dir_all(&self.0);
+    }
+}
+
+/// Runs `body` in a child.
+fn with_libraries(test: &str, settings: &[(&str, u64)], body: impl Fn()) {
+    if is_child() {
+        return body();
+    }
+    if let Some(libraries) = Libraries::new(test) {
+        libraries.run(
+            settings,
+            &["--exact", &format!("through_driver::{test}"), "--nocapture"],
+        );
+    }
+}
+
+/// Which streams run as soon as they can: uploads as late as the events allow, or long before the kernels.
+const SCHEDULES: [(&str, u64); 4] = [("EAGER", 0), ("EAGER", 1), ("EAGER", 2), ("EAGER", 3)];
+
+#[test]
+fn the_table_of_operations() {
+    if is_child() {
+        return;
+    }
+    let Some(libraries) = Libraries::new("table") else {
+        return;
+    };
+    for schedule in SCHEDULES {
+        libraries.run(&[schedule], &["--skip", "through_driver"]);
+    }
+    libraries.run(&[("POOLS", 0)], &["--skip", "through_driver"]);
+    let cubins = cached(&libraries.0);
+    assert!(cubins > 15, "{cubins} kernels were kept");
+}
+
+fn cached(folder: &Path) -> usize {
+    let kernels = folder.join("nemoconv").join("kernels");
+    let names = std::fs::read_dir(kernels)
+        .unwrap()
+        .map(|file| file.unwrap().file_name());
+    names
+        .filter(|name| name.to_string_lossy().ends_with(".cubin"))
+        .count()
+}
+
+#[test]
+fn devices_are_described() {
+    with_libraries(
+        "devices_are_described",
+        &[("DEVICES", 2), ("CAPABILITY", 89)],
+        || {
+            let all = list().unwrap();
+            assert_eq!(all.len(), 2);
+            assert_eq!(all[1].family, Family::Cuda);
+            assert_eq!(all[1].name, "Emulated device");
+            assert_eq!(all[1].detail, "sm_89, driver for CUDA 12.8, NVRTC 12.8");
+            assert_eq!(all[1].limits.memory_bytes, Some(1 << 32));
+            // Machine code of sm_80 runs on it.
+            assert_eq!(open(1).ok().unwrap().description(), &all[1]);
+            let error = open(2).err().unwrap();
+            assert_eq!(
+                error,
+                DeviceError::NoDevice {
+                    family: "cuda",
+                    index: 2
+                }
+            );
+        },
+    );
+}
+
+#[test]
+fn no_device() {
+    with_libraries("no_device", &[("DEVICES", 0)], || {
+        let expected = DeviceError::NoDevice {
+            family: "cuda",
+            index: 0,
+        };
+        assert_eq!(list().unwrap_err(), expected);
+        assert_eq!(open(0).err().unwrap(), expected);
+    });
+}
+
+#[test]
+fn a_device_that_is_too_old() {
+    with_libraries("a_device_that_is_too_old", &[("CAPABILITY", 75)], || {
+        let error = open(0).err().unwrap();
+        let text = "Emulated device has architecture sm_75, which is not supported";
+        assert_eq!(error.to_string(), text);
+    });
+}
+
+#[test]
+fn memory_that_runs_out() {
+    for pools in [0, 1] {
+        with_libraries(
+            "memory_that_runs_out",
+            &[("MEMORY", 1 << 20), ("POOLS", pools)],
+            || {
+                let device = open(0).ok().unwrap();
+                let half = device.allocate(1 << 19).unwrap();
+                device.allocate(1 << 19).unwrap();
+                let error = DeviceError::OutOfMemory { bytes: 256 };
+                assert_eq!(device.allocate(256).unwrap_err(), error);
+                // What was freed is given back to the device when it is needed.
+                device.free(half);
+                device.allocate(1 << 18).unwrap();
+            },
+        );
+    }
+}
+
+#[test]
+fn a_device_that_fails() {
+    with_libraries("a_device_that_fails", &[("BROKEN", 1)], || {
+        let device = open(0).ok().unwrap();
+        let memory = device.allocate(256).unwrap();
+        let error = scale(&*device, memory, 64, 2.0).unwrap_err();
+        assert!(matches!(error, DeviceError::Lost { .. }), "{error}");
+    });
+}
+
+fn scale(
+    device: &dyn Driver,
+    memory: Handle,
+    count: u32,
+    factor: f32,
+) -> nemoconv_device::Result<()> {
+    device.launch(&Launch {
+        kernel: &kernels::SCALE,
+        groups: count.div_ceil(256),
+        views: &[View {
+            memory,
+            offset: 0,
+            bytes: u64::from(count) * 4,
+        }],
+        parameters: &[count, factor.to_bits()],
+    })
+}
+
+/// Uploads of several parts, before, between and after kernels that use the same memory.
+#[test]
+fn uploads_and_kernels_keep_their_order() {
+    for schedule in SCHEDULES {
+        with_libraries("uploads_and_kernels_keep_their_order", &[schedule], || {
+            let count = (40 << 20) / 4;
+            let values: Vec<f32> = (0..count).map(|i| i as f32).collect();
+            let bytes: Vec<u8> = values.iter().flat_map(|x| x.to_le_bytes()).collect();
+            let device = open(0).ok().unwrap();
+            let memory = device.allocate(bytes.len() as u64).unwrap();
+            device.write(memory, 0, &bytes).unwrap();
+            scale(&*device, memory, 3, 10.0).unwrap();
+            // A kernel has seen it: its tail is overwritten in order.
+            device.write(memory, 4, &bytes[8..12]).unwrap();
+            scale(&*device, memory, 3, 10.0).unwrap();
+            let copy = device.allocate(16).unwrap();
+            device.clear(copy, 0, 16).unwrap();
+            device.copy(memory, 0, copy, 4, 12).unwrap();
+            device.free(memory);
+            let other = device.allocate(bytes.len() as u64).unwrap();
+            device.write(other, 0, &bytes).unwrap();
+            assert_eq!(read(&*device, copy, 4), [0.0, 0.0, 20.0, 200.0]);
+            assert_eq!(read(&*device, other, count), values);
+            assert!(device.write(other, bytes.len() as u64, &[0; 4]).is_err());
+            assert!(device.read(memory, 0, &mut [0; 4]).is_err());
+            // What is left belongs to the device, which gives everything back.
+            drop(device);
+        });
+    }
+}
+
+fn read(device: &dyn Driver, memory: Handle, count: usize) -> Vec<f32> {
+    let mut bytes = vec![0; 4 * count];
+    device.read(memory, 0, &mut bytes).unwrap();
+    let words = bytes.as_chunks::<4>().0;
+    words.iter().map(|word| f32::from_le_bytes(*word)).collect()
+}
