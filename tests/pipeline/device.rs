@@ -6,10 +6,11 @@ use std::sync::Arc;
 use nemoconv::artifact::StoredModel;
 use nemoconv::backend::cpu::Residence;
 use nemoconv::backend::device::OpenDevice;
-use nemoconv::backend::{Backend, Machines};
+use nemoconv::backend::{Backend, Machine, Machines};
 use nemoconv::forward::network::{Network, Sequence};
 use nemoconv::forward::numerics::Numerics;
 use nemoconv::forward::observer::Silent;
+use nemoconv::forward::state::State;
 use nemoconv_cuda_emu::{Emulator, Order};
 use nemoconv_device::{Device, DeviceName, Found, devices, open};
 
@@ -45,6 +46,10 @@ pub fn machines() -> Vec<(String, Machines)> {
         .collect()
 }
 
+fn sequence<'a>(tokens: &'a [u32], state: &'a mut State<Machine>) -> Sequence<'a, Machine> {
+    Sequence { tokens, state }
+}
+
 /// Logits of two sequences together, then of one more token.
 fn logits(machines: &Machines, model: &Arc<StoredModel>, numerics: &Numerics) -> Vec<f32> {
     let machine = machines.machine(Arc::clone(model), Residence::Mapped);
@@ -53,7 +58,6 @@ fn logits(machines: &Machines, model: &Arc<StoredModel>, numerics: &Numerics) ->
     let tokens: Vec<u32> = (0..40).map(|i| (i * 7919 + 13) % vocabulary).collect();
     let (first, second) = tokens.split_at(25);
     let [mut one, mut two] = [(); 2].map(|()| network.empty_state().unwrap());
-    let sequence = |tokens, state| Sequence { tokens, state };
     let mut batch = [sequence(first, &mut one), sequence(second, &mut two)];
     let normed = network.run(&mut batch, &mut Silent).unwrap();
     let mut logits = network
