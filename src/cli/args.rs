@@ -426,8 +426,8 @@ pub struct CalibrationArgs {
     /// Added to the diagonal of second moments, as a share of its mean. Default: 0.01
     #[arg(long, value_name = "SHARE")]
     pub damp_percent: Option<f64>,
-    /// Let the biases of the convolution and of the time step take back the mean errors of ssm_in; `validate` then finds
-    /// those biases changed
+    /// Let the biases of the convolution and of the time step take back the mean errors of ssm_in; `validate` then says
+    /// by how much they were changed
     #[arg(long)]
     pub bias_absorption: bool,
     /// Memory to stay within, such as 16G: what does not fit is kept in a file or collected in several passes, with the

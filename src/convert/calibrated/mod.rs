@@ -32,6 +32,7 @@ use crate::calibrate::layer::Layer;
 use crate::calibrate::samples::Samples;
 use crate::calibrate::stream::Streams;
 use crate::error::{Error, Result};
+use crate::model::nemotron_h::is_bias_behind_ssm_in;
 use crate::plan::{Plan, PlannedTensor};
 use crate::quantize::feedback::Damping;
 use crate::quantize::form::Form;
@@ -247,7 +248,7 @@ impl Calibrated<'_> {
             .collect();
         let stages = stages::of(self.plan.config.pattern.kinds()[block], &prefix, &names);
         let is_staged = |name: &&str| stages.iter().flatten().any(|staged| staged == name);
-        let is_late = |name: &&str| self.rounding.bias_absorption && absorption::absorbs(name);
+        let is_late = |name: &&str| self.rounding.bias_absorption && is_bias_behind_ssm_in(name);
         for name in names
             .iter()
             .filter(|name| !is_staged(name) && !is_late(name))
