@@ -9,7 +9,7 @@ use nemoconv::artifact::StoredModel;
 use nemoconv::calibrate::gradients::{GradientSettings, OutputMoments};
 use nemoconv::calibrate::samples::Samples;
 use nemoconv::calibrate::statistics::Statistics;
-use nemoconv::convert::calibrated::needs::{Arrangement, Needs};
+use nemoconv::convert::calibrated::needs::Needs;
 use nemoconv::convert::calibrated::rotation::{RotationChoice, RotationLoss, RotationTrial};
 use nemoconv::convert::calibrated::workspace::Workspace;
 use nemoconv::convert::calibrated::{Calibrated, Method, Rounding};
@@ -29,6 +29,7 @@ use sha2::{Digest, Sha256};
 
 use super::args::{CalibrationArgs, ToGguf};
 use super::calibrate_job::read_samples;
+use super::effort::Effort;
 use super::memory;
 use super::output::Talk;
 use super::progress::Report;
@@ -270,14 +271,10 @@ impl Calibration {
         self.peak_bytes
     }
 
-    /// How the rounding stays within its memory.
-    pub fn arrange(&self, plan: &Plan) -> Result<Arrangement> {
-        self.needs(plan).arrange(self.memory_bytes)
-    }
-
-    /// What the rounding needs.
-    pub fn needs<'a>(&self, plan: &'a Plan) -> Needs<'a> {
-        Needs::of_samples(plan, self.rounding, &self.samples)
+    /// What the rounding takes.
+    pub fn effort(&self, plan: &Plan, threads: Option<u16>) -> Result<Effort> {
+        let needs = Needs::of_samples(plan, self.rounding, &self.samples);
+        Effort::of(&needs, self.memory_bytes, threads)
     }
 
     /// Rounds every tensor; an interrupted run of the same settings goes on where it was.

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::AtomicBool;
 
 use nemoconv::artifact::locate;
-use nemoconv::convert::calibrated::needs::{Arrangement, Needs, measured_rate};
+use nemoconv::convert::calibrated::needs::Needs;
 use nemoconv::convert::{self, Conduct};
 use nemoconv::error::{Error, Fault, Result};
 use nemoconv::formats::checkpoint::Checkpoint;
@@ -25,12 +25,12 @@ use serde_json::Value;
 
 use super::args::ToGguf;
 use super::calibration_job::{Calibration, Source};
+use super::effort::Effort;
 use super::memory;
 use super::output::{Talk, human_bytes, print_stdout, shape, table};
 use super::progress::Report;
 use super::receipt;
 use super::recipe_job::{self, Chosen};
-use super::workers::on_workers;
 
 /// Everything known before a weight is read.
 pub struct Prepared {
@@ -66,11 +66,10 @@ pub fn to_gguf(args: &ToGguf, talk: &Talk, stop: &AtomicBool) -> Result<()> {
     if let Some(calibration) = &calibration {
         prepared = prepare(args, &chosen, &calibration.keys())?;
         let plan = &prepared.plan;
-        let arrangement = calibration.arrange(plan)?;
+        let effort = calibration.effort(plan, args.threads)?;
         let before = calibration.peak_bytes();
-        prepared.peak_bytes = prepared.peak_bytes.max(before).max(arrangement.peak_bytes);
-        let seconds = seconds_of(args, &calibration.needs(plan));
-        talk.say(effort(&arrangement, seconds));
+        prepared.peak_bytes = prepared.peak_bytes.max(before).max(effort.peak_bytes());
+        talk.say(effort);
     }
     let Prepared {
         checkpoint,
@@ -152,9 +151,10 @@ pub fn plan(args: &ToGguf, talk: &Talk, stop: &AtomicBool) -> Result<()> {
     if args.calibration.calibration.is_some() {
         let recipe = &chosen.recipe;
         let needs = Needs::at_most(&prepared.plan, recipe.rounding, recipe.samples);
-        let arrangement = needs.arrange(memory::limit(args.calibration.max_ram))?;
-        talk.say(effort(&arrangement, seconds_of(args, &needs)));
-        prepared.peak_bytes = prepared.peak_bytes.max(arrangement.peak_bytes);
+        let limit = memory::limit(args.calibration.max_ram);
+        let effort = Effort::of(&needs, limit, args.threads)?;
+        prepared.peak_bytes = prepared.peak_bytes.max(effort.peak_bytes());
+        talk.say(effort);
     }
     if args.json {
         let Prepared {
@@ -396,36 +396,6 @@ fn packed_source(plan: &Plan, calibrated: bool) -> Option<String> {
             total - kept - float
         )
     })
-}
-
-/// An estimate by the multiply-adds that are to be made and the rate of this machine.
-fn seconds_of(args: &ToGguf, needs: &Needs) -> f64 {
-    needs.multiply_adds() / on_workers(args.threads, measured_rate)
-}
-
-/// What the calibrated part of a run takes.
-fn effort(arrangement: &Arrangement, seconds: f64) -> String {
-    let mut means = Vec::new();
-    if arrangement.streams_in_file {
-        means.push("residual streams in a file".to_owned());
-    }
-    if arrangement.most_passes > 1 {
-        let passes = arrangement.most_passes;
-        means.push(format!("second moments in up to {passes} passes"));
-    }
-    let by = match means.is_empty() {
-        true => String::new(),
-        false => format!(" ({})", means.join(", ")),
-    };
-    let time = match seconds {
-        seconds if seconds < 90.0 => format!("{seconds:.0} s"),
-        seconds if seconds < 5400.0 => format!("{:.0} min", seconds / 60.0),
-        seconds => format!("{:.1} h", seconds / 3600.0),
-    };
-    format!(
-        "rounding takes about {} of memory{by} and {time}",
-        human_bytes(arrangement.peak_bytes)
-    )
 }
 
 fn totals(prepared: &Prepared) -> String {

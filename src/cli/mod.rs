@@ -5,6 +5,7 @@ mod args;
 mod calibrate_args;
 mod calibrate_job;
 mod calibration_job;
+mod effort;
 mod eval_job;
 mod eval_model;
 mod eval_progress;
