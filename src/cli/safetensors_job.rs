@@ -51,8 +51,9 @@ pub fn to_safetensors(args: &ToSafetensors, talk: &Talk, stop: &AtomicBool) -> R
                 type_of: &|_| GgmlType::F32,
             };
             let begun = Calibration::begin(flags, text, &recipe, &source, talk, stop)?;
-            settings.is_rewritten = begun.is_rewritten();
+            settings.is_rewritten = begun.is_rewritten() || recipe.rounding.bias_absorption;
             plan = self::plan(&checkpoint, &settings)?;
+            talk.say(begun.effort(&plan.plan, args.threads)?);
             Some(begun)
         }
     };
@@ -74,6 +75,8 @@ pub fn to_safetensors(args: &ToSafetensors, talk: &Talk, stop: &AtomicBool) -> R
             .map(|(calibration, workspace)| Rounded {
                 weights: calibration.weights(),
                 workspace,
+                bias_absorption: recipe.rounding.bias_absorption,
+                clip: recipe.packed.activation_clip,
             }),
         nearest: args.rounding.into(),
         folder: &folder,

@@ -10,6 +10,7 @@ use crate::backend::{Backend, ExpertRows};
 use crate::calibrate::capture::{Capture, Captured};
 use crate::calibrate::cells::{Merge, Tree};
 use crate::calibrate::layer::Layer;
+use crate::calibrate::magnitudes::Magnitudes;
 use crate::calibrate::second_moments::{CrossMoments, SecondMoments};
 use crate::error::Result;
 
@@ -22,6 +23,8 @@ pub struct Seen {
     pub cross: Option<CrossMoments>,
     /// Their largest magnitude.
     pub largest: f32,
+    /// How often they are how large.
+    pub magnitudes: Magnitudes,
     /// Sums of the inputs themselves.
     pub sums: Vec<f64>,
     /// The same of the original network, where it is looked at.
@@ -33,6 +36,7 @@ impl Merge for Seen {
         self.moments.merge(later.moments);
         self.largest = self.largest.max(later.largest);
         add(&mut self.sums, &later.sums);
+        self.magnitudes.merge(later.magnitudes);
         if let (Some(sums), Some(later)) = (&mut self.original_sums, &later.original_sums) {
             add(sums, later);
         }
@@ -216,6 +220,7 @@ pub fn seen(isa: Isa, captured: &Captured, original: Option<&Captured>) -> Seen 
         moments,
         cross,
         largest,
+        magnitudes: Magnitudes::of(&captured.rows),
         sums: sums_of(&captured.rows, n),
         original_sums: original.map(|original| sums_of(&original.rows, n)),
     }
