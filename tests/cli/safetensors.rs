@@ -333,6 +333,7 @@ fn validate_undoes_the_rewrites_and_knows_how_it_was_rounded() {
             "{name}: {report}{}",
             stderr(&output)
         );
+        assert!(!report.contains("warning"), "{name}: {report}");
         if name == "w4a16" {
             let sidecar = folder.join("rewrites.nemoconv");
             fs::remove_file(sidecar).unwrap();
@@ -392,7 +393,7 @@ fn static_inputs_are_clipped_where_that_loses_less() {
     assert_eq!(max.len(), 12);
     assert!(max.iter().all(|(name, scale)| mse[name] <= *scale));
     assert!(max.iter().any(|(name, scale)| mse[name] < 0.9 * scale));
-    let query = |kind: &str| mse[&format!("backbone.layers.2.mixer.{kind}_proj.input_scale")];
+    let query = |kind: &str| mse[&format!("backbone.layers.3.mixer.{kind}_proj.input_scale")];
     assert!(query("q") == query("k") && query("k") == query("v"));
 }
 
@@ -479,6 +480,51 @@ fn absorbed_biases_are_written_and_told_from_damage() {
     write_tensors(&path, &packed);
     let (_, report) = validate();
     assert!(report.contains("warning weights/bias-absorbed"), "{report}");
+}
+
+/// One walk for both: the GGUF file is that of a walk of its own, the folder is whole and rounded with feedback.
+#[test]
+fn a_folder_comes_from_the_walk_of_a_gguf_file() {
+    let place = Place::new();
+    let (text, model) = (text(), nano());
+    let convert = |name: &str, more: &[&str]| {
+        let out = place.path(name);
+        let fixed = ["to-gguf", model.to_str().unwrap(), "-q", "-o"];
+        let types = ["-t", "q4_0", "--pure", "--no-rewrites", "--passes", "0"];
+        let flags = calibrated(&text, more);
+        let output = nemoconv([&fixed[..], &[out.to_str().unwrap()], &types, &flags].concat());
+        assert!(output.status.success(), "{}", stderr(&output));
+        fs::read(out).unwrap()
+    };
+    let folder = place.path("both");
+    let also = ["--also-safetensors", folder.to_str().unwrap()];
+    let scheme = ["--also-scheme", "w4a16-asym"];
+    let both = convert("both.gguf", &[also, scheme].concat());
+    assert!(both == convert("alone.gguf", &[]));
+    let left: Vec<String> = names(place.0.path());
+    let expected = [
+        "alone.gguf",
+        "alone.receipt.json",
+        "both",
+        "both.gguf",
+        "both.receipt.json",
+    ];
+    assert_eq!(left, expected);
+    let receipt = json_of(folder.join("receipt.json"));
+    let rounded = receipt["rounding"].as_array().unwrap();
+    let with_feedback = rounded.iter().filter(|line| line["treatment"] == "gptq");
+    assert_eq!(with_feedback.count(), 12);
+    let reference = model.to_str().unwrap();
+    let validate = [
+        "validate",
+        folder.to_str().unwrap(),
+        "--reference",
+        reference,
+        "-q",
+    ];
+    let output = nemoconv(validate);
+    let report = String::from_utf8_lossy(&output.stdout).into_owned();
+    assert_eq!(output.status.code(), Some(0), "{report}");
 }
 
 #[test]
