@@ -100,7 +100,7 @@ fn ceilings(rounding: Rounding, nearest: [f64; 4], steered: [f64; 2]) -> Ceiling
         Rounding::Nearest => (unit, tensor),
         Rounding::Steered => (steered[0], steered[1]),
         Rounding::FedBack => (
-            (2.0 * steered[0]).max(MOVED[0]),
+            (3.0 * steered[0]).max(MOVED[0]),
             (2.0 * steered[1]).max(MOVED[1]),
         ),
     };
