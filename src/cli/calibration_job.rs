@@ -73,6 +73,29 @@ pub struct CalibrationFlags<'a> {
     pub floats: Option<Vec<String>>,
 }
 
+/// An artifact whose tensors are to be rounded.
+pub struct ToRound<'a> {
+    pub plan: &'a Plan,
+    /// By tensor: grids of those that become integer rows.
+    pub integers: &'a BTreeMap<String, IntegerGrid>,
+    /// Where finished tensors lie meanwhile: beside the artifact.
+    pub workspace: PathBuf,
+}
+
+impl ToRound<'_> {
+    fn types(&self) -> impl Iterator<Item = (&String, String)> {
+        let tensors = self.plan.tensors.iter();
+        tensors.map(|tensor| match self.integers.get(&tensor.name) {
+            Some(grid) => (&tensor.name, grid.to_string()),
+            None => (&tensor.name, tensor.ty.name().to_string()),
+        })
+    }
+
+    fn workspace(&self, key: &str) -> Result<Workspace> {
+        Workspace::open(&self.workspace, key)
+    }
+}
+
 impl ToGguf {
     /// What is said of the calibration.
     pub fn calibration_flags(&self) -> CalibrationFlags<'_> {
@@ -277,35 +300,19 @@ impl Calibration {
         Effort::of(&needs, self.memory_bytes, threads)
     }
 
-    /// Rounds every tensor; an interrupted run of the same settings goes on where it was.
-    pub fn round(
-        &self,
+    /// Rounds every tensor, of the twin too by what the artifact's network shows; an interrupted run of the same settings goes on where it was.
+    pub fn round<'a>(
+        &'a self,
         threads: Option<u16>,
-        plan: &Plan,
-        integers: &BTreeMap<String, IntegerGrid>,
-        outfile: &Path,
+        artifact: &'a ToRound,
+        twin: Option<&'a ToRound>,
         talk: &Talk,
         stop: &AtomicBool,
     ) -> Result<Workspace> {
-        let types: Vec<_> = plan
-            .tensors
-            .iter()
-            .map(|tensor| match integers.get(&tensor.name) {
-                Some(grid) => (&tensor.name, grid.to_string()),
-                None => (&tensor.name, tensor.ty.name().to_string()),
-            })
-            .collect();
-        let key = json!({
-            "nemoconv": env!("CARGO_PKG_VERSION"),
-            "checkpoint": self.shards,
-            "samples": self.samples.digest(),
-            "rounding": self.rounding,
-            "rewrites": self.sidecar,
-            "widened": plan.widening.is_widened(),
-            "types": types,
-        });
-        let folder = outfile.with_extension("work");
-        let mut workspace = Workspace::open(&folder, &digest(key.to_string().as_bytes()))?;
+        let mut workspace = artifact.workspace(&self.key(&[artifact]))?;
+        if let Some(twin) = twin {
+            workspace = workspace.with_twin(twin.workspace(&self.key(&[artifact, twin]))?);
+        }
         if workspace.resumed > 0 {
             talk.say(format_args!(
                 "going on after {} tensors that an earlier run finished",
@@ -313,19 +320,47 @@ impl Calibration {
             ));
         }
         let outputs = self.outputs(threads, stop)?;
-        let job = Calibrated {
+        let report = Report::new(*talk);
+        let job = |artifact: &'a ToRound| Calibrated {
             weights: &self.weights,
-            plan,
-            integers,
+            plan: artifact.plan,
+            integers: artifact.integers,
             samples: &self.samples,
             outputs: outputs.as_ref(),
             rounding: self.rounding,
             memory_bytes: self.memory_bytes,
-            progress: &Report::new(*talk),
+            progress: &report,
             stop,
+            twin: None,
+        };
+        let twin = twin.map(job);
+        let job = Calibrated {
+            twin: twin.as_ref(),
+            ..job(artifact)
         };
         on_workers(threads, || job.run(&mut workspace))?;
         Ok(workspace)
+    }
+
+    /// What decides the bytes of the last of these artifacts, which the others' types do too.
+    fn key(&self, artifacts: &[&ToRound]) -> String {
+        let widened = artifacts
+            .iter()
+            .any(|artifact| artifact.plan.widening.is_widened());
+        let types: Vec<_> = artifacts
+            .iter()
+            .flat_map(|artifact| artifact.types())
+            .collect();
+        let key = json!({
+            "nemoconv": env!("CARGO_PKG_VERSION"),
+            "checkpoint": self.shards,
+            "samples": self.samples.digest(),
+            "rounding": self.rounding,
+            "rewrites": self.sidecar,
+            "widened": widened,
+            "types": types,
+        });
+        digest(key.to_string().as_bytes())
     }
 
     /// Runs samples through the network and back, if rows are to repair each other.

@@ -23,8 +23,9 @@ use nemoconv::write::gguf::parts::Parts;
 use nemoconv::write::gguf::{self, NamedImatrix};
 use serde_json::Value;
 
+use super::also_job::Also;
 use super::args::ToGguf;
-use super::calibration_job::{Calibration, Source};
+use super::calibration_job::{Calibration, CalibrationFlags, Source, ToRound};
 use super::effort::Effort;
 use super::memory;
 use super::output::{Talk, human_bytes, print_stdout, shape, table};
@@ -49,9 +50,17 @@ pub fn to_gguf(args: &ToGguf, talk: &Talk, stop: &AtomicBool) -> Result<()> {
         return Ok(());
     };
     let mut prepared = prepare(args, &chosen, &[])?;
+    let mut also = Also::plan(args, &chosen.recipe, &prepared.checkpoint)?;
+    if let (Some(_), Some(_)) = (&also, &chosen.calibration) {
+        let what = "`--also-safetensors` does not go with types that are allocated";
+        return Err(Error::Plan(Fault::new(what)));
+    }
     let calibration = match (chosen.calibration.take(), &args.calibration.calibration) {
         (None, Some(text)) => Some(Calibration::begin(
-            args.calibration_flags(),
+            CalibrationFlags {
+                floats: also.as_ref().map(Also::floats),
+                ..args.calibration_flags()
+            },
             text,
             &chosen.recipe,
             &Source {
@@ -65,6 +74,10 @@ pub fn to_gguf(args: &ToGguf, talk: &Talk, stop: &AtomicBool) -> Result<()> {
     };
     if let Some(calibration) = &calibration {
         prepared = prepare(args, &chosen, &calibration.keys())?;
+        let is_rewritten = calibration.is_rewritten() || chosen.recipe.rounding.bias_absorption;
+        also = also
+            .map(|also| also.rewritten(&prepared.checkpoint, is_rewritten))
+            .transpose()?;
         let plan = &prepared.plan;
         let effort = calibration.effort(plan, args.threads)?;
         let before = calibration.peak_bytes();
@@ -80,11 +93,20 @@ pub fn to_gguf(args: &ToGguf, talk: &Talk, stop: &AtomicBool) -> Result<()> {
     announce(args, &prepared, talk);
     let finished = match &calibration {
         Some(calibration) => {
-            let outfile = &parts.parts[0].path;
-            Some(calibration.round(args.threads, plan, &BTreeMap::new(), outfile, talk, stop)?)
+            let artifact = ToRound {
+                plan,
+                integers: &BTreeMap::new(),
+                workspace: parts.parts[0].path.with_extension("work"),
+            };
+            let twin = also.as_ref().map(Also::to_round);
+            Some(calibration.round(args.threads, &artifact, twin.as_ref(), talk, stop)?)
         }
         None => None,
     };
+    let (finished, twin) = finished.map_or((None, None), |finished| {
+        let (finished, twin) = finished.split();
+        (Some(finished), twin)
+    });
     let artifact = Artifact::create(parts)?;
     let conduct = Conduct {
         threads: args.thread_count(),
@@ -128,10 +150,19 @@ pub fn to_gguf(args: &ToGguf, talk: &Talk, stop: &AtomicBool) -> Result<()> {
         receipt["calibration"] = calibration.receipt();
         calibration.save_sidecar(&parts.parts[0].path)?;
     }
-    let written = artifact.publish()?;
+    let folder = match (&also, &calibration, &twin) {
+        (Some(also), Some(calibration), Some(twin)) => {
+            let rounded = (calibration, twin);
+            let recipe = &chosen.recipe;
+            Some(also.write(checkpoint, recipe, rounded, conduct, (talk, stop))?)
+        }
+        _ => None,
+    };
+    let mut written = artifact.publish()?;
     write_receipt(&written[0], &receipt)?;
-    if let Some(finished) = finished {
-        finished.remove()?;
+    written.extend(folder);
+    for workspace in finished.into_iter().chain(twin) {
+        workspace.remove()?;
     }
     if args.json {
         print_stdout(format_args!("{receipt:#}"));

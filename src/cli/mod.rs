@@ -1,6 +1,7 @@
 //! The command line: the only room that prints, reads flags and chooses exit codes.
 
 mod allocation_job;
+mod also_job;
 mod args;
 mod calibrate_args;
 mod calibrate_job;
@@ -14,6 +15,7 @@ mod gguf_job;
 mod inspect;
 mod memory;
 mod output;
+mod packed_folder;
 mod packed_receipt;
 mod progress;
 mod receipt;

@@ -69,39 +69,45 @@ impl<'a> StageMoments<'a> {
     /// Collects what the tensors read, and rounds them one by one, in as many passes over the cells as memory asks for.
     pub fn round(&self, tensors: &[&str], workspace: &mut Workspace) -> Result<()> {
         let mut open = Vec::new();
-        for tensor in tensors.iter().filter_map(|name| self.job.tensor(name)) {
-            let input = stages::input_of(&tensor.name);
-            open.push(TensorRounding::begin(self.job, tensor, input)?);
+        for (is_twin, job) in self.job.and_twin() {
+            for tensor in tensors.iter().filter_map(|name| job.tensor(name)) {
+                let input = stages::input_of(&tensor.name);
+                open.push((is_twin, job, TensorRounding::begin(job, tensor, input)?));
+            }
         }
         let keys = self.keys();
         let passes = self.passes.iter().map(|pass| &keys[pass.clone()]);
         let is_read = |keys: &&[Key]| {
             let mut inputs = keys.iter().map(|(input, _)| input);
-            inputs.any(|input| open.iter().any(|tensor| tensor.input() == input))
+            inputs.any(|input| open.iter().any(|(.., tensor)| tensor.input() == input))
         };
         let passes: Vec<&[Key]> = passes.filter(is_read).collect();
-        self.pool(&passes, &mut open)?;
+        let rounding = open.iter_mut().map(|(.., tensor)| tensor);
+        self.pool(&passes, rounding)?;
         for keys in passes {
             let seen = self.collect(keys)?;
-            for mut tensor in std::mem::take(&mut open) {
+            for (is_twin, job, mut tensor) in std::mem::take(&mut open) {
                 self.job.check_stop()?;
                 tensor.round(count_of(keys, tensor.input()), &seen)?;
                 if !tensor.is_complete() {
-                    open.push(tensor);
+                    open.push((is_twin, job, tensor));
                     continue;
                 }
                 let (planned, input) = (tensor.planned(), tensor.input().to_string());
                 let (bytes, outcome) = tensor.finish();
+                let workspace = workspace.of(is_twin);
                 // Before the matrix itself: a run that is killed in between does both again.
                 if let (true, Some(seen)) =
                     (self.job.rounding.bias_absorption, seen.get(&(input, 0)))
                 {
-                    for (bias, bytes) in absorption::absorbed(self.job, planned, &bytes, seen)? {
-                        workspace.finish(&bytes, absorption::outcome(self.job, bias))?;
+                    for (bias, bytes) in absorption::absorbed(job, planned, &bytes, seen)? {
+                        workspace.finish(&bytes, absorption::outcome(job, bias))?;
                     }
                 }
                 workspace.finish(&bytes, outcome)?;
-                self.job.progress.advance(planned.bytes());
+                if !is_twin {
+                    self.job.progress.advance(planned.bytes());
+                }
             }
         }
         Ok(())
@@ -123,7 +129,11 @@ impl<'a> StageMoments<'a> {
     }
 
     /// Inputs of all experts together, for tensors that are not rounded in one pass: a pass over the cells of their own.
-    fn pool(&self, passes: &[&[Key]], open: &mut [TensorRounding]) -> Result<()> {
+    fn pool<'t, 'r: 't>(
+        &self,
+        passes: &[&[Key]],
+        open: impl Iterator<Item = &'t mut TensorRounding<'r>>,
+    ) -> Result<()> {
         let most = |input: &str| passes.iter().map(|keys| count_of(keys, input)).max();
         for tensor in open {
             let most = most(tensor.input()).unwrap_or(0);
@@ -274,10 +284,15 @@ pub fn round_head(
         .map(|seen| ((name.to_string(), 0), seen))
         .into_iter()
         .collect();
-    let mut rounding = TensorRounding::begin(job, tensor, name.to_string())?;
-    rounding.round(1, &seen)?;
-    let (bytes, outcome) = rounding.finish();
-    workspace.finish(&bytes, outcome)?;
+    for (is_twin, job) in job.and_twin() {
+        let Some(tensor) = job.tensor(name) else {
+            continue;
+        };
+        let mut rounding = TensorRounding::begin(job, tensor, name.to_string())?;
+        rounding.round(1, &seen)?;
+        let (bytes, outcome) = rounding.finish();
+        workspace.of(is_twin).finish(&bytes, outcome)?;
+    }
     job.progress.advance(tensor.bytes());
     Ok(())
 }
