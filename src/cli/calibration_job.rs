@@ -333,7 +333,14 @@ impl Calibration {
             stop,
             twin: None,
         };
-        let twin = twin.map(job);
+        // Targets are corrected for the errors of the first artifact's network, which are not those of the twin's.
+        let twin = twin.map(|twin| Calibrated {
+            rounding: Rounding {
+                target_correction: 0.0,
+                ..self.rounding
+            },
+            ..job(twin)
+        });
         let job = Calibrated {
             twin: twin.as_ref(),
             ..job(artifact)

@@ -44,7 +44,7 @@ pub struct ToSafetensors {
     #[arg(long, value_name = "N")]
     pub group_size: Option<usize>,
     /// What the largest code of static inputs (w8a8-static) stands for: the largest input of the samples, or where the
-    /// squared error over all of them is least. Default: max
+    /// squared error over all of them is least. Default: mse
     #[arg(long, value_name = "max|mse", value_parser = ActivationClip::from_str)]
     pub activation_clip: Option<ActivationClip>,
     /// Programs that must load the folder; what one of them would misread is an error. Default: vllm,transformers

@@ -67,9 +67,9 @@ pub struct LinearRule {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum ActivationClip {
     /// The largest input of the samples.
-    #[default]
     Max,
     /// The magnitude that leaves the least squared error over all inputs of the samples.
+    #[default]
     Mse,
 }
 
