@@ -218,16 +218,24 @@ impl Device {
         self.inner.driver.description()
     }
 
-    /// Bytes that can still be allocated, idle ones among them; at most what the driver says of its memory.
+    /// Bytes that may be allocated at all: the budget, or what the driver says of its memory, or, where it says nothing,
+    /// twice its largest allocation.
+    pub fn total_bytes(&self) -> u64 {
+        let limits = &self.description().limits;
+        let memory = limits.memory_bytes;
+        let guessed = limits.allocation_bytes.saturating_mul(2);
+        self.inner.pool().budget.min(memory.unwrap_or(guessed))
+    }
+
+    /// Bytes of them that are not in use.
     pub fn free_bytes(&self) -> u64 {
+        let total = self.total_bytes();
         let pool = self.inner.pool();
         let idle: u64 = pool
             .idle
             .iter()
             .map(|(class, handles)| class * handles.len() as u64)
             .sum();
-        let memory = self.description().limits.memory_bytes;
-        let total = pool.budget.min(memory.unwrap_or(u64::MAX));
         total.saturating_sub(pool.allocated - idle)
     }
 

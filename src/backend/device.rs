@@ -27,8 +27,10 @@ use crate::quantize::feedback::{ErrorProducts, Errors};
 const TILE_BYTES: usize = 64 << 20;
 /// Bytes that are sent at a time.
 const SENT_BYTES: usize = 32 << 20;
-/// The part of free memory that weights leave to activations.
+/// The part of memory that weights leave to activations.
 const RESERVE: u64 = 4;
+/// The part of free memory that decoded weights may take.
+const TILES: u64 = 8;
 /// Where matrices of a stack begin: multiples of this.
 const MATRIX_ALIGNMENT: u64 = 256;
 
@@ -115,9 +117,9 @@ impl OnDevice {
     fn make_resident(&self, weight: &CpuWeight) -> Result<Option<Bytes>> {
         let tensor = weight.tensor();
         let bytes = matrix_stride(tensor) * tensor.matrices as u64;
-        let free = self.device().free_bytes();
+        let (free, total) = (self.device().free_bytes(), self.device().total_bytes());
         let limits = self.device().description().limits;
-        if bytes > free - free / RESERVE || bytes > limits.allocation_bytes {
+        if bytes + total / RESERVE > free || bytes > limits.allocation_bytes {
             return Ok(None);
         }
         let mut resident = match self.device().reserve_bytes(bytes) {
@@ -172,7 +174,8 @@ impl OnDevice {
     /// Rows of a weight that are decoded together.
     fn tile_rows(&self, tensor: &StoredTensor) -> usize {
         let limit = self.device().description().limits.view_bytes / 2;
-        let bytes = (TILE_BYTES as u64).min(limit) as usize;
+        let free = self.device().free_bytes() / TILES;
+        let bytes = (TILE_BYTES as u64).min(limit).min(free) as usize;
         (bytes / (4 * tensor.columns)).clamp(1, tensor.rows.max(1))
     }
 }

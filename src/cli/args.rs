@@ -9,6 +9,8 @@ use nemoconv::eval::shard::Shard;
 use nemoconv::eval::tasks::Task;
 use nemoconv::formats::gguf::Value;
 use nemoconv::forward::numerics::TimeStepRule;
+use nemoconv::plan::packed::entries::PackedEntries;
+use nemoconv::plan::packed::scheme::NamedScheme;
 use nemoconv::plan::phase::Phase;
 use nemoconv::plan::recipe::{
     CalibrationEntries, OutType, RecipeEntries, RewriteEntries, WantedRotation, parse_size,
@@ -325,6 +327,13 @@ pub struct ToGguf {
     pub imatrix: Option<PathBuf>,
     #[command(flatten)]
     pub calibration: CalibrationArgs,
+    /// Write a packed folder for vLLM, SGLang and transformers too, from the same pass over the samples: its errors are fed
+    /// back by what the network of the GGUF file shows
+    #[arg(long, value_name = "DIR", requires = "calibration", conflicts_with_all = ["widen", "target_bpw", "target_size"])]
+    pub also_safetensors: Option<PathBuf>,
+    /// Scheme of every linear of that folder, see `to-safetensors`. Default: by the phase or `packed` in the recipe, else w4a16
+    #[arg(long, value_name = "NAME", requires = "also_safetensors", value_parser = NamedScheme::from_str)]
+    pub also_scheme: Option<NamedScheme>,
     /// Type of the tensors whose GGUF name matches; repeatable, the first match wins
     #[arg(long, value_name = "REGEX=TYPE", value_parser = tensor_type_rule)]
     pub tensor_type: Vec<TensorTypeRule>,
@@ -437,8 +446,8 @@ pub struct CalibrationArgs {
     /// Added to the diagonal of second moments, as a share of its mean. Default: 0.01
     #[arg(long, value_name = "SHARE")]
     pub damp_percent: Option<f64>,
-    /// Let the biases of the convolution and of the time step take back the mean errors of ssm_in; `validate` then finds
-    /// those biases changed
+    /// Let the biases of the convolution and of the time step take back the mean errors of ssm_in; `validate` then says
+    /// by how much they were changed
     #[arg(long)]
     pub bias_absorption: bool,
     /// Memory to stay within, such as 16G: what does not fit is kept in a file or collected in several passes, with the
@@ -510,6 +519,10 @@ impl ToGguf {
             allow_fallback: given(self.allow_fallback),
             widen: given(self.widen),
             mtp: self.no_mtp.then_some(false),
+            packed: PackedEntries {
+                scheme: self.also_scheme,
+                ..PackedEntries::default()
+            },
             ..self.calibration.entries()
         }
     }

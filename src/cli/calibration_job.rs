@@ -10,7 +10,7 @@ use nemoconv::backend::Machines;
 use nemoconv::calibrate::gradients::{GradientSettings, OutputMoments};
 use nemoconv::calibrate::samples::Samples;
 use nemoconv::calibrate::statistics::Statistics;
-use nemoconv::convert::calibrated::needs::{Arrangement, Needs};
+use nemoconv::convert::calibrated::needs::Needs;
 use nemoconv::convert::calibrated::rotation::{RotationChoice, RotationLoss, RotationTrial};
 use nemoconv::convert::calibrated::workspace::Workspace;
 use nemoconv::convert::calibrated::{Calibrated, Method, Rounding};
@@ -30,6 +30,7 @@ use sha2::{Digest, Sha256};
 
 use super::args::{CalibrationArgs, ToGguf};
 use super::calibrate_job::read_samples;
+use super::effort::Effort;
 use super::memory;
 use super::output::Talk;
 use super::progress::Report;
@@ -73,6 +74,29 @@ pub struct CalibrationFlags<'a> {
     pub calibration: &'a CalibrationArgs,
     /// Tensors that stay floats of the checkpoint's type, where rewrites must not round them.
     pub floats: Option<Vec<String>>,
+}
+
+/// An artifact whose tensors are to be rounded.
+pub struct ToRound<'a> {
+    pub plan: &'a Plan,
+    /// By tensor: grids of those that become integer rows.
+    pub integers: &'a BTreeMap<String, IntegerGrid>,
+    /// Where finished tensors lie meanwhile: beside the artifact.
+    pub workspace: PathBuf,
+}
+
+impl ToRound<'_> {
+    fn types(&self) -> impl Iterator<Item = (&String, String)> {
+        let tensors = self.plan.tensors.iter();
+        tensors.map(|tensor| match self.integers.get(&tensor.name) {
+            Some(grid) => (&tensor.name, grid.to_string()),
+            None => (&tensor.name, tensor.ty.name().to_string()),
+        })
+    }
+
+    fn workspace(&self, key: &str) -> Result<Workspace> {
+        Workspace::open(&self.workspace, key)
+    }
 }
 
 impl ToGguf {
@@ -276,46 +300,25 @@ impl Calibration {
         self.peak_bytes
     }
 
-    /// How the rounding stays within its memory.
-    pub fn arrange(&self, plan: &Plan) -> Result<Arrangement> {
-        self.needs(plan).arrange(self.memory_bytes)
+    /// What the rounding takes.
+    pub fn effort(&self, plan: &Plan, threads: Option<u16>) -> Result<Effort> {
+        let needs = Needs::of_samples(plan, self.rounding, &self.samples);
+        Effort::of(&needs, self.memory_bytes, threads)
     }
 
-    /// What the rounding needs.
-    pub fn needs<'a>(&self, plan: &'a Plan) -> Needs<'a> {
-        Needs::of_samples(plan, self.rounding, &self.samples)
-    }
-
-    /// Rounds every tensor; an interrupted run of the same settings goes on where it was.
-    pub fn round(
-        &self,
+    /// Rounds every tensor, of the twin too by what the artifact's network shows; an interrupted run of the same settings goes on where it was.
+    pub fn round<'a>(
+        &'a self,
         threads: Option<u16>,
-        plan: &Plan,
-        integers: &BTreeMap<String, IntegerGrid>,
-        outfile: &Path,
+        artifact: &'a ToRound,
+        twin: Option<&'a ToRound>,
         talk: &Talk,
         stop: &AtomicBool,
     ) -> Result<Workspace> {
-        let types: Vec<_> = plan
-            .tensors
-            .iter()
-            .map(|tensor| match integers.get(&tensor.name) {
-                Some(grid) => (&tensor.name, grid.to_string()),
-                None => (&tensor.name, tensor.ty.name().to_string()),
-            })
-            .collect();
-        let key = json!({
-            "nemoconv": env!("CARGO_PKG_VERSION"),
-            "checkpoint": self.shards,
-            "samples": self.samples.digest(),
-            "rounding": self.rounding,
-            "rewrites": self.sidecar,
-            "widened": plan.widening.is_widened(),
-            "types": types,
-            "device": self.machines.name(),
-        });
-        let folder = outfile.with_extension("work");
-        let mut workspace = Workspace::open(&folder, &digest(key.to_string().as_bytes()))?;
+        let mut workspace = artifact.workspace(&self.key(&[artifact]))?;
+        if let Some(twin) = twin {
+            workspace = workspace.with_twin(twin.workspace(&self.key(&[artifact, twin]))?);
+        }
         if workspace.resumed > 0 {
             talk.say(format_args!(
                 "going on after {} tensors that an earlier run finished",
@@ -323,20 +326,56 @@ impl Calibration {
             ));
         }
         let outputs = self.outputs(threads, stop)?;
-        let job = Calibrated {
+        let report = Report::new(*talk);
+        let job = |artifact: &'a ToRound| Calibrated {
             machines: &self.machines,
             weights: &self.weights,
-            plan,
-            integers,
+            plan: artifact.plan,
+            integers: artifact.integers,
             samples: &self.samples,
             outputs: outputs.as_ref(),
             rounding: self.rounding,
             memory_bytes: self.memory_bytes,
-            progress: &Report::new(*talk),
+            progress: &report,
             stop,
+            twin: None,
+        };
+        // Targets are corrected for the errors of the first artifact's network, which are not those of the twin's.
+        let twin = twin.map(|twin| Calibrated {
+            rounding: Rounding {
+                target_correction: 0.0,
+                ..self.rounding
+            },
+            ..job(twin)
+        });
+        let job = Calibrated {
+            twin: twin.as_ref(),
+            ..job(artifact)
         };
         on_workers(threads, || job.run(&mut workspace))?;
         Ok(workspace)
+    }
+
+    /// What decides the bytes of the last of these artifacts, which the others' types do too.
+    fn key(&self, artifacts: &[&ToRound]) -> String {
+        let widened = artifacts
+            .iter()
+            .any(|artifact| artifact.plan.widening.is_widened());
+        let types: Vec<_> = artifacts
+            .iter()
+            .flat_map(|artifact| artifact.types())
+            .collect();
+        let key = json!({
+            "nemoconv": env!("CARGO_PKG_VERSION"),
+            "checkpoint": self.shards,
+            "samples": self.samples.digest(),
+            "rounding": self.rounding,
+            "rewrites": self.sidecar,
+            "widened": widened,
+            "types": types,
+            "device": self.machines.name(),
+        });
+        digest(key.to_string().as_bytes())
     }
 
     /// Runs samples through the network and back, if rows are to repair each other.

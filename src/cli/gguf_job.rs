@@ -7,7 +7,7 @@ use std::sync::atomic::AtomicBool;
 
 use nemoconv::artifact::locate;
 use nemoconv::backend::Machines;
-use nemoconv::convert::calibrated::needs::{Arrangement, Needs, measured_rate};
+use nemoconv::convert::calibrated::needs::Needs;
 use nemoconv::convert::{self, Conduct};
 use nemoconv::error::{Error, Fault, Result};
 use nemoconv::formats::checkpoint::Checkpoint;
@@ -24,14 +24,15 @@ use nemoconv::write::gguf::parts::Parts;
 use nemoconv::write::gguf::{self, NamedImatrix};
 use serde_json::Value;
 
+use super::also_job::Also;
 use super::args::ToGguf;
-use super::calibration_job::{Calibration, Source};
+use super::calibration_job::{Calibration, CalibrationFlags, Source, ToRound};
+use super::effort::Effort;
 use super::memory;
 use super::output::{Talk, human_bytes, print_stdout, shape, table};
 use super::progress::Report;
 use super::receipt;
 use super::recipe_job::{self, Chosen};
-use super::workers::on_workers;
 
 /// Everything known before a weight is read.
 pub struct Prepared {
@@ -50,9 +51,17 @@ pub fn to_gguf(args: &ToGguf, machines: &Machines, talk: &Talk, stop: &AtomicBoo
         return Ok(());
     };
     let mut prepared = prepare(args, &chosen, &[])?;
+    let mut also = Also::plan(args, &chosen.recipe, &prepared.checkpoint)?;
+    if let (Some(_), Some(_)) = (&also, &chosen.calibration) {
+        let what = "`--also-safetensors` does not go with types that are allocated";
+        return Err(Error::Plan(Fault::new(what)));
+    }
     let calibration = match (chosen.calibration.take(), &args.calibration.calibration) {
         (None, Some(text)) => Some(Calibration::begin(
-            args.calibration_flags(machines),
+            CalibrationFlags {
+                floats: also.as_ref().map(Also::floats),
+                ..args.calibration_flags(machines)
+            },
             text,
             &chosen.recipe,
             &Source {
@@ -66,12 +75,15 @@ pub fn to_gguf(args: &ToGguf, machines: &Machines, talk: &Talk, stop: &AtomicBoo
     };
     if let Some(calibration) = &calibration {
         prepared = prepare(args, &chosen, &calibration.keys())?;
+        let is_rewritten = calibration.is_rewritten() || chosen.recipe.rounding.bias_absorption;
+        also = also
+            .map(|also| also.rewritten(&prepared.checkpoint, is_rewritten))
+            .transpose()?;
         let plan = &prepared.plan;
-        let arrangement = calibration.arrange(plan)?;
+        let effort = calibration.effort(plan, args.threads)?;
         let before = calibration.peak_bytes();
-        prepared.peak_bytes = prepared.peak_bytes.max(before).max(arrangement.peak_bytes);
-        let seconds = seconds_of(args, &calibration.needs(plan));
-        talk.say(effort(&arrangement, seconds));
+        prepared.peak_bytes = prepared.peak_bytes.max(before).max(effort.peak_bytes());
+        talk.say(effort);
     }
     let Prepared {
         checkpoint,
@@ -82,11 +94,20 @@ pub fn to_gguf(args: &ToGguf, machines: &Machines, talk: &Talk, stop: &AtomicBoo
     announce(args, &prepared, talk);
     let finished = match &calibration {
         Some(calibration) => {
-            let outfile = &parts.parts[0].path;
-            Some(calibration.round(args.threads, plan, &BTreeMap::new(), outfile, talk, stop)?)
+            let artifact = ToRound {
+                plan,
+                integers: &BTreeMap::new(),
+                workspace: parts.parts[0].path.with_extension("work"),
+            };
+            let twin = also.as_ref().map(Also::to_round);
+            Some(calibration.round(args.threads, &artifact, twin.as_ref(), talk, stop)?)
         }
         None => None,
     };
+    let (finished, twin) = finished.map_or((None, None), |finished| {
+        let (finished, twin) = finished.split();
+        (Some(finished), twin)
+    });
     let artifact = Artifact::create(parts)?;
     let conduct = Conduct {
         threads: args.thread_count(),
@@ -130,10 +151,19 @@ pub fn to_gguf(args: &ToGguf, machines: &Machines, talk: &Talk, stop: &AtomicBoo
         receipt["calibration"] = calibration.receipt();
         calibration.save_sidecar(&parts.parts[0].path)?;
     }
-    let written = artifact.publish()?;
+    let folder = match (&also, &calibration, &twin) {
+        (Some(also), Some(calibration), Some(twin)) => {
+            let rounded = (calibration, twin);
+            let recipe = &chosen.recipe;
+            Some(also.write(checkpoint, recipe, rounded, conduct, (talk, stop))?)
+        }
+        _ => None,
+    };
+    let mut written = artifact.publish()?;
     write_receipt(&written[0], &receipt)?;
-    if let Some(finished) = finished {
-        finished.remove()?;
+    written.extend(folder);
+    for workspace in finished.into_iter().chain(twin) {
+        workspace.remove()?;
     }
     if args.json {
         print_stdout(format_args!("{receipt:#}"));
@@ -153,9 +183,10 @@ pub fn plan(args: &ToGguf, machines: &Machines, talk: &Talk, stop: &AtomicBool) 
     if args.calibration.calibration.is_some() {
         let recipe = &chosen.recipe;
         let needs = Needs::at_most(&prepared.plan, recipe.rounding, recipe.samples);
-        let arrangement = needs.arrange(memory::limit(args.calibration.max_ram))?;
-        talk.say(effort(&arrangement, seconds_of(args, &needs)));
-        prepared.peak_bytes = prepared.peak_bytes.max(arrangement.peak_bytes);
+        let limit = memory::limit(args.calibration.max_ram);
+        let effort = Effort::of(&needs, limit, args.threads)?;
+        prepared.peak_bytes = prepared.peak_bytes.max(effort.peak_bytes());
+        talk.say(effort);
     }
     if args.json {
         let Prepared {
@@ -397,36 +428,6 @@ fn packed_source(plan: &Plan, calibrated: bool) -> Option<String> {
             total - kept - float
         )
     })
-}
-
-/// An estimate by the multiply-adds that are to be made and the rate of this machine.
-fn seconds_of(args: &ToGguf, needs: &Needs) -> f64 {
-    needs.multiply_adds() / on_workers(args.threads, measured_rate)
-}
-
-/// What the calibrated part of a run takes.
-fn effort(arrangement: &Arrangement, seconds: f64) -> String {
-    let mut means = Vec::new();
-    if arrangement.streams_in_file {
-        means.push("residual streams in a file".to_owned());
-    }
-    if arrangement.most_passes > 1 {
-        let passes = arrangement.most_passes;
-        means.push(format!("second moments in up to {passes} passes"));
-    }
-    let by = match means.is_empty() {
-        true => String::new(),
-        false => format!(" ({})", means.join(", ")),
-    };
-    let time = match seconds {
-        seconds if seconds < 90.0 => format!("{seconds:.0} s"),
-        seconds if seconds < 5400.0 => format!("{:.0} min", seconds / 60.0),
-        seconds => format!("{:.1} h", seconds / 3600.0),
-    };
-    format!(
-        "rounding takes about {} of memory{by} and {time}",
-        human_bytes(arrangement.peak_bytes)
-    )
 }
 
 fn totals(prepared: &Prepared) -> String {

@@ -1,11 +1,13 @@
 //! The command line: the only room that prints, reads flags and chooses exit codes.
 
 mod allocation_job;
+mod also_job;
 mod args;
 mod calibrate_args;
 mod calibrate_job;
 mod calibration_job;
 mod device;
+mod effort;
 mod eval_job;
 mod eval_model;
 mod eval_progress;
@@ -14,6 +16,7 @@ mod gguf_job;
 mod inspect;
 mod memory;
 mod output;
+mod packed_folder;
 mod packed_receipt;
 mod progress;
 mod receipt;

@@ -4,10 +4,10 @@ use std::path::PathBuf;
 use std::str::FromStr;
 
 use clap::Args;
-use nemoconv::plan::packed::LinearRule;
 use nemoconv::plan::packed::entries::PackedEntries;
 use nemoconv::plan::packed::readers::Reader;
 use nemoconv::plan::packed::scheme::NamedScheme;
+use nemoconv::plan::packed::{ActivationClip, LinearRule};
 use nemoconv::plan::phase::Phase;
 use nemoconv::plan::recipe::{RecipeEntries, parse_size};
 use nemoconv::quantize::integer::Nearest;
@@ -44,6 +44,10 @@ pub struct ToSafetensors {
     /// Columns that share a scale: 128, 64 or 32. Default: for each matrix the largest that divides its rows
     #[arg(long, value_name = "N")]
     pub group_size: Option<usize>,
+    /// What the largest code of static inputs (w8a8-static) stands for: the largest input of the samples, or where the
+    /// squared error over all of them is least. Default: mse
+    #[arg(long, value_name = "max|mse", value_parser = ActivationClip::from_str)]
+    pub activation_clip: Option<ActivationClip>,
     /// Programs that must load the folder; what one of them would misread is an error. Default: vllm,transformers
     #[arg(long, value_name = "NAMES", value_delimiter = ',', value_parser = Reader::from_str)]
     pub readers: Vec<Reader>,
@@ -105,6 +109,7 @@ impl ToSafetensors {
                 scheme: self.scheme,
                 group_size: self.group_size,
                 readers: self.readers.clone(),
+                activation_clip: self.activation_clip,
                 linears: self.linear.clone(),
             },
             ..self.calibration.entries()

@@ -6,22 +6,20 @@ use std::sync::atomic::AtomicBool;
 use nemoconv::artifact::locate;
 use nemoconv::backend::Machines;
 use nemoconv::convert::Conduct;
-use nemoconv::convert::packed::{PackedJob, Rounded};
 use nemoconv::error::Result;
 use nemoconv::formats::GgmlType;
 use nemoconv::formats::checkpoint::Checkpoint;
 use nemoconv::model::config::NemotronHConfig;
 use nemoconv::plan::packed::{PackedPlan, PackedSettings};
 use nemoconv::plan::recipe::{Recipe, RecipeEntries};
-use nemoconv::rewrite::SIDECAR_IN_FOLDER;
-use nemoconv::write::packed::folder::{PackedFolder, check_target};
+use nemoconv::write::packed::folder::check_target;
 
-use super::calibration_job::{Calibration, CalibrationFlags, Source};
+use super::calibration_job::{Calibration, CalibrationFlags, Source, ToRound};
 use super::gguf_job::model_id;
 use super::output::{Talk, human_bytes, print_stdout, table};
+use super::packed_folder::{Folder, floats};
 use super::packed_receipt;
-use super::progress::Report;
-use super::safetensors_args::{RoundingArg, ToSafetensors};
+use super::safetensors_args::ToSafetensors;
 
 /// Writes the folder, or shows the plan with `--dry-run`.
 pub fn to_safetensors(
@@ -58,63 +56,38 @@ pub fn to_safetensors(
                 type_of: &|_| GgmlType::F32,
             };
             let begun = Calibration::begin(flags, text, &recipe, &source, talk, stop)?;
-            settings.is_rewritten = begun.is_rewritten();
+            settings.is_rewritten = begun.is_rewritten() || recipe.rounding.bias_absorption;
             plan = self::plan(&checkpoint, &settings)?;
+            talk.say(begun.effort(&plan.plan, args.threads)?);
             Some(begun)
         }
     };
     announce(&plan, talk);
     let grids = plan.grids();
+    let rounded = ToRound {
+        plan: &plan.plan,
+        integers: &grids,
+        workspace: outdir.with_extension("work"),
+    };
     let workspace = match &calibration {
-        Some(calibration) => {
-            Some(calibration.round(args.threads, &plan.plan, &grids, &outdir, talk, stop)?)
-        }
+        Some(calibration) => Some(calibration.round(args.threads, &rounded, None, talk, stop)?),
         None => None,
     };
-    let folder = PackedFolder::create(&outdir, &plan.shards)?;
-    let job = PackedJob {
+    let written = Folder {
         checkpoint: &checkpoint,
         plan: &plan,
-        rounded: calibration
-            .as_ref()
-            .zip(workspace.as_ref())
-            .map(|(calibration, workspace)| Rounded {
-                weights: calibration.weights(),
-                workspace,
-            }),
-        nearest: args.rounding.into(),
-        folder: &folder,
-        progress: &Report::new(*talk),
-        stop,
+        outdir: &outdir,
+        recipe: &recipe,
+        rounding: args.rounding,
+        calibration: calibration.as_ref(),
+        workspace: workspace.as_ref(),
+        conduct: Conduct {
+            threads: args.thread_count(),
+            allow_nonfinite: args.allow_nonfinite,
+            allow_overflow: args.allow_f16_overflow,
+        },
     };
-    let summary = job.run(Conduct {
-        threads: args.thread_count(),
-        allow_nonfinite: args.allow_nonfinite,
-        allow_overflow: args.allow_f16_overflow,
-    })?;
-    for odd in &summary.oddities {
-        talk.say(format_args!(
-            "warning: `{}` has {} NaN or infinite weights and {} overflows, written as allowed",
-            odd.tensor, odd.nonfinite, odd.overflows
-        ));
-    }
-    folder.write_companions(&checkpoint, &plan)?;
-    let mut receipt = packed_receipt::plan_json(&checkpoint, &plan);
-    packed_receipt::add_summary(&mut receipt, &summary, workspace.as_ref());
-    receipt["method"] = match (&calibration, args.rounding) {
-        (Some(_), _) => recipe.rounding.method.to_string(),
-        (None, RoundingArg::Nearest) => "rtn".into(),
-        (None, RoundingArg::Llmcompressor) => "llmcompressor".into(),
-    }
-    .into();
-    if let Some(calibration) = &calibration {
-        receipt["calibration"] = calibration.receipt();
-        if let Some(rewrites) = calibration.sidecar_bytes()? {
-            folder.write_file(SIDECAR_IN_FOLDER, &rewrites)?;
-        }
-    }
-    folder.write_file("receipt.json", format!("{receipt:#}\n").as_bytes())?;
-    let written = folder.publish()?;
+    let (written, receipt) = written.write(talk, stop)?;
     if let Some(workspace) = workspace {
         workspace.remove()?;
     }
@@ -145,22 +118,6 @@ fn settings(args: &ToSafetensors, recipe: &Recipe) -> Result<PackedSettings> {
 fn plan(checkpoint: &Checkpoint, settings: &PackedSettings) -> Result<PackedPlan> {
     let (_, config) = NemotronHConfig::open(checkpoint)?;
     PackedPlan::new(checkpoint, config, settings)
-}
-
-/// Tensors that stay floats.
-fn floats(plan: &PackedPlan) -> Vec<String> {
-    let kept = plan
-        .linears
-        .iter()
-        .zip(&plan.schemes)
-        .filter(|(linear, scheme)| {
-            scheme.is_none() && linear.kind != nemoconv::plan::packed::linears::Kind::Router
-        });
-    let mut names: Vec<String> = kept
-        .map(|(linear, _)| plan.plan.tensors[linear.tensor].name.clone())
-        .collect();
-    names.dedup();
-    names
 }
 
 fn outdir(args: &ToSafetensors, checkpoint: &Checkpoint, settings: &PackedSettings) -> PathBuf {

@@ -18,10 +18,11 @@ use super::calibrated::workspace::Workspace;
 use super::tile::{Scratch, Tile, nonfinite_in, source_row};
 use super::{Conduct, Counters, Progress, Summary, in_parallel, refuse};
 use crate::error::{Error, Fault, Result};
-use crate::model::nemotron_h::ValueRule;
+use crate::model::nemotron_h::{ValueRule, is_bias_behind_ssm_in};
 use crate::plan::PlannedTensor;
-use crate::plan::packed::{Content, PackedPlan};
+use crate::plan::packed::{ActivationClip, Content, PackedPlan};
 use crate::plan::sources;
+use crate::quantize::input_scale::INPUT_STEPS;
 use crate::quantize::integer::Nearest;
 use crate::quantize::quantize_rows;
 use crate::rewrite::RewrittenModel;
@@ -38,6 +39,10 @@ pub struct Rounded<'a> {
     pub weights: &'a RewrittenModel,
     /// Integer rows of every quantized tensor.
     pub workspace: &'a Workspace,
+    /// Biases behind `ssm_in` took back its mean errors.
+    pub bias_absorption: bool,
+    /// What the largest code of static inputs stands for.
+    pub clip: ActivationClip,
 }
 
 /// Everything a conversion works on.
@@ -380,7 +385,15 @@ impl Writer<'_> {
         let Some(rounded) = self.job.rounded else {
             return Ok((in_checkpoint_order(tensor, &stored), false));
         };
+        let has_absorbed = rounded.bias_absorption && is_bias_behind_ssm_in(&tensor.name);
         let rewritten = match rows.count < tensor.stored.rows {
+            _ if has_absorbed => {
+                let mut bytes = vec![0; tensor.bytes() as usize];
+                rounded.workspace.read_at(&tensor.name, 0, &mut bytes)?;
+                let mut values = vec![0.0; stored.len()];
+                dequantize(tensor.ty, &bytes, &mut values)?;
+                values
+            }
             true => rounded
                 .weights
                 .rows(&tensor.name, rows.piece, rows.first, rows.count)?,
@@ -462,9 +475,13 @@ impl Writer<'_> {
             .rounded
             .iter()
             .flat_map(|rounded| rounded.workspace.outcomes());
+        let clip = self.job.rounded.map(|rounded| rounded.clip);
         let largest = outcomes
             .filter(|outcome| outcome.tensor == *name)
-            .find_map(|outcome| outcome.largest_input);
+            .find_map(|outcome| match clip {
+                Some(ActivationClip::Mse) => outcome.input_clip.or(outcome.largest_input),
+                _ => outcome.largest_input,
+            });
         let Some(largest) = largest.filter(|_| *inputs == Inputs::Int8PerTensor) else {
             let fault = Fault::new("static inputs need a scale, which only a calibration gives")
                 .in_tensor(name);
@@ -472,7 +489,7 @@ impl Writer<'_> {
                 fault.hint("name a text with `--calibration`, or choose w8a8"),
             ));
         };
-        let scale = half::bf16::from_f32(largest / 127.0);
+        let scale = half::bf16::from_f32(largest / INPUT_STEPS as f32);
         Ok(scale.to_le_bytes().to_vec())
     }
 }

@@ -8,6 +8,16 @@
 use super::config::NemotronHConfig;
 use super::hybrid_pattern::BlockKind;
 
+/// The bias of the convolution, after `blk.N.`.
+pub const CONVOLUTION_BIAS: &str = "ssm_conv1d.bias";
+/// The bias of the time step, after `blk.N.`.
+pub const TIME_STEP_BIAS: &str = "ssm_dt.bias";
+
+/// Whether what `ssm_in` gives is added to this tensor, after the convolution or as it is.
+pub fn is_bias_behind_ssm_in(name: &str) -> bool {
+    name.ends_with(CONVOLUTION_BIAS) || name.ends_with(TIME_STEP_BIAS)
+}
+
 /// A symbolic size, so that shapes are written once and widening knows which axes grow.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Dim {

@@ -276,9 +276,18 @@ fn choose_types(
         has_output: tensors.iter().any(|tensor| tensor.name == "output.weight"),
         has_imatrix,
     };
-    let source_type = |tensor: &PlannedTensor| match tensor.pieces.first() {
-        Some(Piece::Tensor { source, .. }) => checkpoint.tensors()[*source].dtype,
+    let dtype = |piece: &Piece| match piece {
+        Piece::Tensor { source, .. } => checkpoint.tensors()[*source].dtype,
         _ => Dtype::F32,
+    };
+    // Experts of several types: F32 holds them all.
+    let source_type = |tensor: &PlannedTensor| {
+        let mut types = tensor.pieces.iter().map(dtype);
+        let first = types.next().unwrap_or(Dtype::F32);
+        match types.all(|other| other == first) {
+            true => first,
+            false => Dtype::F32,
+        }
     };
     let candidates: Vec<_> = tensors
         .iter()

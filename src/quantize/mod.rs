@@ -7,6 +7,7 @@ mod affine_block;
 pub mod feedback;
 mod float;
 pub mod form;
+pub mod input_scale;
 pub mod integer;
 mod iq4_nl;
 mod iq4_xs;

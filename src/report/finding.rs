@@ -198,6 +198,9 @@ rules! {
     BytesDiffer: Weights, Error, "weights/bytes-differ",
         "tensors that should be equal differ",
         "A tensor that is stored without loss does not have the bytes of its source.";
+    BiasAbsorbed: Weights, Note, "weights/bias-absorbed",
+        "a bias was changed on purpose",
+        "The artifact records that biases took back the mean rounding errors of the matrix before them (`--bias-absorption`). A change of half the bias or more is a warning.";
     RewritesMissing: Weights, Warning, "weights/rewrites-missing",
         "the rewrites that the artifact records cannot be had",
         "Its weights are those of a rewritten network and can only be compared through the sidecar `NAME.rewrites.safetensors` that was written with it. Put it beside the artifact.";

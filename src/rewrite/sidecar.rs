@@ -141,7 +141,7 @@ impl Rewrites {
     /// The file cannot be read, contradicts the format, or holds what is no rewrite: a factor that is not positive, a
     /// rotation that is not orthogonal, an order that is no permutation, a tensor that nothing names.
     pub fn open(path: &Path) -> Result<Self> {
-        let file = Checkpoint::open(path)?;
+        let file = Checkpoint::open_file(path)?;
         let mut reader = Reader {
             tensors: TensorReader::new(&file),
             rotations: BTreeMap::new(),

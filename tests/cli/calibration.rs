@@ -130,6 +130,28 @@ fn the_receipt_says_what_became_of_every_tensor_and_validate_undoes_the_rewrites
 }
 
 #[test]
+fn absorbed_biases_are_changed_on_purpose() {
+    let place = place();
+    let flags = ["-t", "q4_0", "--pure", "--passes", "0"];
+    let artifact = place.converted(
+        &nano(),
+        "a.gguf",
+        &[&flags[..], &["--bias-absorption"]].concat(),
+    );
+    let (_, report) = place.validated(&artifact, &nano());
+    let findings = report["findings"].as_array().unwrap();
+    let of = |rule: &str| {
+        findings
+            .iter()
+            .filter(|finding| finding["id"] == rule)
+            .count()
+    };
+    assert_eq!(of("weights/bytes-differ"), 0, "{findings:?}");
+    let mamba = 2;
+    assert_eq!(of("weights/bias-absorbed"), 2 * mamba, "{findings:?}");
+}
+
+#[test]
 fn the_rotation_is_chosen_by_its_losses_and_recorded() {
     let place = place();
     let flags = ["-t", "q4_0", "--passes", "0"];

@@ -333,6 +333,7 @@ fn validate_undoes_the_rewrites_and_knows_how_it_was_rounded() {
             "{name}: {report}{}",
             stderr(&output)
         );
+        assert!(!report.contains("warning"), "{name}: {report}");
         if name == "w4a16" {
             let sidecar = folder.join("rewrites.nemoconv");
             fs::remove_file(sidecar).unwrap();
@@ -352,12 +353,178 @@ fn static_inputs_get_their_scale_from_the_samples() {
         &["static inputs", "--calibration"],
     );
     let text = text();
-    let folder = place.pack("packed", &calibrated(&text, &["--scheme", "w8a8-static"]));
+    let flags = calibrated(&text, &["--scheme", "w8a8-static"]);
+    let out = place.path("packed");
+    let (model, folder) = (nano(), out.clone());
+    let fixed = [
+        "to-safetensors",
+        model.to_str().unwrap(),
+        "-o",
+        out.to_str().unwrap(),
+    ];
+    let output = nemoconv(fixed.iter().chain(&flags));
+    let talk = stderr(&output);
+    assert!(talk.contains("rounding takes about"), "{talk}");
     let tensors = read_tensors(&folder.join("model.safetensors"));
     let (dtype, shape, bytes) = &tensors["backbone.layers.1.mixer.down_proj.input_scale"];
     assert_eq!((dtype.as_str(), shape.as_slice()), ("BF16", &[1][..]));
     let scale = half::bf16::from_le_bytes([bytes[0], bytes[1]]).to_f32();
     assert!(scale > 0.0 && scale < 10.0, "{scale}");
+}
+
+/// Where the clip is: no scale is larger than by the largest input, some are smaller.
+#[test]
+fn static_inputs_are_clipped_where_that_loses_less() {
+    let place = Place::new();
+    let text = text();
+    let scales = |clip: &str| -> BTreeMap<String, f32> {
+        let flags = ["--scheme", "w8a8-static", "--activation-clip", clip];
+        let folder = place.pack(clip, &calibrated(&text, &flags));
+        let tensors = read_tensors(&folder.join("model.safetensors")).into_iter();
+        let scales = tensors.filter(|(name, _)| name.ends_with(".input_scale"));
+        scales
+            .map(|(name, (_, _, bytes))| {
+                let scale = half::bf16::from_le_bytes([bytes[0], bytes[1]]);
+                (name, scale.to_f32())
+            })
+            .collect()
+    };
+    let (max, mse) = (scales("max"), scales("mse"));
+    assert_eq!(max.len(), 12);
+    assert!(max.iter().all(|(name, scale)| mse[name] <= *scale));
+    assert!(max.iter().any(|(name, scale)| mse[name] < 0.9 * scale));
+    let query = |kind: &str| mse[&format!("backbone.layers.3.mixer.{kind}_proj.input_scale")];
+    assert!(query("q") == query("k") && query("k") == query("v"));
+}
+
+/// An expert, and a matrix that is kept, in F32 beside BF16: as checkpoints have them that were merged from several.
+#[test]
+fn a_matrix_of_another_float_loses_nothing_on_its_way_to_codes() {
+    let place = Place::new();
+    let model = moe(&place);
+    let path = model.join("model.safetensors");
+    let tensors = read_tensors(&path);
+    let expert = "backbone.layers.1.mixer.experts.1.up_proj";
+    let shared = "backbone.layers.1.mixer.shared_experts.up_proj";
+    let between = |name: &str| {
+        let (_, shape, bytes) = &tensors[&format!("{name}.weight")];
+        let (halves, _) = bytes.as_chunks();
+        let values = halves.iter().map(|half| half::bf16::from_le_bytes(*half));
+        let values = values.enumerate().map(|(i, value)| {
+            let between = 1.0 + ((i * 7) % 13) as f32 * 3e-4;
+            value.to_f32() * between
+        });
+        let bytes = values.flat_map(f32::to_le_bytes).collect();
+        ("F32".to_string(), shape.clone(), bytes)
+    };
+    let pack = |name: &str, wide: &[&str]| {
+        let mut tensors = tensors.clone();
+        for module in wide {
+            tensors.insert(format!("{module}.weight"), between(module));
+        }
+        write_tensors(&path, &tensors);
+        let out = place.path(name);
+        let flags = ["--linear", "shared_experts.up=keep"];
+        let fixed = ["to-safetensors", model.to_str().unwrap(), "-o"];
+        let all = [&fixed[..], &[out.to_str().unwrap()], &flags].concat();
+        let output = nemoconv(all);
+        assert!(output.status.success(), "{}", stderr(&output));
+        let packed = read_tensors(&out.join("model.safetensors"));
+        (packed, stderr(&output))
+    };
+    let (mixed, talk) = pack("mixed", &[expert, shared]);
+    let remark = format!("1 kept matrices, such as `{shared}` in F32");
+    assert!(talk.contains(&remark), "{talk}");
+    let name = format!("{shared}.weight");
+    assert!(mixed[&name] == between(shared), "kept as it was");
+    // Its neighbour alone decided the type of both.
+    let both = [expert, &expert.replace("experts.1", "experts.0")];
+    let (wide, talk) = pack("wide", &both);
+    assert!(!talk.contains("kept matrices"), "{talk}");
+    for part in ["weight_packed", "weight_scale"] {
+        let name = format!("{expert}.{part}");
+        assert!(mixed[&name] == wide[&name], "{name}");
+    }
+}
+
+#[test]
+fn absorbed_biases_are_written_and_told_from_damage() {
+    let place = Place::new();
+    let text = text();
+    let folder = place.pack(
+        "packed",
+        &calibrated(&text, &["--bias-absorption", "--passes", "0"]),
+    );
+    let bias = "backbone.layers.0.mixer.conv1d.bias";
+    let path = folder.join("model.safetensors");
+    let mut packed = read_tensors(&path);
+    let source = read_tensors(&nano().join("model.safetensors"));
+    assert!(packed[bias] != source[bias]);
+    let validate = || {
+        let (folder, reference) = (folder.to_str().unwrap(), nano());
+        let reference = reference.to_str().unwrap();
+        let output = nemoconv(["validate", folder, "--reference", reference, "-q"]);
+        let report = String::from_utf8_lossy(&output.stdout).into_owned();
+        (output.status.code(), report)
+    };
+    let (code, report) = validate();
+    assert_eq!(code, Some(0), "{report}");
+    assert!(report.contains("note weights/bias-absorbed"), "{report}");
+    // Another bias altogether.
+    let (_, _, bytes) = packed.get_mut(bias).unwrap();
+    bytes
+        .iter_mut()
+        .skip(1)
+        .step_by(2)
+        .for_each(|high| *high ^= 0x80);
+    write_tensors(&path, &packed);
+    let (code, report) = validate();
+    assert_eq!(code, Some(2), "{report}");
+}
+
+/// One walk for both: the GGUF file is that of a walk of its own, the folder is whole and rounded with feedback.
+#[test]
+fn a_folder_comes_from_the_walk_of_a_gguf_file() {
+    let place = Place::new();
+    let (text, model) = (text(), nano());
+    let convert = |name: &str, more: &[&str]| {
+        let out = place.path(name);
+        let fixed = ["to-gguf", model.to_str().unwrap(), "-q", "-o"];
+        let types = ["-t", "q4_0", "--pure", "--no-rewrites", "--passes", "0"];
+        let flags = calibrated(&text, more);
+        let output = nemoconv([&fixed[..], &[out.to_str().unwrap()], &types, &flags].concat());
+        assert!(output.status.success(), "{}", stderr(&output));
+        fs::read(out).unwrap()
+    };
+    let folder = place.path("both");
+    let also = ["--also-safetensors", folder.to_str().unwrap()];
+    let scheme = ["--also-scheme", "w4a16-asym"];
+    let both = convert("both.gguf", &[also, scheme].concat());
+    assert!(both == convert("alone.gguf", &[]));
+    let left: Vec<String> = names(place.0.path());
+    let expected = [
+        "alone.gguf",
+        "alone.receipt.json",
+        "both",
+        "both.gguf",
+        "both.receipt.json",
+    ];
+    assert_eq!(left, expected);
+    let receipt = json_of(folder.join("receipt.json"));
+    let rounded = receipt["rounding"].as_array().unwrap();
+    let with_feedback = rounded.iter().filter(|line| line["treatment"] == "gptq");
+    assert_eq!(with_feedback.count(), 12);
+    let reference = model.to_str().unwrap();
+    let validate = [
+        "validate",
+        folder.to_str().unwrap(),
+        "--reference",
+        reference,
+        "-q",
+    ];
+    let output = nemoconv(validate);
+    let report = String::from_utf8_lossy(&output.stdout).into_owned();
+    assert_eq!(output.status.code(), Some(0), "{report}");
 }
 
 #[test]

@@ -132,7 +132,7 @@ fn what_does_not_fit_is_sent_tile_by_tile() {
     let path = nemoconv_fixtures::nano();
     let model = Arc::new(StoredModel::open(path.to_str().unwrap()).unwrap());
     let roomy = logits(&machines()[0].1, &model, &Numerics::EXACT);
-    let budget = Some(model.weight_bytes() / 8);
+    let budget = Some(model.weight_bytes() / 2);
     let device = Device::new(Box::new(Emulator::new(Order::Ascending)), budget);
     let tight = Machines::Device(Arc::new(OpenDevice::new(device)));
     assert_eq!(logits(&tight, &model, &Numerics::EXACT), roomy);

@@ -63,16 +63,21 @@ fn single_file(path: &Path) -> Result<Files> {
             Error::unsupported("expected a model folder or a `.safetensors` file").in_file(path),
         );
     }
+    Ok(file(path))
+}
+
+/// A checkpoint of one file.
+pub(super) fn file(path: &Path) -> Files {
     let folder = match path.parent() {
         Some(parent) if parent != Path::new("") => parent.to_owned(),
         _ => PathBuf::from("."),
     };
-    Ok(Files {
+    Files {
         revision: revision(&folder),
         folder,
         shards: vec![path.to_owned()],
         index: None,
-    })
+    }
 }
 
 /// The commit that a folder of the hub's cache is named after.

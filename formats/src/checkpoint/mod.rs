@@ -84,7 +84,18 @@ impl Checkpoint {
     /// A file is missing, or contradicts the format or the other files; with the path, and tensor and offset where they
     /// are known.
     pub fn open(path: &Path) -> Result<Self> {
-        let files = locate::locate(path)?;
+        Self::of(locate::locate(path)?)
+    }
+
+    /// Opens one safetensors file, whatever its name ends in.
+    ///
+    /// # Errors
+    /// It cannot be read, or its header is broken.
+    pub fn open_file(path: &Path) -> Result<Self> {
+        Self::of(locate::file(path))
+    }
+
+    fn of(files: locate::Files) -> Result<Self> {
         let mut shards = Vec::new();
         let mut tensors = Vec::new();
         for (number, path) in files.shards.iter().enumerate() {

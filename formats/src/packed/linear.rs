@@ -678,5 +678,5 @@ fn at(checkpoint: &Checkpoint, entry: &TensorEntry, what: String) -> Error {
 }
 
 #[cfg(test)]
-#[path = "tests.rs"]
+#[path = "tests/mod.rs"]
 mod tests;

@@ -11,17 +11,11 @@
 use super::moments::Seen;
 use super::{Calibrated, rounding};
 use crate::error::Result;
+use crate::model::nemotron_h::{CONVOLUTION_BIAS, TIME_STEP_BIAS};
 use crate::plan::PlannedTensor;
 
 /// The matrix whose errors are absorbed.
 const SOURCE: &str = "ssm_in.weight";
-const CONVOLUTION: &str = "ssm_conv1d.bias";
-const TIME_STEP: &str = "ssm_dt.bias";
-
-/// Whether a tensor is written with what it absorbs, after the matrix that it belongs to.
-pub fn absorbs(name: &str) -> bool {
-    name.ends_with(CONVOLUTION) || name.ends_with(TIME_STEP)
-}
 
 /// Biases with what they absorb of `tensor`, rounded to `bytes`: stored bytes by tensor. None of another matrix.
 ///
@@ -48,8 +42,8 @@ pub fn absorbed<'a>(
     let convolved: Vec<f64> = convolved.map(|(error, taps)| error * taps).collect();
     let mut absorbed = Vec::new();
     for (name, added) in [
-        (CONVOLUTION, &convolved[..]),
-        (TIME_STEP, &errors[inner + channels..]),
+        (CONVOLUTION_BIAS, &convolved[..]),
+        (TIME_STEP_BIAS, &errors[inner + channels..]),
     ] {
         let name = format!("{prefix}{name}");
         let Some(bias) = job.tensor(&name) else {
@@ -104,6 +98,7 @@ mod tests {
     use crate::convert::calibrated::moments::seen;
     use crate::convert::calibrated::tests::Scene;
     use crate::convert::calibrated::{Rounding, Treatment};
+    use crate::model::nemotron_h::is_bias_behind_ssm_in;
     use crate::rewrite::RewrittenModel;
 
     const TOKENS: usize = 400;
@@ -188,7 +183,11 @@ mod tests {
 
     #[test]
     fn other_matrices_absorb_nothing() {
-        assert!(absorbs("blk.3.ssm_conv1d.bias") && absorbs("blk.3.ssm_dt.bias"));
-        assert!(!absorbs("blk.3.ssm_conv1d.weight") && !absorbs("blk.3.ffn_up.bias"));
+        for name in ["blk.3.ssm_conv1d.bias", "blk.3.ssm_dt.bias"] {
+            assert!(is_bias_behind_ssm_in(name), "{name}");
+        }
+        for name in ["blk.3.ssm_conv1d.weight", "blk.3.ffn_up.bias"] {
+            assert!(!is_bias_behind_ssm_in(name), "{name}");
+        }
     }
 }

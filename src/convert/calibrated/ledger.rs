@@ -54,6 +54,9 @@ pub struct TensorOutcome {
     /// Largest magnitude of an input, in the network as it is rounded.
     #[serde(default)]
     pub largest_input: Option<f32>,
+    /// Where one 8-bit scale for all inputs should clip them, so that their squared error is least.
+    #[serde(default)]
+    pub input_clip: Option<f32>,
     /// NaN and infinite weights.
     pub nonfinite: u64,
     /// Scales too large for F16.

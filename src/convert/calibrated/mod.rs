@@ -29,6 +29,7 @@ use crate::calibrate::layer::Layer;
 use crate::calibrate::samples::Samples;
 use crate::calibrate::stream::Streams;
 use crate::error::{Error, Result};
+use crate::model::nemotron_h::is_bias_behind_ssm_in;
 use crate::plan::{Plan, PlannedTensor};
 use crate::quantize::feedback::Damping;
 use crate::quantize::form::Form;
@@ -113,9 +114,18 @@ pub struct Calibrated<'a> {
     pub progress: &'a dyn Progress,
     /// Raised to stop.
     pub stop: &'a AtomicBool,
+    /// Another artifact of the same weights: its matrices are rounded too, by what the network of this one shows, so that
+    /// the samples are read once for both.
+    pub twin: Option<&'a Calibrated<'a>>,
 }
 
-impl Calibrated<'_> {
+impl<'a> Calibrated<'a> {
+    /// This artifact, and the other one.
+    fn and_twin(&self) -> impl Iterator<Item = (bool, &Calibrated<'a>)> {
+        let twin = self.twin.map(|twin| (true, twin));
+        std::iter::once((false, self)).chain(twin)
+    }
+
     /// Rounds every tensor of the network into the workspace; what is there already is taken as it is.
     ///
     /// # Errors
@@ -246,7 +256,7 @@ impl Calibrated<'_> {
             .collect();
         let stages = stages::of(self.plan.config.pattern.kinds()[block], &prefix, &names);
         let is_staged = |name: &&str| stages.iter().flatten().any(|staged| staged == name);
-        let is_late = |name: &&str| self.rounding.bias_absorption && absorption::absorbs(name);
+        let is_late = |name: &&str| self.rounding.bias_absorption && is_bias_behind_ssm_in(name);
         for name in names
             .iter()
             .filter(|name| !is_staged(name) && !is_late(name))
@@ -377,15 +387,19 @@ impl Calibrated<'_> {
 
     /// Rounds a tensor whose inputs are not looked at.
     fn round_plainly(&self, name: &str, workspace: &mut Workspace) -> Result<()> {
-        let Some(tensor) = self.tensor(name) else {
-            return Ok(());
-        };
-        if !workspace.is_finished(name) {
-            self.check_stop()?;
-            let (bytes, outcome) = rounding::plain(self, tensor)?;
-            workspace.finish(&bytes, outcome)?;
+        for (is_twin, job) in self.and_twin() {
+            let workspace = workspace.of(is_twin);
+            let tensor = job.tensor(name).filter(|_| !workspace.holds(name));
+            if let Some(tensor) = tensor {
+                self.check_stop()?;
+                let (bytes, outcome) = rounding::plain(job, tensor)?;
+                workspace.finish(&bytes, outcome)?;
+            }
         }
-        self.progress.advance(tensor.bytes());
+        let tensor = self.tensor(name);
+        tensor
+            .iter()
+            .for_each(|tensor| self.progress.advance(tensor.bytes()));
         Ok(())
     }
 

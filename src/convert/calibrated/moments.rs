@@ -9,6 +9,7 @@ use crate::backend::{Backend, ExpertRows, Machine};
 use crate::calibrate::capture::{Capture, Captured};
 use crate::calibrate::cells::{Merge, Tree};
 use crate::calibrate::layer::Layer;
+use crate::calibrate::magnitudes::Magnitudes;
 use crate::calibrate::second_moments::{CrossMoments, SecondMoments};
 use crate::error::Result;
 
@@ -21,6 +22,8 @@ pub struct Seen {
     pub cross: Option<CrossMoments>,
     /// Their largest magnitude.
     pub largest: f32,
+    /// How often they are how large.
+    pub magnitudes: Magnitudes,
     /// Sums of the inputs themselves.
     pub sums: Vec<f64>,
     /// The same of the original network, where it is looked at.
@@ -32,6 +35,7 @@ impl Merge for Seen {
         self.moments.merge(later.moments);
         self.largest = self.largest.max(later.largest);
         add(&mut self.sums, &later.sums);
+        self.magnitudes.merge(later.magnitudes);
         if let (Some(sums), Some(later)) = (&mut self.original_sums, &later.original_sums) {
             add(sums, later);
         }
@@ -64,39 +68,45 @@ impl<'a> StageMoments<'a> {
     /// Collects what the tensors read, and rounds them one by one, in as many passes over the cells as memory asks for.
     pub fn round(&self, tensors: &[&str], workspace: &mut Workspace) -> Result<()> {
         let mut open = Vec::new();
-        for tensor in tensors.iter().filter_map(|name| self.job.tensor(name)) {
-            let input = stages::input_of(&tensor.name);
-            open.push(TensorRounding::begin(self.job, tensor, input)?);
+        for (is_twin, job) in self.job.and_twin() {
+            for tensor in tensors.iter().filter_map(|name| job.tensor(name)) {
+                let input = stages::input_of(&tensor.name);
+                open.push((is_twin, job, TensorRounding::begin(job, tensor, input)?));
+            }
         }
         let keys = self.keys();
         let passes = self.passes.iter().map(|pass| &keys[pass.clone()]);
         let is_read = |keys: &&[Key]| {
             let mut inputs = keys.iter().map(|(input, _)| input);
-            inputs.any(|input| open.iter().any(|tensor| tensor.input() == input))
+            inputs.any(|input| open.iter().any(|(.., tensor)| tensor.input() == input))
         };
         let passes: Vec<&[Key]> = passes.filter(is_read).collect();
-        self.pool(&passes, &mut open)?;
+        let rounding = open.iter_mut().map(|(.., tensor)| tensor);
+        self.pool(&passes, rounding)?;
         for keys in passes {
             let seen = self.collect(keys)?;
-            for mut tensor in std::mem::take(&mut open) {
+            for (is_twin, job, mut tensor) in std::mem::take(&mut open) {
                 self.job.check_stop()?;
                 tensor.round(count_of(keys, tensor.input()), &seen)?;
                 if !tensor.is_complete() {
-                    open.push(tensor);
+                    open.push((is_twin, job, tensor));
                     continue;
                 }
                 let (planned, input) = (tensor.planned(), tensor.input().to_string());
                 let (bytes, outcome) = tensor.finish();
+                let workspace = workspace.of(is_twin);
                 // Before the matrix itself: a run that is killed in between does both again.
                 if let (true, Some(seen)) =
                     (self.job.rounding.bias_absorption, seen.get(&(input, 0)))
                 {
-                    for (bias, bytes) in absorption::absorbed(self.job, planned, &bytes, seen)? {
-                        workspace.finish(&bytes, absorption::outcome(self.job, bias))?;
+                    for (bias, bytes) in absorption::absorbed(job, planned, &bytes, seen)? {
+                        workspace.finish(&bytes, absorption::outcome(job, bias))?;
                     }
                 }
                 workspace.finish(&bytes, outcome)?;
-                self.job.progress.advance(planned.bytes());
+                if !is_twin {
+                    self.job.progress.advance(planned.bytes());
+                }
             }
         }
         Ok(())
@@ -118,7 +128,11 @@ impl<'a> StageMoments<'a> {
     }
 
     /// Inputs of all experts together, for tensors that are not rounded in one pass: a pass over the cells of their own.
-    fn pool(&self, passes: &[&[Key]], open: &mut [TensorRounding]) -> Result<()> {
+    fn pool<'t, 'r: 't>(
+        &self,
+        passes: &[&[Key]],
+        open: impl Iterator<Item = &'t mut TensorRounding<'r>>,
+    ) -> Result<()> {
         let most = |input: &str| passes.iter().map(|keys| count_of(keys, input)).max();
         for tensor in open {
             let most = most(tensor.input()).unwrap_or(0);
@@ -219,6 +233,7 @@ pub fn seen(machine: &Machine, captured: &Captured, original: Option<&Captured>)
         moments,
         cross,
         largest,
+        magnitudes: Magnitudes::of(&captured.rows),
         sums: sums_of(&captured.rows, n),
         original_sums: original.map(|original| sums_of(&original.rows, n)),
     })
@@ -276,10 +291,15 @@ pub fn round_head(
         .map(|seen| ((name.to_string(), 0), seen))
         .into_iter()
         .collect();
-    let mut rounding = TensorRounding::begin(job, tensor, name.to_string())?;
-    rounding.round(1, &seen)?;
-    let (bytes, outcome) = rounding.finish();
-    workspace.finish(&bytes, outcome)?;
+    for (is_twin, job) in job.and_twin() {
+        let Some(tensor) = job.tensor(name) else {
+            continue;
+        };
+        let mut rounding = TensorRounding::begin(job, tensor, name.to_string())?;
+        rounding.round(1, &seen)?;
+        let (bytes, outcome) = rounding.finish();
+        workspace.of(is_twin).finish(&bytes, outcome)?;
+    }
     job.progress.advance(tensor.bytes());
     Ok(())
 }

@@ -6,11 +6,13 @@ use crate::artifact::StoredTensor;
 use crate::backend::{Backend, Machine};
 use crate::calibrate::cells::Merge;
 use crate::calibrate::experts::own_share;
+use crate::calibrate::magnitudes::Magnitudes;
 use crate::calibrate::second_moments::SecondMoments;
 use crate::error::Result;
 use crate::plan::PlannedTensor;
 use crate::quantize::feedback::{self, Correction, Damping, Feedback, InputMoments, OutputFactor};
 use crate::quantize::form::Form;
+use crate::quantize::input_scale::least_error_clip;
 
 /// Added to the diagonal of gradients' second moments, as a share of its mean.
 const OUTPUT_DAMPING: Damping = Damping {
@@ -56,6 +58,7 @@ pub struct TensorRounding<'a> {
     prior: Option<Prior>,
     done: usize,
     sums: Sums,
+    magnitudes: Magnitudes,
     outcome: TensorOutcome,
     bytes: Vec<u8>,
 }
@@ -84,6 +87,7 @@ impl<'a> TensorRounding<'a> {
             prior,
             done: 0,
             sums: Sums::default(),
+            magnitudes: Magnitudes::default(),
             outcome,
             bytes: Vec::new(),
         })
@@ -153,6 +157,9 @@ impl<'a> TensorRounding<'a> {
             (Some(a), Some(b)) => Some(f32::max(a, b)),
             (a, b) => a.or(b),
         };
+        if let Some(seen) = seen {
+            self.magnitudes.merge(seen.magnitudes.clone());
+        }
         outcome.tokens =
             Some(outcome.tokens.unwrap_or(0) + seen.map_or(0, |seen| seen.moments.tokens));
         self.bytes.extend(rounded.bytes);
@@ -167,6 +174,9 @@ impl<'a> TensorRounding<'a> {
     /// What is stored, and what became of it.
     pub fn finish(mut self) -> (Vec<u8>, TensorOutcome) {
         self.sums.write(&mut self.outcome);
+        let bins = self.magnitudes.bins();
+        let largest = self.outcome.largest_input;
+        self.outcome.input_clip = largest.map(|largest| least_error_clip(bins, largest));
         (self.bytes, self.outcome)
     }
 }
@@ -186,6 +196,7 @@ pub fn empty_outcome(tensor: &PlannedTensor, form: Form, columns: usize) -> Tens
         tokens: None,
         dead_inputs: 0,
         largest_input: None,
+        input_clip: None,
         nonfinite: 0,
         overflows: 0,
         experts: Vec::new(),

@@ -81,6 +81,7 @@ impl Scene {
             memory_bytes: u64::MAX,
             progress: &Silent,
             stop: &GO,
+            twin: None,
         }
     }
 

@@ -22,6 +22,8 @@ pub struct Workspace {
     finished: BTreeMap<String, Line>,
     /// Tensors that an earlier run left.
     pub resumed: usize,
+    /// Of a second artifact that is rounded by the same walk.
+    twin: Option<Box<Workspace>>,
 }
 
 #[derive(Debug, Clone, serde::Serialize, serde::Deserialize)]
@@ -62,6 +64,7 @@ impl Workspace {
             finished: finished.unwrap_or_default(),
             folder: folder.to_owned(),
             journal,
+            twin: None,
         };
         workspace.rewrite(key)?;
         Ok(workspace)
@@ -79,8 +82,36 @@ impl Workspace {
         self.journal.sync_data().map_err(failed)
     }
 
-    /// Whether a tensor is done.
+    /// With that of a second artifact beside it.
+    pub fn with_twin(self, twin: Self) -> Self {
+        Self {
+            twin: Some(Box::new(twin)),
+            ..self
+        }
+    }
+
+    /// The first artifact's, and the second's.
+    pub fn split(self) -> (Self, Option<Self>) {
+        let Self { twin, .. } = self;
+        let first = Self { twin: None, ..self };
+        (first, twin.map(|twin| *twin))
+    }
+
+    /// The first artifact's, or the second's where there is one.
+    pub fn of(&mut self, is_twin: bool) -> &mut Self {
+        match (&mut self.twin, is_twin) {
+            (Some(_), true) => self.twin.as_mut().expect("it was there just now"),
+            _ => self,
+        }
+    }
+
+    /// Whether a tensor is done, in every artifact.
     pub fn is_finished(&self, tensor: &str) -> bool {
+        self.holds(tensor) && self.twin.as_ref().is_none_or(|twin| twin.holds(tensor))
+    }
+
+    /// Whether a tensor of this artifact is done.
+    pub fn holds(&self, tensor: &str) -> bool {
         self.finished.contains_key(tensor)
     }
 

@@ -10,7 +10,7 @@ use serde::{Deserialize, Deserializer, de};
 
 use super::readers::Reader;
 use super::scheme::NamedScheme;
-use super::{LinearRule, PackedAim, PackedSettings, SHARD_BYTES};
+use super::{ActivationClip, LinearRule, PackedAim, PackedSettings, SHARD_BYTES};
 use crate::error::{Error, Fault, Result};
 use crate::plan::recipe::Aim;
 use crate::plan::types::Scheme;
@@ -27,6 +27,9 @@ pub struct PackedEntries {
     /// Programs that must load the folder.
     #[serde(deserialize_with = "all_parsed")]
     pub readers: Vec<Reader>,
+    /// What the largest code of inputs with a fixed scale stands for.
+    #[serde(deserialize_with = "parsed")]
+    pub activation_clip: Option<ActivationClip>,
     /// Schemes by module.
     pub linears: Vec<LinearRule>,
 }
@@ -41,6 +44,7 @@ impl PackedEntries {
                 true => file.readers,
                 false => self.readers,
             },
+            activation_clip: self.activation_clip.or(file.activation_clip),
             linears: self.linears.into_iter().chain(file.linears).collect(),
         }
     }
@@ -54,6 +58,7 @@ impl PackedEntries {
                 true => Reader::ALL.to_vec(),
                 false => self.readers,
             },
+            activation_clip: self.activation_clip.unwrap_or_default(),
             linears: self.linears,
         }
     }
@@ -68,6 +73,8 @@ pub struct PackedRecipe {
     pub group_size: Option<usize>,
     /// Programs that must load the folder.
     pub readers: Vec<Reader>,
+    /// What the largest code of inputs with a fixed scale stands for.
+    pub activation_clip: ActivationClip,
     /// Schemes by module; the first match wins.
     pub linears: Vec<LinearRule>,
 }
@@ -112,6 +119,7 @@ impl PackedRecipe {
             .for_each(|size| line("group-size", size));
         let readers: Vec<&str> = self.readers.iter().map(|reader| reader.name()).collect();
         line("readers", &format!("[{}]", readers.join(", ")));
+        line("activation-clip", &self.activation_clip.name());
         if !self.linears.is_empty() {
             yaml.push_str("  linears:\n");
         }

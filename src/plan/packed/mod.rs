@@ -13,6 +13,7 @@ mod shards;
 mod targets;
 mod tensors;
 use std::collections::BTreeMap;
+use std::str::FromStr;
 
 use nemoconv_formats::Dtype;
 use nemoconv_formats::checkpoint::Checkpoint;
@@ -60,6 +61,37 @@ pub struct LinearRule {
     pub pattern: Regex,
     /// `None`: kept in its float.
     pub scheme: Option<NamedScheme>,
+}
+
+/// What the largest code of inputs with a fixed scale stands for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum ActivationClip {
+    /// The largest input of the samples.
+    Max,
+    /// The magnitude that leaves the least squared error over all inputs of the samples.
+    #[default]
+    Mse,
+}
+
+impl ActivationClip {
+    /// As it is written in flags and recipes.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Max => "max",
+            Self::Mse => "mse",
+        }
+    }
+}
+
+impl FromStr for ActivationClip {
+    type Err = String;
+
+    fn from_str(text: &str) -> std::result::Result<Self, String> {
+        let found = [Self::Max, Self::Mse]
+            .into_iter()
+            .find(|clip| clip.name() == text);
+        found.ok_or_else(|| format!("clip must be max or mse, found `{text}`"))
+    }
 }
 
 /// What the user decided.
@@ -170,6 +202,7 @@ impl PackedPlan {
         remarks.extend(readers::check(&choices, &settings.readers)?);
         let tensors =
             tensors::tensors(checkpoint, &plan, &linears, &schemes, settings.is_rewritten)?;
+        remarks.extend(readers::casts(&linears, &tensors, own_float(checkpoint)));
         let quantization_config = config::quantization_config(checkpoint, &linears, &schemes);
         Ok(Self {
             shards: shards::shards(&tensors, settings.shard_bytes),
@@ -206,6 +239,18 @@ impl PackedPlan {
     /// Bits per weight of the whole folder.
     pub fn bits_per_weight(&self) -> f64 {
         self.tensor_bytes() as f64 * 8.0 / self.plan.weights() as f64
+    }
+}
+
+/// The float type that the config names, in which readers hold what they load.
+fn own_float(checkpoint: &Checkpoint) -> Option<Dtype> {
+    let config = checkpoint.read_json("config.json").ok().flatten()?;
+    let named = ["dtype", "torch_dtype"].map(|key| config[key].as_str());
+    match named.into_iter().flatten().next()? {
+        "bfloat16" => Some(Dtype::Bf16),
+        "float16" => Some(Dtype::F16),
+        "float32" => Some(Dtype::F32),
+        _ => None,
     }
 }
 

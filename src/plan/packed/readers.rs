@@ -4,10 +4,13 @@
 //! break, or remarks that the user should know. Versions: vLLM 0.33, its CPU build 0.32, transformers 5.23, SGLang 0.5.23,
 //! GPTQModel 7.7.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 use std::fmt;
 use std::str::FromStr;
 
+use nemoconv_formats::Dtype;
+
+use super::PackedTensor;
 use super::linears::{Kind, Linear};
 use super::scheme::{LinearScheme, NamedScheme};
 use crate::error::{Error, Fault, Result};
@@ -196,6 +199,28 @@ fn words(choices: &[Choice]) -> Result<()> {
         }
     }
     Ok(())
+}
+
+/// Kept matrices of another float than the config's: they are written as they are, but every reader makes the config's
+/// type of what it loads (vLLM copies into parameters of that type, transformers converts).
+pub fn casts(linears: &[Linear], tensors: &[PackedTensor], own: Option<Dtype>) -> Option<String> {
+    let own = own?;
+    let kept: HashMap<&str, Dtype> = tensors
+        .iter()
+        .filter_map(|tensor| Some((tensor.name.strip_suffix(".weight")?, tensor.dtype)))
+        .collect();
+    let others: Vec<(&Linear, Dtype)> = linears
+        .iter()
+        .filter(|linear| linear.kind != Kind::Router)
+        .filter_map(|linear| Some((linear, *kept.get(linear.module.as_str())?)))
+        .filter(|(_, dtype)| *dtype != own)
+        .collect();
+    let (first, dtype) = others.first()?;
+    Some(format!(
+        "{} kept matrices, such as `{}` in {dtype}, are not of the config's type, which readers make of them: {own}",
+        others.len(),
+        first.module
+    ))
 }
 
 fn remarks(choices: &[Choice]) -> Vec<String> {

@@ -30,6 +30,9 @@ pub struct Expectation {
     pub unit_gain: (f64, f64),
     /// The same of a whole block.
     pub block_gain: (f64, f64),
+    /// A block is judged by those of its row too, where they are larger: error feedback lets a small one repair what they
+    /// lost.
+    pub by_row: bool,
     /// Largest value by which a scale of F16 is multiplied.
     multiplier: f64,
 }
@@ -52,8 +55,14 @@ impl Expectation {
             self.tensor_ceiling += reference.tensor_ceiling;
             self.unit_gain = wider(self.unit_gain, reference.unit_gain);
             self.block_gain = wider(self.block_gain, reference.block_gain);
+            self.by_row |= reference.by_row;
         }
         self
+    }
+
+    /// Gains of a block that is judged by a yardstick `slack` times its own.
+    pub fn loosened(gain: (f64, f64), slack: f64) -> (f64, f64) {
+        (1.0 - (1.0 - gain.0) * slack, 1.0 + (gain.1 - 1.0) * slack)
     }
 }
 
@@ -91,7 +100,7 @@ fn ceilings(rounding: Rounding, nearest: [f64; 4], steered: [f64; 2]) -> Ceiling
         Rounding::Nearest => (unit, tensor),
         Rounding::Steered => (steered[0], steered[1]),
         Rounding::FedBack => (
-            (2.0 * steered[0]).max(MOVED[0]),
+            (3.0 * steered[0]).max(MOVED[0]),
             (2.0 * steered[1]).max(MOVED[1]),
         ),
     };
@@ -235,6 +244,7 @@ pub fn of(ty: GgmlType, rounding: Rounding) -> Option<Expectation> {
         ends_ceiling,
         unit_gain: ceilings.unit_gain,
         block_gain: ceilings.block_gain,
+        by_row: rounding == Rounding::FedBack,
         multiplier,
     })
 }
@@ -277,6 +287,7 @@ pub fn packed(scheme: &Scheme, columns: usize, rounding: Rounding) -> Expectatio
         ends_ceiling: 1.0,
         unit_gain: ceilings.unit_gain,
         block_gain: ceilings.block_gain,
+        by_row: rounding == Rounding::FedBack,
         multiplier,
     }
 }

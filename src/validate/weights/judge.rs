@@ -9,28 +9,38 @@ use super::statistics::{At, Measure, Statistics};
 use super::{Found, Job, Pair, Pairing, layer_of};
 use crate::artifact::{StoredModel, StoredTensor};
 use crate::error::Result;
+use crate::model::nemotron_h::is_bias_behind_ssm_in;
 use crate::report::{Finding, Rule, Severity};
 
 /// Without a reference: a block so many times larger than the median of its tensor has a broken scale.
 const BLOCK_OUT_OF_LINE: f64 = 4096.0;
 /// Fewer blocks have no median to speak of.
 const MIN_BLOCKS: u64 = 16;
+/// What a bias takes back is small beside it: a change of this part of it is another bias.
+const LARGEST_ABSORBED: f64 = 0.5;
 /// Runs of rows that a message names.
 const MAX_RUNS_NAMED: usize = 4;
 
 pub struct Judge<'a> {
     artifact: &'a StoredModel,
     pairing: Option<&'a Pairing<'a>>,
+    /// Biases behind `ssm_in` took back its mean errors.
+    absorbs_biases: bool,
     /// Tensors whose weights are other weights altogether, of how many that were quantized or compared.
     strangers: Vec<Finding>,
     matrices_compared: usize,
 }
 
 impl<'a> Judge<'a> {
-    pub fn new(artifact: &'a StoredModel, pairing: Option<&'a Pairing<'a>>) -> Self {
+    pub fn new(
+        artifact: &'a StoredModel,
+        pairing: Option<&'a Pairing<'a>>,
+        absorbs_biases: bool,
+    ) -> Self {
         Self {
             artifact,
             pairing,
+            absorbs_biases,
             strangers: Vec::new(),
             matrices_compared: 0,
         }
@@ -316,6 +326,10 @@ impl<'a> Judge<'a> {
         let Some(at) = statistics.differing.first else {
             return;
         };
+        if self.absorbs_biases && is_bias_behind_ssm_in(&tensor.name) {
+            found.push(self.absorbed(tensor, statistics));
+            return;
+        }
         let message = format!(
             "{} of {} weights differ from the reference although {} holds them exactly, the first in {}; largest difference {:.3e}",
             statistics.differing.count,
@@ -325,6 +339,23 @@ impl<'a> Judge<'a> {
             statistics.max_abs_error
         );
         found.push(self.finding_at(tensor, Rule::BytesDiffer, message, Some(at)));
+    }
+
+    /// A bias that was changed on purpose: by how much, and whether that can be what rounding lost.
+    fn absorbed(&self, tensor: &StoredTensor, statistics: &Statistics) -> Finding {
+        let change = statistics.relative_error();
+        let message = format!(
+            "{} of {} biases took back mean rounding errors of `ssm_in`: changed by {:.1} %, at most by {:.3e}",
+            statistics.differing.count,
+            statistics.weights,
+            100.0 * change,
+            statistics.max_abs_error
+        );
+        let finding = self.finding(tensor, Rule::BiasAbsorbed, message);
+        match change > LARGEST_ABSORBED {
+            true => finding.severity(Severity::Warning),
+            false => finding,
+        }
     }
 
     fn error(

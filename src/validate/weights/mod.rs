@@ -24,7 +24,7 @@ use crate::report::{Finding, Rule, TensorError};
 use crate::rewrite::{Rewrites, Rewritten};
 use block_facts::BlockFacts;
 use expectation::{Expectation, Rounding};
-use nemoconv_formats::gguf::Value;
+use nemoconv_formats::gguf::{Metadata, Value};
 use statistics::{At, Measure, Statistics};
 use undo::{View, Views, whole};
 
@@ -88,7 +88,7 @@ fn compare(
         return Ok(weights);
     }
     let rounding = rounding_of(artifact);
-    let mut judge = judge::Judge::new(artifact, pairing.as_ref());
+    let mut judge = judge::Judge::new(artifact, pairing.as_ref(), absorbs_biases(artifact));
     for tensor in artifact.tensors().iter().filter(|t| t.weights() > 0) {
         let expected = match artifact.scheme(tensor) {
             Some(scheme) => Some(expectation::packed(scheme, tensor.columns, rounding)),
@@ -147,10 +147,7 @@ fn rounding_of(model: &StoredModel) -> Rounding {
     let Some(keys) = model.metadata() else {
         return Rounding::Nearest;
     };
-    let calibrated = match keys.get("nemoconv.rounding") {
-        Some(Value::String(rounding)) => serde_json::from_str::<serde_json::Value>(rounding).ok(),
-        _ => None,
-    };
+    let calibrated = settings_of(keys);
     let method = calibrated
         .as_ref()
         .and_then(|rounding| rounding["method"].as_str());
@@ -165,6 +162,26 @@ fn rounding_of(model: &StoredModel) -> Rounding {
         }
         _ => Rounding::Nearest,
     }
+}
+
+/// How a calibrated conversion was told to round.
+fn settings_of(keys: &Metadata) -> Option<serde_json::Value> {
+    match keys.get("nemoconv.rounding") {
+        Some(Value::String(settings)) => serde_json::from_str(settings).ok(),
+        _ => None,
+    }
+}
+
+/// Whether the artifact records that biases took back what rounding lost: a GGUF file in its keys, a folder in its receipt.
+fn absorbs_biases(model: &StoredModel) -> bool {
+    let settings = match model.checkpoint() {
+        Some(checkpoint) => {
+            let receipt = checkpoint.read_json("receipt.json").ok().flatten();
+            receipt.map(|receipt| receipt["calibration"]["rounding"].clone())
+        }
+        None => model.metadata().and_then(settings_of),
+    };
+    settings.is_some_and(|settings| settings["bias_absorption"] == true)
 }
 
 /// The `method` of the folder's `receipt.json`.

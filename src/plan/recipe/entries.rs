@@ -1,226 +1,26 @@
-//! Recipes: everything that decides an artifact's numbers, as one reviewed YAML file.
+//! What a recipe file says, or the flags that mean the same.
 //!
-//! Enters: YAML, or the flags that mean the same. Leaves: [`Recipe`], complete and in range. Texts, names and places of
-//! files are no part of it.
+//! Enters: YAML. Leaves: a [`Recipe`] with every default filled in, or an error that names line and key.
 
-use std::fmt::{self, Display};
 use std::path::Path;
 use std::str::FromStr;
 
 use regex::Regex;
 use serde::{Deserialize, Deserializer, de};
 
-use super::Settings;
-use super::file_type::FileType;
-use super::packed::entries::{PackedEntries, PackedRecipe};
-use super::phase::Phase;
-use super::types::{Scheme, TensorTypeRule, TypeSettings, WantedType};
+use super::super::file_type::FileType;
+use super::super::packed::entries::PackedEntries;
+use super::super::phase::Phase;
+use super::super::types::{Scheme, TensorTypeRule, WantedType};
+use super::{Aim, Recipe, RewriteRecipe, WantedRotation};
 use crate::calibrate::samples::SampleSettings;
 use crate::convert::calibrated::{Method, Rounding};
 use crate::error::{self, Error, Fault};
 use crate::formats;
-use crate::rewrite::{Balance, Magnitude, RewriteSettings, Rotation};
+use crate::rewrite::Balance;
 
 /// A recipe may hold a rule for every tensor of the largest model.
 const MAX_FILE_BYTES: u64 = 1 << 20;
-
-/// What decides the types of tensors that no rule names.
-#[derive(Debug, Clone, Copy, PartialEq)]
-pub enum Aim {
-    /// The checkpoint's own float type.
-    OwnType,
-    /// A named mix or a phase.
-    Scheme(Scheme),
-    /// Types allocated by sensitivity: so many bits per weight, over all weights.
-    BitsPerWeight(f64),
-    /// Types allocated by sensitivity: at most so many bytes, over all files.
-    FileBytes(u64),
-}
-
-/// Settings of every stage.
-#[derive(Debug, Clone)]
-pub struct Recipe {
-    /// Types.
-    pub aim: Aim,
-    /// Types by name; the first match wins.
-    pub rules: Vec<TensorTypeRule>,
-    /// Type of `output.weight`.
-    pub output: Option<WantedType>,
-    /// Type of `token_embd.weight`.
-    pub token_embedding: Option<WantedType>,
-    /// Every matrix takes the base type of the named mix.
-    pub pure: bool,
-    /// Whether llama.cpp's substitute may stand in for a type that does not fit.
-    pub allow_fallback: bool,
-    /// Widen exactly to multiples of 256.
-    pub widen: bool,
-    /// Keep the multi-token-prediction head.
-    pub mtp: bool,
-    /// How weights are rounded when there is a calibration text.
-    pub rounding: Rounding,
-    /// How much of the text is read.
-    pub samples: SampleSettings,
-    /// Exact rewrites before rounding, for a calibrated model; `None` where it stays as it is.
-    pub rewrite: Option<RewriteRecipe>,
-    /// What packed folders take.
-    pub packed: PackedRecipe,
-}
-
-/// `rotation`.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum WantedRotation {
-    /// The one whose rounding loses least on a few blocks; none unless another is clearly better.
-    #[default]
-    Auto,
-    /// Not rotated.
-    None,
-    /// Random signs and a Hadamard matrix.
-    Hadamard,
-    /// Principal axes, then the same.
-    Klt,
-}
-
-impl WantedRotation {
-    /// The rotation, where it is decided.
-    pub fn decided(self) -> Option<Rotation> {
-        match self {
-            Self::Auto => None,
-            Self::None => Some(Rotation::None),
-            Self::Hadamard => Some(Rotation::Hadamard),
-            Self::Klt => Some(Rotation::Klt),
-        }
-    }
-}
-
-impl From<Rotation> for WantedRotation {
-    fn from(rotation: Rotation) -> Self {
-        match rotation {
-            Rotation::None => Self::None,
-            Rotation::Hadamard => Self::Hadamard,
-            Rotation::Klt => Self::Klt,
-        }
-    }
-}
-
-/// How a calibrated network is rewritten.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct RewriteRecipe {
-    /// Of the residual stream.
-    pub rotation: WantedRotation,
-    /// Scales of every space.
-    pub smoothing: bool,
-    /// How they share.
-    pub balance: Balance,
-    /// Channels by their mean square.
-    pub sort: bool,
-}
-
-impl Recipe {
-    /// Settings of a plan whose types `scheme` decides.
-    pub fn settings(&self, scheme: Scheme, calibrated: bool) -> Settings {
-        Settings {
-            types: TypeSettings {
-                scheme,
-                pure: self.pure,
-                output: self.output,
-                token_embedding: self.token_embedding,
-                rules: self.rules.clone(),
-                allow_fallback: self.allow_fallback,
-            },
-            widen: self.widen,
-            calibrated,
-            with_mtp: self.mtp,
-        }
-    }
-
-    /// How the network is rewritten, without a rotation where that is still to be chosen; `has_mtp`: the model has a
-    /// multi-token-prediction head.
-    pub fn rewrites(&self, has_mtp: bool) -> Option<RewriteSettings> {
-        self.rewrite.map(|rewrite| RewriteSettings {
-            rotation: rewrite.rotation.decided().unwrap_or_default(),
-            smoothing: rewrite.smoothing,
-            balance: rewrite.balance,
-            magnitude: Magnitude::RootMeanSquare,
-            sort: rewrite.sort,
-            seed: self.samples.seed,
-            floats: None,
-            with_mtp: self.mtp && has_mtp,
-        })
-    }
-
-    /// The recipe as YAML: read again it gives the same recipe.
-    pub fn to_yaml(&self) -> String {
-        let mut yaml =
-            String::from("# A recipe of nemoconv: `nemoconv to-gguf MODEL --recipe FILE`\n");
-        let mut line = |key: &str, value: &dyn Display| yaml.push_str(&format!("{key}: {value}\n"));
-        match self.aim {
-            Aim::OwnType => line("outtype", &"auto"),
-            Aim::Scheme(Scheme::Mix(file_type)) => line("outtype", &file_type),
-            Aim::Scheme(Scheme::Phase(phase)) => line("phase", &phase.number()),
-            Aim::BitsPerWeight(bits) => line("target-bpw", &bits),
-            Aim::FileBytes(bytes) => line("target-size", &bytes),
-        }
-        for (key, ty) in [
-            ("output-tensor-type", self.output),
-            ("token-embedding-type", self.token_embedding),
-        ] {
-            ty.iter().for_each(|ty| line(key, ty));
-        }
-        line("pure", &self.pure);
-        line("allow-fallback", &self.allow_fallback);
-        line("widen", &self.widen);
-        line("mtp", &self.mtp);
-        line("method", &self.rounding.method);
-        line("passes", &self.rounding.passes);
-        line("gradient-sequences", &self.rounding.gradient_sequences);
-        line("target-correction", &self.rounding.target_correction);
-        line("damp-percent", &self.rounding.damp_percent);
-        line("bias-absorption", &self.rounding.bias_absorption);
-        yaml.push_str(&format!(
-            "calibration:\n  context: {}\n  sequences: {}\n  seed: {}\n",
-            self.samples.context_tokens, self.samples.max_sequences, self.samples.seed
-        ));
-        push_rewrite(&mut yaml, self.rewrite);
-        push_rules(&mut yaml, &self.rules);
-        self.packed.push_yaml(&mut yaml);
-        yaml
-    }
-}
-
-fn push_rewrite(yaml: &mut String, rewrite: Option<RewriteRecipe>) {
-    let Some(rewrite) = rewrite else {
-        yaml.push_str("rewrite:\n  apply: false\n");
-        return;
-    };
-    let rotation = match rewrite.rotation {
-        WantedRotation::Auto => "auto",
-        WantedRotation::None => "none",
-        WantedRotation::Hadamard => "hadamard",
-        WantedRotation::Klt => "klt",
-    };
-    yaml.push_str(&format!(
-        "rewrite:\n  rotation: {rotation}\n  smoothing: {}\n  balance: {}\n  sort: {}\n",
-        rewrite.smoothing,
-        u8::from(rewrite.balance),
-        rewrite.sort,
-    ));
-}
-
-fn push_rules(yaml: &mut String, rules: &[TensorTypeRule]) {
-    if !rules.is_empty() {
-        yaml.push_str("rules:\n");
-    }
-    for rule in rules {
-        let pattern = rule.pattern.as_str();
-        let quoted = match pattern.chars().any(char::is_control) {
-            // What JSON quotes, YAML reads.
-            true => serde_json::Value::from(pattern).to_string(),
-            false => format!("'{}'", pattern.replace('\'', "''")),
-        };
-        yaml.push_str(&format!("  - {{tensor: {quoted}, type: {}}}\n", rule.ty));
-    }
-}
 
 /// `outtype`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -250,16 +50,6 @@ impl FromStr for Phase {
         let number = text.parse().ok();
         number.and_then(Self::of_number).ok_or_else(|| {
             format!("phase must be 1 (w8a8), 2 (w4a8) or 3 (w4a8-mixed), found `{text}`")
-        })
-    }
-}
-
-impl Display for Method {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.pad(match self {
-            Self::Rtn => "rtn",
-            Self::Imatrix => "imatrix",
-            Self::Gptq => "gptq",
         })
     }
 }
@@ -386,7 +176,7 @@ impl RecipeEntries {
         entries.map_err(|what| input(formats::Error::malformed(what)))
     }
 
-    fn of_yaml(yaml: &str) -> Result<Self, String> {
+    pub(super) fn of_yaml(yaml: &str) -> Result<Self, String> {
         let entries: Option<Self> = serde_saphyr::from_str(yaml).map_err(|error| {
             let at = error.location().map(|location| location.line() as usize);
             let text = error.without_snippet().to_string();
@@ -494,7 +284,7 @@ impl RecipeEntries {
         }
     }
 
-    fn check(&self) -> Result<(), String> {
+    pub(super) fn check(&self) -> Result<(), String> {
         let aims = self.aims();
         if let [one, other, ..] = aims[..] {
             return Err(format!(
@@ -608,125 +398,4 @@ fn ruled<'de, D: Deserializer<'de>>(value: D) -> Result<Vec<TensorTypeRule>, D::
         Ok(TensorTypeRule { pattern, ty })
     });
     rules.collect()
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use nemoconv_formats::GgmlType;
-
-    fn recipe(yaml: &str) -> Recipe {
-        RecipeEntries::of_yaml(yaml).unwrap().resolve().unwrap()
-    }
-
-    #[test]
-    fn a_recipe_reads_back_as_it_was_written() {
-        let yaml = "
-phase: 3
-rules:
-  - {tensor: 'blk\\.[01]\\.''x', type: q6_k}
-  - tensor: ssm_out
-    type: keep
-output-tensor-type: q8_0
-token-embedding-type: keep
-widen: true
-method: imatrix
-passes: 1
-damp-percent: 0.02
-calibration: {context: 256, seed: 7}
-rewrite: {rotation: klt}
-";
-        let first = recipe(yaml);
-        assert_eq!(first.aim, Aim::Scheme(Scheme::Phase(Phase::Mixed)));
-        assert_eq!(first.rules[0].pattern.as_str(), r"blk\.[01]\.'x");
-        assert_eq!(first.rules[1].ty, WantedType::Keep);
-        assert_eq!(first.output, Some(GgmlType::Q8_0.into()));
-        let sequences = first.samples.max_sequences;
-        assert_eq!(
-            (first.samples.context_tokens, sequences, first.samples.seed),
-            (256, 512, 7)
-        );
-        assert_eq!(recipe(&first.to_yaml()).to_yaml(), first.to_yaml());
-    }
-
-    #[test]
-    fn sizes_are_powers_of_1000() {
-        let check = |text, expected| assert_eq!(parse_size(text).ok(), expected, "{text}");
-        check("500M", Some(500_000_000));
-        check("4G", Some(4_000_000_000));
-        check("17", Some(17));
-        check("0", None);
-        check("M", None);
-        check("99999999999G", None);
-        check("é", None);
-    }
-
-    #[test]
-    fn every_way_to_aim_is_written() {
-        for aim in [
-            "phase: 1",
-            "outtype: Q4_K_M",
-            "outtype: auto",
-            "target-bpw: 4.5",
-            "target-size: 4000000",
-        ] {
-            let written = recipe(aim).to_yaml();
-            assert!(written.contains(&format!("{aim}\n")), "{written}");
-        }
-        assert_eq!(recipe("target-size: 4M").aim, Aim::FileBytes(4_000_000));
-        assert_eq!(recipe("# nothing").aim, Aim::OwnType);
-    }
-
-    #[test]
-    fn flags_override_the_file() {
-        let entries = |yaml| RecipeEntries::of_yaml(yaml).unwrap();
-        let file = "outtype: q8_0\npasses: 1\nrules: [{tensor: a, type: q8_0}]";
-        let merged = entries("phase: 2\nrules: [{tensor: b, type: q8_0}]").or(entries(file));
-        let recipe = merged.resolve().unwrap();
-        assert!(recipe.to_yaml().contains("rotation: auto\n"));
-        assert_eq!(recipe.aim, Aim::Scheme(Scheme::Phase(Phase::W4A8)));
-        assert_eq!(recipe.rounding.passes, 1);
-        let patterns: Vec<_> = recipe
-            .rules
-            .iter()
-            .map(|rule| rule.pattern.as_str())
-            .collect();
-        assert_eq!(patterns, ["b", "a"]);
-    }
-
-    #[test]
-    fn errors_name_line_and_key() {
-        let check = |yaml: &str, parts: &[&str]| {
-            let entries = RecipeEntries::of_yaml(yaml).and_then(|entries| entries.check());
-            let error = entries.unwrap_err();
-            assert!(parts.iter().all(|part| error.contains(part)), "{error}");
-        };
-        check("pure: true\noutype: q8_0", &["`outype`", "line 2"]);
-        check("phase: 4", &["`phase`", "line 1", "found `4`"]);
-        check(
-            "\n\nouttype: q9_0",
-            &["`outtype`", "line 3", "`q9_0` is not a file type"],
-        );
-        check(
-            "rules:\n  - {tensor: '(', type: q8_0}",
-            &["`(` is no regular expression"],
-        );
-        check(
-            "rules:\n  - {tensor: a, type: iq1_s}",
-            &["line 2", "IQ1_S cannot be written"],
-        );
-        check("rules:\n  - {tensor: a}", &["type"]);
-        check(
-            "phase: 1\nouttype: q8_0",
-            &["`phase` and `outtype` exclude each other"],
-        );
-        check("phase: 1\npure: true", &["`pure` goes with `outtype`"]);
-        check(
-            "target-correction: 1.5",
-            &["`target-correction` is out of range"],
-        );
-        check("calibration: {context: 2}", &["`context` is out of range"]);
-        check("calibration: {text: a}", &["`text`", "line 1"]);
-        check("target-size: 4T", &["`target-size`", "not a size"]);
-    }
 }
