@@ -23,28 +23,52 @@ pub enum Machines {
     /// On this computer's processor.
     #[default]
     Cpu,
-    /// On a device.
+    /// On one device or several, at least one.
     #[cfg(feature = "device")]
-    Device(Arc<OpenDevice>),
+    Devices(Arc<[Arc<OpenDevice>]>),
 }
 
 impl Machines {
-    /// A machine for the weights of `model`.
+    /// A machine for the weights of `model`: of several the first.
     pub fn machine(&self, model: Arc<StoredModel>, residence: Residence) -> Machine {
+        self.nth(0, model, residence)
+    }
+
+    /// Machine `index`, counted around where there are fewer.
+    pub fn nth(&self, index: usize, model: Arc<StoredModel>, residence: Residence) -> Machine {
         let cpu = Cpu::new(model, residence);
         match self {
             Self::Cpu => Machine::Cpu(cpu),
             #[cfg(feature = "device")]
-            Self::Device(open) => Machine::Device(OnDevice::new(Arc::clone(open), cpu)),
+            Self::Devices(open) => {
+                let open = Arc::clone(&open[index % open.len()]);
+                Machine::Device(OnDevice::new(open, cpu))
+            }
         }
     }
 
-    /// A machine for operations without weights, of the network that `config` describes.
-    pub fn without_weights(&self, config: &NemotronHConfig) -> Machine {
+    /// All machines, each for the weights of `model`.
+    pub fn all(&self, model: &Arc<StoredModel>, residence: Residence) -> Vec<Machine> {
+        let all = 0..self.count();
+        all.map(|index| self.nth(index, Arc::clone(model), residence))
+            .collect()
+    }
+
+    /// How many there are.
+    pub fn count(&self) -> usize {
+        match self {
+            Self::Cpu => 1,
+            #[cfg(feature = "device")]
+            Self::Devices(open) => open.len(),
+        }
+    }
+
+    /// Machine `index`, counted around, for operations without weights, of the network that `config` describes.
+    pub fn without_weights(&self, index: usize, config: &NemotronHConfig) -> Machine {
         let path = Path::new("no weights");
         let nothing = StoredModel::in_memory(path, config.clone(), Vec::new());
         let nothing = Arc::new(nothing.expect("nothing cannot be malformed"));
-        self.machine(nothing, Residence::Mapped)
+        self.nth(index, nothing, Residence::Mapped)
     }
 
     /// What kind of machine it is: results of different kinds differ in last bits.
@@ -52,16 +76,16 @@ impl Machines {
         match self {
             Self::Cpu => "cpu",
             #[cfg(feature = "device")]
-            Self::Device(open) => open.device().description().family.name(),
+            Self::Devices(open) => open[0].device().description().family.name(),
         }
     }
 
-    /// Which operations ran where; nothing to tell of the CPU.
-    pub fn tally(&self) -> Option<&Tally> {
+    /// Which operations ran where, by device; nothing to tell of the CPU.
+    pub fn tallies(&self) -> Vec<&Tally> {
         match self {
-            Self::Cpu => None,
+            Self::Cpu => Vec::new(),
             #[cfg(feature = "device")]
-            Self::Device(open) => Some(open.tally()),
+            Self::Devices(open) => open.iter().map(|open| open.tally()).collect(),
         }
     }
 }

@@ -261,7 +261,7 @@ impl<'a> Walk<'a> {
             model,
             streams,
             cells,
-            machine: machines.without_weights(model.stored().config()),
+            machine: machines.without_weights(0, model.stored().config()),
             machines,
         })
     }

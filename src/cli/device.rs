@@ -23,7 +23,7 @@ use super::output::Talk;
 #[command(next_help_heading = "Device")]
 pub struct DeviceArgs {
     /// Where the network is run: cpu, wgpu or cuda, with the number of a device (`wgpu:1`), or auto: the first GPU there
-    /// is, else the CPU. `nemoconv devices` lists them
+    /// is, else the CPU. `nemoconv devices` lists them. Several (`cuda:0,cuda:1`) share its blocks, or its experts
     #[arg(long, value_name = "NAME", default_value = "cpu", value_parser = WantedDevice::from_str)]
     pub device: WantedDevice,
     /// Memory of the device to stay within, such as 8G: weights that do not fit are sent tile by tile. Default: all of it
@@ -45,7 +45,7 @@ pub enum WantedDevice {
     Cpu,
     Auto,
     #[cfg(feature = "device")]
-    Named(DeviceName),
+    Named(Vec<DeviceName>),
 }
 
 impl FromStr for WantedDevice {
@@ -56,7 +56,10 @@ impl FromStr for WantedDevice {
             "cpu" => Ok(Self::Cpu),
             "auto" => Ok(Self::Auto),
             #[cfg(feature = "device")]
-            name => name.parse().map(Self::Named),
+            names => {
+                let names = names.split(',').map(DeviceName::from_str);
+                Ok(Self::Named(names.collect::<std::result::Result<_, _>>()?))
+            }
             #[cfg(not(feature = "device"))]
             name => Err(format!("`{name}`: this build runs on the CPU alone")),
         }
@@ -71,9 +74,7 @@ pub fn on_device<T>(
 ) -> Result<T> {
     let machines = machines(args, talk)?;
     let done = work(&machines);
-    if let Some(tally) = machines.tally() {
-        talk.say(tally);
-    }
+    machines.tallies().iter().for_each(|tally| talk.say(tally));
     match done {
         #[cfg(feature = "device")]
         Err(Error::Device(error @ DeviceError::OutOfMemory { .. })) => {
@@ -94,17 +95,24 @@ fn machines(args: &DeviceArgs, talk: &Talk) -> Result<Machines> {
 
 #[cfg(feature = "device")]
 fn machines(args: &DeviceArgs, talk: &Talk) -> Result<Machines> {
-    let device = match args.device {
+    let drivers = match &args.device {
         WantedDevice::Cpu => return Ok(Machines::Cpu),
-        WantedDevice::Named(name) => Device::new(open(name)?, args.device_mem),
+        WantedDevice::Named(names) => {
+            let drivers = names.iter().map(|name| open(*name));
+            drivers.collect::<nemoconv_device::Result<Vec<_>>>()?
+        }
         WantedDevice::Auto => match first_gpu(talk) {
-            Some(driver) => Device::new(driver, args.device_mem),
+            Some(driver) => vec![driver],
             None => return Ok(Machines::Cpu),
         },
     };
-    let Description { name, detail, .. } = device.description();
-    talk.say(format_args!("running on {name}, {detail}"));
-    Ok(Machines::Device(Arc::new(OpenDevice::new(device))))
+    let opened = drivers.into_iter().map(|driver| {
+        let Description { name, detail, .. } = driver.description();
+        talk.say(format_args!("running on {name}, {detail}"));
+        let device = Device::new(driver, args.device_mem);
+        Arc::new(OpenDevice::new(device))
+    });
+    Ok(Machines::Devices(opened.collect()))
 }
 
 /// The first device that is no processor and can be opened; whatever is wrong with others is said, and is no error.
@@ -243,7 +251,8 @@ mod tests {
         assert!(check("gpu").is_err());
         #[cfg(feature = "device")]
         {
-            assert!(matches!(check("wgpu:2"), Ok(WantedDevice::Named(name)) if name.index == 2));
+            let named = check("wgpu:2,cuda");
+            assert!(matches!(named, Ok(WantedDevice::Named(names)) if names[0].index == 2));
             assert!(check("cuda:x").unwrap_err().contains("no index"));
         }
     }

@@ -70,8 +70,8 @@ pub fn open_scorer(
     };
     let vocab_size = stored.config().vocab_size;
     let encoder = open_encoder(&stored, tokenizer, vocab_size)?;
-    let machine = machines.machine(Arc::clone(&stored), Residence::Mapped);
-    let network = Network::open(&stored, machine, &numerics)?;
+    let all = machines.all(&stored, Residence::Mapped);
+    let network = Network::open_on(&stored, all, &numerics)?;
     let files = files_of(&stored);
     let (file_bytes, digest) = digest_of(&files)?;
     Ok(OpenModel {

@@ -398,8 +398,7 @@ fn open(
     residence: Residence,
     numerics: &Numerics,
 ) -> Result<Network<Machine>> {
-    let machine = machines.machine(Arc::clone(model), residence);
-    Network::open(model, machine, numerics)
+    Network::open_on(model, machines.all(model, residence), numerics)
 }
 
 fn first_chunks(text: &ChunkedText, chunks: usize) -> Result<ChunkedText> {

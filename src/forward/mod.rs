@@ -10,6 +10,7 @@ pub(crate) mod mixers;
 pub mod network;
 pub mod numerics;
 pub mod observer;
+pub mod places;
 pub mod scoring;
 pub mod state;
 

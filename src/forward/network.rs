@@ -5,8 +5,9 @@ use super::linear::{Linear, required};
 use super::mixers::{Turn, scan_shape};
 use super::numerics::Numerics;
 use super::observer::{Observer, Silent};
+use super::places::Places;
 use super::state::State;
-use crate::artifact::StoredModel;
+use crate::artifact::{StoredModel, StoredTensor};
 use crate::backend::{Backend, ScanShape};
 use crate::error::{Error, Fault, Result};
 use crate::model::config::NemotronHConfig;
@@ -14,7 +15,7 @@ use crate::model::hybrid_pattern::BlockKind;
 
 /// A model that can be run.
 pub struct Network<B: Backend> {
-    backend: B,
+    places: Places<B>,
     config: NemotronHConfig,
     scan: ScanShape,
     embedding: Linear<B>,
@@ -32,27 +33,49 @@ pub struct Sequence<'a, B: Backend> {
     pub state: &'a mut State<B>,
 }
 
+/// Bytes of a block's weights.
+fn bytes_of(model: &StoredModel, block: usize) -> u64 {
+    let prefix = format!("blk.{block}.");
+    let tensors = model.tensors().iter();
+    let own = tensors.filter(|tensor| tensor.name.starts_with(&prefix));
+    own.map(StoredTensor::bytes).sum()
+}
+
 impl<B: Backend> Network<B> {
     /// Opens every weight of `model`.
     ///
     /// # Errors
     /// A tensor is missing, of a type that cannot be decoded, or cannot be read.
     pub fn open(model: &StoredModel, backend: B, numerics: &Numerics) -> Result<Self> {
+        Self::open_on(model, vec![backend], numerics)
+    }
+
+    /// The same with blocks spread over several machines: streams go from one to the next.
+    ///
+    /// # Errors
+    /// As [`Self::open`].
+    pub fn open_on(model: &StoredModel, machines: Vec<B>, numerics: &Numerics) -> Result<Self> {
         let config = model.config().clone();
-        let blocks = (0..config.pattern.kinds().len())
-            .map(|block| Block::open(model, &backend, block, numerics))
-            .collect::<Result<_>>()?;
-        let head = model.tensor("output.weight");
+        let blocks = 0..config.pattern.kinds().len();
+        let bytes: Vec<u64> = blocks.clone().map(|block| bytes_of(model, block)).collect();
+        let places = Places::spread(machines, &bytes);
+        let opened = blocks.map(|block| Block::open(model, places.of(block), block, numerics));
+        let open = |backend: &B, stem: &str| Linear::open(backend, model, stem, numerics);
+        let head = match model.tensor("output.weight") {
+            Some(_) => Some(open(places.last(), "output")?),
+            None if places.is_spread() => Some(open(places.last(), "token_embd")?),
+            None => None,
+        };
         Ok(Self {
-            embedding: Linear::open(&backend, model, "token_embd", numerics)?,
-            blocks,
-            norm: backend.vector(required(model, "output_norm.weight")?)?,
-            head: head
-                .map(|_| Linear::open(&backend, model, "output", numerics))
-                .transpose()?,
+            blocks: opened.collect::<Result<_>>()?,
+            embedding: open(places.first(), "token_embd")?,
+            norm: places
+                .last()
+                .vector(required(model, "output_norm.weight")?)?,
+            head,
             scan: scan_shape(&config, numerics),
             config,
-            backend,
+            places,
         })
     }
 
@@ -61,9 +84,9 @@ impl<B: Backend> Network<B> {
         &self.config
     }
 
-    /// The machine.
-    pub fn backend(&self) -> &B {
-        &self.backend
+    /// The machine of a block; behind the last block, that of the final norm and the head.
+    pub fn backend_of(&self, block: usize) -> &B {
+        self.places.of(block)
     }
 
     /// Sizes of the scan.
@@ -76,7 +99,26 @@ impl<B: Backend> Network<B> {
     /// # Errors
     /// The machine fails.
     pub fn empty_state(&self) -> Result<State<B>> {
-        State::empty(&self.backend, &self.config, &self.scan)
+        State::empty(&self.places, &self.config, &self.scan)
+    }
+
+    /// An independent copy of a state: whatever is run from it leaves the other as it is.
+    ///
+    /// # Errors
+    /// The machine fails.
+    pub fn fork(&self, state: &State<B>) -> Result<State<B>> {
+        state.fork(&self.places)
+    }
+
+    /// `count` states like this one, of which the last is it.
+    ///
+    /// # Errors
+    /// The machine fails.
+    pub fn forks(&self, state: State<B>, count: usize) -> Result<Vec<State<B>>> {
+        let forks = (1..count).map(|_| self.fork(&state));
+        let mut forks = forks.collect::<Result<Vec<_>>>()?;
+        forks.extend((count > 0).then_some(state));
+        Ok(forks)
     }
 
     /// Runs all sequences together and gives the normed stream, `[tokens of all sequences, hidden]`.
@@ -110,11 +152,11 @@ impl<B: Backend> Network<B> {
     /// # Errors
     /// A file that cannot be read.
     pub fn embed(&self, tokens: &[u32]) -> Result<B::Buffer> {
-        self.embedding.rows(&self.backend, tokens)
+        self.embedding.rows(self.places.first(), tokens)
     }
 
     /// Runs fresh sequences of `lengths` tokens each from block `first` on; their residual streams before it lie one after
-    /// the other in `residual`. Gives the normed stream.
+    /// the other in `residual`, on the machine of that block. Gives the normed stream, on that of the head.
     ///
     /// # Errors
     /// As [`Self::run`].
@@ -134,10 +176,12 @@ impl<B: Backend> Network<B> {
         });
         let mut turns: Vec<_> = turns.collect();
         for block in first..self.blocks.len() {
+            residual = self
+                .places
+                .carry(residual, block.max(first + 1) - 1, block)?;
             self.add_block(block, &mut residual, rows, &mut turns, &mut Silent)?;
         }
-        let eps = self.config.norm_epsilon();
-        self.backend.rms_norm(&residual, &self.norm, eps)
+        self.normed(&residual)
     }
 
     fn run_blocks(
@@ -149,25 +193,32 @@ impl<B: Backend> Network<B> {
         let tokens = self.tokens_of(sequences)?;
         let mut rows = tokens.len();
         let mut turns = turns_of(sequences);
-        let mut residual = self.embedding.rows(&self.backend, &tokens)?;
+        let mut residual = self.embed(&tokens)?;
         let states_end = self.states_end();
         for block in 0..states_end {
+            residual = self.places.carry(residual, block.max(1) - 1, block)?;
             self.add_block(block, &mut residual, rows, &mut turns, observer)?;
         }
         if let Some(wanted) = wanted {
             let width = self.config.hidden_size;
-            residual = self.backend.gather(&residual, width, wanted)?;
+            let backend = self.places.of(states_end.max(1) - 1);
+            residual = backend.gather(&residual, width, wanted)?;
             rows = wanted.len();
         }
         for block in states_end..self.blocks.len() {
+            residual = self.places.carry(residual, block.max(1) - 1, block)?;
             self.add_block(block, &mut residual, rows, &mut turns, observer)?;
         }
-        observer.residual(self.blocks.len(), &self.backend, &residual, rows)?;
+        observer.residual(self.blocks.len(), self.places.last(), &residual, rows)?;
         for turn in turns {
             turn.state.position += turn.rows.len();
         }
+        self.normed(&residual)
+    }
+
+    fn normed(&self, residual: &B::Buffer) -> Result<B::Buffer> {
         let eps = self.config.norm_epsilon();
-        self.backend.rms_norm(&residual, &self.norm, eps)
+        self.places.last().rms_norm(residual, &self.norm, eps)
     }
 
     /// Blocks up to the last that has a state; those behind it see every row by itself.
@@ -187,7 +238,8 @@ impl<B: Backend> Network<B> {
         observer: &mut dyn Observer<B>,
     ) -> Result<()> {
         let block = &self.blocks[index];
-        match block.run(&self.backend, residual, rows, turns, observer)? {
+        let backend = self.places.of(index);
+        match block.run(backend, residual, rows, turns, observer)? {
             true => Ok(()),
             false => Err(not_finite(&format!("block {index} ({:?})", block.kind()))),
         }
@@ -204,12 +256,13 @@ impl<B: Backend> Network<B> {
         observer: &mut dyn Observer<B>,
     ) -> Result<Vec<f32>> {
         let head = self.head.as_ref().unwrap_or(&self.embedding);
-        let chosen = self.backend.gather(normed, self.config.hidden_size, rows)?;
-        let logits = head.apply(&self.backend, &chosen, rows.len(), observer)?;
-        if !self.backend.is_finite(&logits)? {
+        let backend = self.places.last();
+        let chosen = backend.gather(normed, self.config.hidden_size, rows)?;
+        let logits = head.apply(backend, &chosen, rows.len(), observer)?;
+        if !backend.is_finite(&logits)? {
             return Err(not_finite("the output head"));
         }
-        self.backend.download_all(logits)
+        backend.download_all(logits)
     }
 
     fn tokens_of(&self, sequences: &[Sequence<'_, B>]) -> Result<Vec<u32>> {

@@ -103,7 +103,7 @@ impl<B: Backend> NetworkScorer<B> {
         let mut forks = Vec::new();
         for (group, state) in groups.iter().zip(states) {
             let longer = group.continuations.iter().filter(is_longer);
-            forks.extend(state.into_forks(self.network.backend(), longer.count())?);
+            forks.extend(self.network.forks(state, longer.count())?);
         }
         let longer = continuations().filter(is_longer);
         let inputs = longer.map(|continuation| continuation.tokens.as_slice());

@@ -1,5 +1,6 @@
 //! What a sequence leaves behind: convolution rows, SSM states, keys and values. Saved by forking.
 
+use super::places::Places;
 use crate::backend::{Backend, KeyValues, ScanShape};
 use crate::error::Result;
 use crate::model::config::NemotronHConfig;
@@ -39,6 +40,20 @@ impl<B: Backend> BlockState<B> {
             BlockKind::Mlp | BlockKind::Moe => Self::Stateless,
         })
     }
+
+    fn fork(&self, backend: &B) -> Result<Self> {
+        Ok(match self {
+            Self::Mamba { conv, ssm } => Self::Mamba {
+                conv: backend.duplicate(conv)?,
+                ssm: backend.duplicate(ssm)?,
+            },
+            Self::Attention(cache) => Self::Attention(KeyValues {
+                keys: backend.duplicate(&cache.keys)?,
+                values: backend.duplicate(&cache.values)?,
+            }),
+            Self::Stateless => Self::Stateless,
+        })
+    }
 }
 
 /// The state of one sequence after some tokens.
@@ -54,13 +69,14 @@ impl<B: Backend> State<B> {
     ///
     /// # Errors
     /// The machine fails.
-    pub fn empty(backend: &B, config: &NemotronHConfig, scan: &ScanShape) -> Result<Self> {
-        let kinds = config.pattern.kinds().iter();
+    pub fn empty(places: &Places<B>, config: &NemotronHConfig, scan: &ScanShape) -> Result<Self> {
+        let kinds = config.pattern.kinds().iter().enumerate();
+        let empty = |(block, kind): (usize, &BlockKind)| {
+            BlockState::empty(*kind, places.of(block), config, scan)
+        };
         Ok(Self {
             position: 0,
-            blocks: kinds
-                .map(|kind| BlockState::empty(*kind, backend, config, scan))
-                .collect::<Result<_>>()?,
+            blocks: kinds.map(empty).collect::<Result<_>>()?,
         })
     }
 
@@ -87,34 +103,12 @@ impl<B: Backend> State<B> {
     ///
     /// # Errors
     /// The machine fails.
-    pub fn fork(&self, backend: &B) -> Result<Self> {
-        let block = |block: &BlockState<B>| -> Result<_> {
-            Ok(match block {
-                BlockState::Mamba { conv, ssm } => BlockState::Mamba {
-                    conv: backend.duplicate(conv)?,
-                    ssm: backend.duplicate(ssm)?,
-                },
-                BlockState::Attention(cache) => BlockState::Attention(KeyValues {
-                    keys: backend.duplicate(&cache.keys)?,
-                    values: backend.duplicate(&cache.values)?,
-                }),
-                BlockState::Stateless => BlockState::Stateless,
-            })
-        };
+    pub fn fork(&self, places: &Places<B>) -> Result<Self> {
+        let fork = |(index, block): (usize, &BlockState<B>)| block.fork(places.of(index));
+        let blocks = self.blocks.iter().enumerate();
         Ok(Self {
             position: self.position,
-            blocks: self.blocks.iter().map(block).collect::<Result<_>>()?,
+            blocks: blocks.map(fork).collect::<Result<_>>()?,
         })
-    }
-
-    /// `count` states like this one, of which the last is it.
-    ///
-    /// # Errors
-    /// The machine fails.
-    pub fn into_forks(self, backend: &B, count: usize) -> Result<Vec<Self>> {
-        let forks = (1..count).map(|_| self.fork(backend));
-        let mut forks = forks.collect::<Result<Vec<_>>>()?;
-        forks.extend((count > 0).then_some(self));
-        Ok(forks)
     }
 }

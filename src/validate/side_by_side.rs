@@ -153,7 +153,11 @@ impl<'a, B: Backend> Side<'a, B> {
         Ok(match &self.states[chunk].blocks[block] {
             BlockState::Mamba { ssm, .. } => {
                 let shape = self.network.scan_shape();
-                Some(self.network.backend().download(ssm, 0..shape.state_len())?)
+                Some(
+                    self.network
+                        .backend_of(block)
+                        .download(ssm, 0..shape.state_len())?,
+                )
             }
             _ => None,
         })

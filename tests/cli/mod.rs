@@ -3,6 +3,8 @@
 mod artifacts;
 mod calibrate;
 mod calibration;
+#[cfg(feature = "device")]
+mod device;
 mod eval;
 mod hostile;
 mod inspect;

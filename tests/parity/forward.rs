@@ -172,7 +172,7 @@ fn decode_forks_and_batches_equal_prefill() {
                 silent,
             )
             .unwrap();
-        let mut fork = state.fork(network.backend()).unwrap();
+        let mut fork = network.fork(&state).unwrap();
         let mut pieces = Vec::new();
         for token in &tokens[150..] {
             let one = [*token];

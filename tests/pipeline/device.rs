@@ -38,7 +38,7 @@ pub fn machines() -> Vec<(String, Machines)> {
     }
     let machines = |driver| {
         let device = Device::new(driver, None);
-        Machines::Device(Arc::new(OpenDevice::new(device)))
+        Machines::Devices([Arc::new(OpenDevice::new(device))].into())
     };
     drivers
         .into_iter()
@@ -52,8 +52,8 @@ fn sequence<'a>(tokens: &'a [u32], state: &'a mut State<Machine>) -> Sequence<'a
 
 /// Logits of two sequences together, then of one more token.
 fn logits(machines: &Machines, model: &Arc<StoredModel>, numerics: &Numerics) -> Vec<f32> {
-    let machine = machines.machine(Arc::clone(model), Residence::Mapped);
-    let network = Network::open(model, machine, numerics).unwrap();
+    let all = machines.all(model, Residence::Mapped);
+    let network = Network::open_on(model, all, numerics).unwrap();
     let vocabulary = model.config().vocab_size as u32;
     let tokens: Vec<u32> = (0..40).map(|i| (i * 7919 + 13) % vocabulary).collect();
     let (first, second) = tokens.split_at(25);
@@ -63,7 +63,7 @@ fn logits(machines: &Machines, model: &Arc<StoredModel>, numerics: &Numerics) ->
     let mut logits = network
         .logits(&normed, &[3, 24, 25, 39], &mut Silent)
         .unwrap();
-    let mut fork = one.fork(network.backend()).unwrap();
+    let mut fork = network.fork(&one).unwrap();
     let normed = network
         .run(&mut [sequence(&[7], &mut fork)], &mut Silent)
         .unwrap();
@@ -87,7 +87,7 @@ fn check(path: &Path, numerics: impl Fn(&StoredModel) -> Numerics, tolerance: f3
             "{name}, {}: {distance}",
             path.display()
         );
-        let tally = machines.tally().unwrap().counts();
+        let tally = machines.tallies()[0].counts();
         let on_host: Vec<_> = tally.iter().filter(|(_, count)| count.host > 0).collect();
         assert!(
             on_host.iter().all(|(operation, _)| **operation == "route"),
@@ -134,7 +134,7 @@ fn what_does_not_fit_is_sent_tile_by_tile() {
     let roomy = logits(&machines()[0].1, &model, &Numerics::EXACT);
     let budget = Some(model.weight_bytes() / 2);
     let device = Device::new(Box::new(Emulator::new(Order::Ascending)), budget);
-    let tight = Machines::Device(Arc::new(OpenDevice::new(device)));
+    let tight = Machines::Devices([Arc::new(OpenDevice::new(device))].into());
     assert_eq!(logits(&tight, &model, &Numerics::EXACT), roomy);
 }
 
@@ -149,7 +149,7 @@ fn second_moments_are_those_of_the_cpu() {
     let path = nemoconv_fixtures::nano();
     let model = StoredModel::open(path.to_str().unwrap()).unwrap();
     let sums = |machines: &Machines| {
-        let machine = machines.without_weights(model.config());
+        let machine = machines.without_weights(0, model.config());
         let (mut gram, mut cross) = (vec![0.0; n * n], vec![0.0; width * n]);
         machine.gram(&u, n, &mut gram).unwrap();
         machine
@@ -165,6 +165,27 @@ fn second_moments_are_those_of_the_cpu() {
                 (found - expected).abs() < 1e-6 * rows as f64,
                 "{name}: {found} {expected}"
             );
+        }
+    }
+}
+
+#[test]
+fn blocks_on_several_devices_give_what_one_gives() {
+    let open = |order| {
+        let device = Device::new(Box::new(Emulator::new(order)), None);
+        Arc::new(OpenDevice::new(device))
+    };
+    for path in nemoconv_fixtures::models() {
+        let model = Arc::new(StoredModel::open(path.to_str().unwrap()).unwrap());
+        let run = |orders: &[Order]| {
+            let machines = Machines::Devices(orders.iter().map(|order| open(*order)).collect());
+            (logits(&machines, &model, &Numerics::EXACT), machines)
+        };
+        let (expected, _) = run(&Order::ALL[..1]);
+        let (found, machines) = run(&Order::ALL);
+        assert_eq!(found, expected, "{}", path.display());
+        for tally in machines.tallies() {
+            assert!(tally.counts()["matmul"].device > 0, "a device did nothing");
         }
     }
 }

@@ -145,7 +145,7 @@ mod tests {
             in_features: hidden,
             weights: Vec::new(),
         };
-        let seen = seen(&job.machine(), &captured, None).unwrap();
+        let seen = seen(&job.machine(0), &captured, None).unwrap();
         let name = "blk.0.ssm_in.weight";
         let tensor = job.tensor(name).unwrap();
         let wanted = scene.weights.matrix(name, 0).unwrap();

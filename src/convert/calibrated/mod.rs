@@ -403,10 +403,10 @@ impl<'a> Calibrated<'a> {
         Ok(())
     }
 
-    /// For operations without weights.
-    fn machine(&self) -> Machine {
-        self.machines
-            .without_weights(self.weights.stored().config())
+    /// For operations without weights; of several machines that of expert `index`.
+    fn machine(&self, index: usize) -> Machine {
+        let config = self.weights.stored().config();
+        self.machines.without_weights(index, config)
     }
 
     fn isa(&self) -> Isa {

@@ -200,7 +200,7 @@ impl<'a> StageMoments<'a> {
             let mut stream = self.streams.original.read(cell)?;
             self.show(self.original, &mut stream, lengths, routing, &mut originals)?;
         }
-        let machine = self.job.machine();
+        let machine = self.job.machine(0);
         let seen = |(key, captured)| {
             let found = seen(&machine, &captured, originals.inputs.get(&key))?;
             Ok((key, found))
@@ -265,7 +265,7 @@ pub fn round_head(
     let Some(tensor) = job.tensor(name) else {
         return Ok(());
     };
-    let machine = job.machine();
+    let machine = job.machine(0);
     let norm = machine.upload(norm.to_vec())?;
     let eps = job.weights.stored().config().norm_epsilon();
     let mut tree = Tree::default();

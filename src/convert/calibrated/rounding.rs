@@ -1,5 +1,7 @@
 //! One tensor to its stored bytes, by the method that fits what is known of its inputs.
 
+use rayon::prelude::*;
+
 use super::moments::{Seen, SeenInputs};
 use super::{Calibrated, ExpertTokens, Method, TensorOutcome, Treatment};
 use crate::artifact::StoredTensor;
@@ -117,21 +119,27 @@ impl<'a> TensorRounding<'a> {
     /// Rounds the next `count` matrices, which must be all where the prior is still to be made of `seen`.
     pub fn round(&mut self, count: usize, seen: &SeenInputs) -> Result<()> {
         let prior = self.prior.take().unwrap_or_else(|| pool(&self.input, seen));
-        for matrix in self.done..self.done + count {
-            self.matrix(matrix, &prior, seen)?;
+        // Each machine rounds a matrix at a time; what comes of them is kept in order.
+        let end = self.done + count;
+        for first in (self.done..end).step_by(self.job.machines.count()) {
+            let matrices = first..end.min(first + self.job.machines.count());
+            let together = matrices.clone().into_par_iter();
+            let rounded = together.map(|matrix| self.matrix(matrix, &prior, seen));
+            let rounded = rounded.collect::<Result<Vec<_>>>()?;
+            for (matrix, rounded) in matrices.zip(rounded) {
+                self.keep(seen.get(&(self.input.clone(), matrix)), rounded);
+            }
         }
-        self.done += count;
+        self.done = end;
         self.prior = Some(prior);
         Ok(())
     }
 
-    fn matrix(&mut self, matrix: usize, prior: &Prior, seen: &SeenInputs) -> Result<()> {
+    fn matrix(&self, matrix: usize, prior: &Prior, seen: &SeenInputs) -> Result<RoundedMatrix> {
         let values = self.job.weights.matrix(&self.tensor.name, matrix)?;
-        let outcome = &mut self.outcome;
-        outcome.nonfinite += nonfinite(&values);
         let seen = seen.get(&(self.input.clone(), matrix));
         let outputs = outputs_of(self.job, &self.tensor.name, matrix, self.shape.rows);
-        let machine = self.job.machine();
+        let machine = self.job.machine(matrix);
         let rows = Rows {
             job: self.job,
             machine: &machine,
@@ -140,7 +148,16 @@ impl<'a> TensorRounding<'a> {
             columns: self.shape.columns,
             values: &values,
         };
-        let rounded = rows.round(seen, prior)?;
+        Ok(RoundedMatrix {
+            nonfinite: nonfinite(&values),
+            ..rows.round(seen, prior)?
+        })
+    }
+
+    /// Takes the next matrix down.
+    fn keep(&mut self, seen: Option<&Seen>, rounded: RoundedMatrix) {
+        let outcome = &mut self.outcome;
+        outcome.nonfinite += rounded.nonfinite;
         outcome.overflows += rounded.overflows;
         outcome.dead_inputs = outcome.dead_inputs.max(rounded.dead_inputs);
         self.sums.add(&rounded);
@@ -163,7 +180,6 @@ impl<'a> TensorRounding<'a> {
         outcome.tokens =
             Some(outcome.tokens.unwrap_or(0) + seen.map_or(0, |seen| seen.moments.tokens));
         self.bytes.extend(rounded.bytes);
-        Ok(())
     }
 
     /// Whether every matrix is rounded.
@@ -282,6 +298,8 @@ struct RoundedMatrix {
     damping: Option<f64>,
     dead_inputs: usize,
     overflows: u64,
+    /// Weights that are no numbers.
+    nonfinite: u64,
 }
 
 /// How rows of a matrix repair each other; nothing where that is not known of all of them.
@@ -333,6 +351,7 @@ impl Rows<'_> {
             damping: None,
             dead_inputs: 0,
             overflows,
+            nonfinite: 0,
         };
         if !self.form.is_searched() {
             return Ok(unknown(rtn, Treatment::Kept, rtn_overflows));
@@ -369,6 +388,7 @@ impl Rows<'_> {
             damping: Some(moments.damping),
             dead_inputs: moments.dead_inputs,
             overflows,
+            nonfinite: 0,
         })
     }
 

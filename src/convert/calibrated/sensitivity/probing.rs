@@ -1,7 +1,6 @@
 //! The walk through the network: every group rounded alone, and what that does to the predictions.
 
 use std::collections::BTreeMap;
-use std::sync::Arc;
 
 use nemoconv_formats::GgmlType;
 use nemoconv_formats::block::dequantize;
@@ -51,8 +50,8 @@ impl<'a> Probing<'a> {
     /// Embeds what is read and takes what the original network predicts.
     pub fn begin(job: &'a Measurement<'a>) -> Result<Self> {
         let stored = job.weights.stored();
-        let machine = job.machines.machine(Arc::clone(stored), Residence::Mapped);
-        let network = Network::open(stored, machine, &Numerics::EXACT)?;
+        let machines = job.machines.all(stored, Residence::Mapped);
+        let network = Network::open_on(stored, machines, &Numerics::EXACT)?;
         let (for_moments, for_probes) = choose_sequences(&job.samples.sequences);
         let hidden = stored.config().hidden_size;
         let table = job.weights.matrix("token_embd.weight", 0)?;
@@ -88,7 +87,7 @@ impl<'a> Probing<'a> {
         Ok(Self {
             job,
             network,
-            machine: job.machines.without_weights(stored.config()),
+            machine: job.machines.without_weights(0, stored.config()),
             restore: job.weights.rewrites().restore(),
             moment_batches,
             probe_batches,
@@ -160,11 +159,14 @@ impl<'a> Probing<'a> {
         lengths: &[usize],
     ) -> Result<Vec<f32>> {
         self.restore.stream(&mut residual);
-        let machine = self.network.backend();
-        let normed = self
-            .network
-            .run_from(first, machine.upload(residual)?, lengths)?;
-        machine.download_all(normed)
+        let residual = self.network.backend_of(first).upload(residual)?;
+        let normed = self.network.run_from(first, residual, lengths)?;
+        self.head_machine().download_all(normed)
+    }
+
+    /// The machine of the final norm and the head.
+    fn head_machine(&self) -> &Machine {
+        self.network.backend_of(usize::MAX)
     }
 
     /// What the rewritten head reads, from rewritten streams behind the last block.
@@ -324,7 +326,7 @@ impl<'a> Probing<'a> {
             let logits = match head {
                 Some(head) => head.logits(&normed, &reference.rows)?,
                 None => {
-                    let normed = self.network.backend().upload(normed)?;
+                    let normed = self.head_machine().upload(normed)?;
                     self.network.logits(&normed, &reference.rows, &mut Silent)?
                 }
             };

@@ -1,0 +1,196 @@
+//! `--device` and `devices`: what is said where there is none, and what is computed where there is one.
+
+use std::path::Path;
+use std::process::{Command, Output};
+
+use nemoconv_device::{DeviceName, Found, devices, open};
+use nemoconv_fixtures::nano;
+use serde_json::Value;
+
+use crate::support::{Place, stderr, to_gguf};
+
+/// Runs the binary as if the loader of Vulkan knew no driver.
+fn without_vulkan(args: &[&str]) -> Output {
+    Command::new(env!("CARGO_BIN_EXE_nemoconv"))
+        .args(args)
+        .env("VK_DRIVER_FILES", "/nonexistent.json")
+        .env("VK_ICD_FILENAMES", "/nonexistent.json")
+        .output()
+        .expect("the binary starts")
+}
+
+fn run(args: &[&str]) -> Output {
+    Command::new(env!("CARGO_BIN_EXE_nemoconv"))
+        .args(args)
+        .output()
+        .expect("the binary starts")
+}
+
+/// Devices that can be opened, one per driver.
+fn names() -> Vec<String> {
+    let mut names = Vec::new();
+    for Found { family, devices } in devices() {
+        let name = DeviceName { family, index: 0 };
+        match (devices, open(name)) {
+            (Ok(found), Ok(_)) if !found.is_empty() => names.push(name.to_string()),
+            (Err(error), _) | (_, Err(error)) => println!("skipped {name}: {error}"),
+            _ => println!("skipped {name}: no device"),
+        }
+    }
+    names
+}
+
+fn place() -> Place {
+    let words = "The boats came in one after another, and the fog lifted from the water. ";
+    Place::new(words.repeat(60))
+}
+
+fn text(path: &Path) -> &str {
+    path.to_str().expect("test paths are UTF-8")
+}
+
+#[test]
+fn no_device_is_an_error_of_its_own() {
+    let place = place();
+    let model = nano();
+    let check = |device: &str, code: i32, words: &[&str]| {
+        let args = [
+            "validate",
+            text(&model),
+            "--reference",
+            text(&model),
+            "--text",
+            text(&place.text),
+            "--device",
+            device,
+        ];
+        let output = without_vulkan(&args);
+        assert_eq!(output.status.code(), Some(code), "{}", stderr(&output));
+        for word in words {
+            assert!(stderr(&output).contains(word), "{}", stderr(&output));
+        }
+    };
+    // Where there is no loader at all, its absence is what is wrong.
+    if devices()
+        .iter()
+        .any(|found| found.family.name() == "wgpu" && found.devices.is_ok())
+    {
+        check("wgpu", 71, &["no usable device", "nemoconv devices"]);
+    } else {
+        check("wgpu", 70, &["libvulkan", "--device cpu"]);
+    }
+    if devices()
+        .iter()
+        .all(|found| found.family.name() != "cuda" || found.devices.is_err())
+    {
+        check("cuda:3", 70, &["no cuda driver", "libcuda", "NVIDIA"]);
+    }
+    check("gpu", 64, &["`gpu` is no device"]);
+}
+
+#[test]
+fn auto_never_fails_for_want_of_a_device() {
+    let place = place();
+    let model = nano();
+    let args = [
+        "validate",
+        text(&model),
+        "--reference",
+        text(&model),
+        "--text",
+        text(&place.text),
+        "--context",
+        "64",
+        "--chunks",
+        "1",
+        "--device",
+        "auto",
+    ];
+    let output = without_vulkan(&args);
+    assert!(output.status.success(), "{}", stderr(&output));
+}
+
+#[test]
+fn devices_are_listed() {
+    let output = run(&["devices", "--json"]);
+    let listed: Value = serde_json::from_str(&stdout(&output)).unwrap();
+    let listed = listed["devices"].as_array().unwrap().clone();
+    for name in names() {
+        let device = listed
+            .iter()
+            .find(|device| device["device"] == name.as_str());
+        let device = device.unwrap_or_else(|| panic!("{name} is not in {listed:?}"));
+        assert!(device["binding_bytes"].as_u64().unwrap() >= 128 << 20);
+        assert!(stdout(&run(&["devices"])).contains(&name));
+    }
+    let output = without_vulkan(&["devices"]);
+    assert!(output.status.success() && !stdout(&output).is_empty());
+}
+
+/// Mean KL divergence and top-1 agreement of a file, measured on the CPU.
+fn drift(file: &Path, place: &Place, device: &str) -> (f64, String) {
+    let model = nano();
+    let args = [
+        "validate",
+        text(file),
+        "--reference",
+        text(&model),
+        "--text",
+        text(&place.text),
+        "--context",
+        "128",
+        "--chunks",
+        "2",
+        "--json",
+        "--device",
+        device,
+    ];
+    let output = run(&args);
+    assert!(output.status.success(), "{}", stderr(&output));
+    let report: Value = serde_json::from_str(&stdout(&output)).unwrap();
+    let kl = report["logits"]["kl_divergence"]["mean"]["value"].as_f64();
+    (kl.unwrap_or_else(|| panic!("{report:#}")), stderr(&output))
+}
+
+#[test]
+fn calibrated_files_of_devices_are_as_good_as_those_of_the_cpu() {
+    let place = place();
+    let convert = |device: &str| {
+        let file = place.file(&format!("{}.gguf", device.replace(':', "-")));
+        let flags = [
+            "-t",
+            "q4_k_m",
+            "--calibration",
+            text(&place.text),
+            "--calibration-context",
+            "64",
+            "--calibration-sequences",
+            "6",
+            "--passes",
+            "1",
+            "--device",
+            device,
+        ];
+        to_gguf(&nano(), &file, &flags);
+        file
+    };
+    let expected = convert("cpu");
+    let (cpu, _) = drift(&expected, &place, "cpu");
+    for name in names() {
+        let file = convert(&name);
+        let [ours, theirs] = [&file, &expected].map(|file| std::fs::read(file).unwrap());
+        assert_eq!(ours.len(), theirs.len());
+        let differing = ours.iter().zip(&theirs).filter(|(a, b)| a != b).count();
+        println!("{name}: {differing} of {} bytes differ", ours.len());
+        let (kl, said) = drift(&file, &place, &name);
+        assert!((kl - cpu).abs() < 0.05 * cpu, "{name}: {kl}, {cpu}");
+        assert!(
+            said.contains("on the device: ") && said.contains("matmul"),
+            "{said}"
+        );
+    }
+}
+
+fn stdout(output: &Output) -> String {
+    String::from_utf8_lossy(&output.stdout).into_owned()
+}
