@@ -356,8 +356,20 @@ fn read_inputs(reader: &mut TensorReader, name: &str) -> Parsed<Vec<Option<Input
     if !are_sizes {
         return Err(refuse("values must be finite and not negative"));
     }
+    if tokens.iter().all(|tokens| *tokens == 0) {
+        return Err(refuse("no matrix of it saw a token"));
+    }
+    let of = |index: usize| index * width..(index + 1) * width;
+    let has_sums = |index: usize| {
+        weights[index] > 0.0
+            || squares[of(index)].iter().any(|x| *x > 0.0)
+            || max_abs[of(index)].iter().any(|x| *x > 0.0)
+    };
+    if (0..matrices).any(|index| tokens[index] == 0 && has_sums(index)) {
+        return Err(refuse("a matrix that saw no token has sums"));
+    }
     let matrix = |index: usize| {
-        let range = index * width..(index + 1) * width;
+        let range = of(index);
         (tokens[index] > 0).then(|| InputSums {
             squares: squares[range.clone()].to_vec(),
             max_abs: max_abs[range].to_vec(),

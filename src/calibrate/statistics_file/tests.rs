@@ -175,6 +175,30 @@ fn lies_of_the_numbers() {
     refused(&cut[..cut.len() - 1], "truncated");
 }
 
+/// A finding of `statistics_read`: tensors that no token reached were read, and not written.
+#[test]
+fn sums_of_no_tokens() {
+    let written = |tokens: u64| {
+        let mut statistics = some();
+        let all = statistics.inputs.get_mut("blk.0.ffn_up_exps.weight");
+        all.unwrap()[1].as_mut().unwrap().tokens = tokens;
+        bytes(&statistics)
+    };
+    refused(
+        &written(0),
+        "`blk.0.ffn_up_exps.weight`: no matrix of it saw a token",
+    );
+    let mut statistics = some();
+    let all = statistics
+        .inputs
+        .get_mut("blk.0.ffn_up_exps.weight")
+        .unwrap();
+    let mut silent = all[1].clone();
+    silent.as_mut().unwrap().tokens = 0;
+    all[0] = silent;
+    refused(&bytes(&statistics), "a matrix that saw no token has sums");
+}
+
 #[test]
 fn other_models_and_other_samples_are_told_apart() {
     let samples = Samples {
