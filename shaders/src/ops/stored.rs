@@ -73,24 +73,22 @@ impl Packing {
     }
 }
 
-impl Packed {
-    /// Rows.
-    pub fn rows(&self) -> usize {
-        self.rows
-    }
-}
-
 impl Device {
-    /// Packs rows of `width` values.
+    /// Packs the first `rows` rows of `width` values.
     ///
     /// # Errors
     /// Out of memory, device lost.
     ///
     /// # Panics
-    /// Rows are not whole, or not whole blocks of Q8_0.
-    pub fn pack(&self, input: &Array, width: usize, packing: Packing) -> Result<Packed> {
-        let rows = input.len() / width.max(1);
-        assert_eq!(rows * width, input.len(), "whole rows");
+    /// Rows are not there, or not whole blocks of Q8_0.
+    pub fn pack(
+        &self,
+        input: &Array,
+        rows: usize,
+        width: usize,
+        packing: Packing,
+    ) -> Result<Packed> {
+        assert!(rows * width <= input.len(), "rows are missing");
         let bytes = rows * packing.row_bytes(width);
         let words = self.reserve_bytes(bytes as u64)?;
         let scales = match packing {
@@ -112,7 +110,7 @@ impl Device {
             Packing::Q8_0 => {
                 assert!(width.is_multiple_of(DEPTH), "whole blocks");
                 let kernel = &kernels::QUANTIZE_Q8_0;
-                let blocks = input.len() / DEPTH;
+                let blocks = rows * width / DEPTH;
                 let scales = self.uninitialized(blocks)?;
                 let views = [input.view(), words.view(), scales.view()];
                 let groups = groups_of(blocks, kernel.threads);

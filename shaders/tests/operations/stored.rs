@@ -48,19 +48,21 @@ fn stored(ty: GgmlType, values: &[f32]) -> (Vec<u8>, Vec<f64>) {
 fn products_with_stored_weights() {
     for (name, device) in all() {
         for (ty, rounding) in TYPES {
-            // Rows, columns, inner in blocks or values, values before the first weight.
+            // Rows, columns, inner, values before the first weight.
             let sizes = match ty {
                 GgmlType::Q8_0 => [
                     (1, 3, 32, 32),
                     (130, 5, 96, 0),
                     (3, 131, 256, 32),
                     (66, 33, 64, 64),
+                    (2, 4, 0, 0),
                 ],
                 _ => [
                     (1, 3, 7, 1),
                     (130, 5, 33, 3),
                     (3, 131, 264, 0),
                     (66, 33, 40, 8),
+                    (2, 4, 0, 0),
                 ],
             };
             for (rows, columns, inner, before) in sizes {
@@ -82,7 +84,7 @@ fn products_with_stored_weights() {
                         expected[i * out_row + first_column + j] = (0..inner).map(product).sum();
                     }
                 }
-                let packed = device.pack(&x, inner, packing).unwrap();
+                let packed = device.pack(&x, rows, inner, packing).unwrap();
                 let mut out = device.upload(&untouched).unwrap();
                 let place = [first_column, out_row];
                 device
@@ -113,7 +115,7 @@ fn packed_inputs_are_rounded_ones() {
             let x = device.upload(&x).unwrap();
             let bytes = device.upload_bytes(&bytes).unwrap();
             let packing = Packing::of(ty, rounding).unwrap();
-            let packed = device.pack(&x, width, packing).unwrap();
+            let packed = device.pack(&x, rows, width, packing).unwrap();
             let mut out = device.zeros(rows * width).unwrap();
             device
                 .matmul_stored(&packed, &bytes, 0, width, [0, width], &mut out)
@@ -141,7 +143,7 @@ fn packed_inputs_that_are_no_numbers() {
             let x = device.upload(&x).unwrap();
             let bytes = device.upload_bytes(&bytes).unwrap();
             let packing = Packing::of(ty, rounding).unwrap();
-            let packed = device.pack(&x, width, packing).unwrap();
+            let packed = device.pack(&x, 3, width, packing).unwrap();
             let mut out = device.zeros(3).unwrap();
             device
                 .matmul_stored(&packed, &bytes, 0, 1, [0, 1], &mut out)
