@@ -1,4 +1,5 @@
-// x W^T with weights in F16 as they are stored, inputs rounded to F16, sums in F32, on tensor cores. See shared/halves_product.cuh.
+// x W^T with weights in F16 as they are stored, inputs rounded to F16, sums in F32, on tensor cores: see
+// shared/halves_product.cuh.
 // Twins: matmul_f16.wgsl, matmul_direct.cu of rounded operands.
 
 #ifndef TENSOR_CORES

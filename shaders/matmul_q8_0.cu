@@ -1,8 +1,8 @@
 // x W^T with weights in Q8_0 as they are stored and inputs as quantize_q8_0 leaves them, on tensor cores:
 // sum over blocks of d_w d_x dot(codes of w, codes of x), dots in integers, the sum in F32 in order of blocks.
 //
-// Source: ggml `ggml_vec_dot_q8_0_q8_0`. Tiles as in shared/tensor_tile.cuh; one block is in shared memory, and the next on its way
-// to registers. Groups: tiles of rows, then of columns, so that groups that run together share weights.
+// Source: ggml `ggml_vec_dot_q8_0_q8_0`. Tiles as in shared/tensor_tile.cuh; one block is in shared memory, and the next on
+// its way to registers. Groups: tiles of rows, then of columns, so that groups that run together share weights.
 // Twins: matmul_q8_0.wgsl, matmul_direct.cu of decoded operands.
 
 struct Parameters {

@@ -1,8 +1,8 @@
 // x W^T with weights in Q8_0 as they are stored and inputs as quantize_q8_0 leaves them:
 // sum over blocks of d_w d_x dot(codes of w, codes of x), dots in integers, the sum in F32 in order of blocks.
 //
-// Source: ggml `ggml_vec_dot_q8_0_q8_0`. A group computes 128 x 128 outputs, a thread 8 x 8 of them, in corners of 4 x 4. Groups: tiles of
-// rows, then of columns.
+// Source: ggml `ggml_vec_dot_q8_0_q8_0`. A group computes 128 x 128 outputs, a thread 8 x 8 of them, in corners of 4 x 4.
+// Groups: tiles of rows, then of columns.
 // Twins: matmul_q8_0.cu, matmul_direct.wgsl of decoded operands.
 
 struct Parameters {

@@ -1,5 +1,5 @@
-// Rows of `width` values rounded to 16 bits, two in a word of `out`, filled up with zeros to rows of `row_words` words. One thread
-// per word of `count`. mode 0: BF16; 1: F16.
+// Rows of `width` values rounded to 16 bits, two in a word of `out`, filled up with zeros to rows of `row_words` words. One
+// thread per word of `count`. mode 0: BF16; 1: F16.
 // Twins: pack_halves.wgsl, src/backend/activation.rs.
 
 struct Parameters {

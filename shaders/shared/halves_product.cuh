@@ -52,7 +52,8 @@ extern "C" __global__ void __launch_bounds__(256, 1) KERNEL(
     if (first_j >= p.columns) {
         return;
     }
-    // A thread loads 16 bytes of two rows of either operand, 64 rows apart. Beyond the last one it is repeated: computed and not stored.
+    // A thread loads 16 bytes of two rows of either operand, 64 rows apart. Beyond the last one it is repeated: computed and
+    // not stored.
     const u32 place = threadIdx.x / 4u;
     const u32 quarter = threadIdx.x % 4u;
     const u32 x_row = (p.inner + DEPTH - 1u) / DEPTH * WORDS;

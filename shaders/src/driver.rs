@@ -146,8 +146,8 @@ pub trait Driver: Send + Sync {
     /// The kernel does not compile, device lost.
     fn launch(&self, launch: &Launch) -> Result<()>;
 
-    /// Queues a matrix product in F32 of a library that comes with the device. Views: A, B, the result; first values of the layout
-    /// are counted in them. `None`: there is no library, or it does not know the layout.
+    /// Queues a matrix product in F32 of a library that comes with the device. Views: A, B, the result; first values of the
+    /// layout are counted in them. `None`: there is no library, or it does not know the layout.
     fn gemm(&self, layout: &MatmulLayout, views: &[View; 3]) -> Option<Result<()>> {
         let _ = (layout, views);
         None

@@ -10,6 +10,7 @@ use nemoconv_device::{
     Array, AttentionLayout, Bytes, ConvLayout, Device, DeviceError, Family, MatmulLayout, Packing,
     Rounding, ScanLayout, can_dequantize,
 };
+use rayon::prelude::*;
 
 use super::activation::Activation;
 use super::cpu::{Cpu, CpuWeight};
@@ -27,6 +28,8 @@ use crate::quantize::feedback::{ErrorProducts, Errors};
 const TILE_BYTES: usize = 64 << 20;
 /// Bytes that are sent at a time.
 const SENT_BYTES: usize = 32 << 20;
+/// Sums of moments that a thread of this computer takes at a time.
+const SUMMED: usize = 1 << 16;
 /// The part of free memory that weights leave to activations.
 const RESERVE: u64 = 4;
 /// Where matrices of a stack begin: multiples of this.
@@ -456,10 +459,13 @@ impl Backend for OnDevice {
             let mut found = device.zeros(2 * strip.len() * n)?;
             device.gram(&input, n, strip.clone(), &mut found)?;
             let found = device.download_all(&found)?;
-            let sums = &mut sums[strip.start * n..strip.end * n];
-            for (sum, parts) in sums.iter_mut().zip(found.chunks_exact(2)) {
-                *sum += f64::from(parts[0]) + f64::from(parts[1]);
-            }
+            let sums = sums[strip.start * n..strip.end * n].par_chunks_mut(SUMMED);
+            let found = found.par_chunks(2 * SUMMED);
+            sums.zip(found).for_each(|(sums, found)| {
+                for (sum, parts) in sums.iter_mut().zip(found.chunks_exact(2)) {
+                    *sum += f64::from(parts[0]) + f64::from(parts[1]);
+                }
+            });
         }
         Ok(())
     }
@@ -484,10 +490,13 @@ impl Backend for OnDevice {
             };
             device.matmul(&layout, &v, &u, &mut found)?;
             let found = device.download_all(&found)?;
-            let sums = &mut sums[first * n..][..found.len()];
-            sums.iter_mut()
-                .zip(found)
-                .for_each(|(sum, found)| *sum += f64::from(found));
+            let sums = sums[first * n..][..found.len()].par_chunks_mut(SUMMED);
+            sums.zip(found.par_chunks(SUMMED))
+                .for_each(|(sums, found)| {
+                    for (sum, found) in sums.iter_mut().zip(found) {
+                        *sum += f64::from(*found);
+                    }
+                });
         }
         Ok(())
     }

@@ -1,5 +1,5 @@
-//! Products with weights as they are stored: against the same of rounded operands in f64, and against themselves with weights of
-//! a unit matrix, which give back what became of the inputs.
+//! Products with weights as they are stored: against the same of rounded operands in f64, and with a unit matrix, which
+//! gives back what became of the inputs.
 
 use half::{bf16, f16};
 use nemoconv_device::{Packing, Rounding};

@@ -1,5 +1,5 @@
-//! `nemoconv_device::cuda` on a `libcuda`, a `libnvrtc` and a `libcublas` that belong to the emulator: what is called in which order, what
-//! is waited for, what is given back, which errors come of it.
+//! `nemoconv_device::cuda` on a `libcuda`, a `libnvrtc` and a `libcublas` that belong to the emulator: what is called in which
+//! order, what is waited for, what is given back, which errors come of it.
 //!
 //! Libraries are found when a process starts: each test runs itself again as a child.
 #![allow(clippy::print_stdout, reason = "tests say why they are skipped")]
