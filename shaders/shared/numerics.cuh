@@ -65,3 +65,17 @@ static __device__ inline float round_to_bf16(float x) {
     }
     return __uint_as_float((bits + 0x7fffu + ((bits >> 16) & 1u)) & 0xffff0000u);
 }
+
+// The bits of the nearest F16.
+static __device__ inline u32 f16_bits(float x) {
+    const u32 bits = __float_as_uint(round_to_f16(x));
+    const u32 sign = (bits >> 16) & 0x8000u;
+    const u32 magnitude = bits & 0x7fffffffu;
+    if (magnitude >= NOT_FINITE) {
+        return sign | (magnitude > NOT_FINITE ? 0x7e00u : 0x7c00u);
+    }
+    if (magnitude < 0x38800000u) {
+        return sign | (u32)(__uint_as_float(magnitude) * 16777216.0f);
+    }
+    return sign | ((magnitude >> 13) - (112u << 10));
+}

@@ -62,3 +62,17 @@ fn round_to_bf16(x: f32) -> f32 {
     }
     return bitcast<f32>((bits + 0x7fffu + ((bits >> 16u) & 1u)) & 0xffff0000u);
 }
+
+// The bits of the nearest F16.
+fn f16_bits(x: f32) -> u32 {
+    let bits = bitcast<u32>(round_to_f16(x));
+    let sign = (bits >> 16u) & 0x8000u;
+    let magnitude = bits & 0x7fffffffu;
+    if magnitude >= NOT_FINITE {
+        return sign | select(0x7c00u, 0x7e00u, magnitude > NOT_FINITE);
+    }
+    if magnitude < 0x38800000u {
+        return sign | u32(bitcast<f32>(magnitude) * 16777216.0);
+    }
+    return sign | ((magnitude >> 13u) - (112u << 10u));
+}

@@ -6,6 +6,7 @@
 
 use crate::error::Result;
 use crate::kernels::Kernel;
+use crate::ops::MatmulLayout;
 
 /// The language a driver speaks.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -144,4 +145,11 @@ pub trait Driver: Send + Sync {
     /// # Errors
     /// The kernel does not compile, device lost.
     fn launch(&self, launch: &Launch) -> Result<()>;
+
+    /// Queues a matrix product in F32 of a library that comes with the device. Views: A, B, the result; first values of the
+    /// layout are counted in them. `None`: there is no library, or it does not know the layout.
+    fn gemm(&self, layout: &MatmulLayout, views: &[View; 3]) -> Option<Result<()>> {
+        let _ = (layout, views);
+        None
+    }
 }

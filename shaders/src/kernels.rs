@@ -28,6 +28,8 @@ const WGSL_NUMERICS: &str = include_str!("../shared/numerics.wgsl");
 const WGSL_BYTES: &str = include_str!("../shared/bytes.wgsl");
 /// What types of blocks share.
 const WGSL_BLOCKS: &str = include_str!("../shared/blocks.wgsl");
+/// Products of packed inputs with weights of 16 bits.
+const WGSL_HALVES: &str = include_str!("../shared/halves_product.wgsl");
 /// The loop of every `dequantize_*`.
 const WGSL_DEQUANTIZE: &str = include_str!("../shared/dequantize.wgsl");
 /// The same of CUDA.
@@ -39,6 +41,10 @@ const CUDA_NUMERICS: &str = include_str!("../shared/numerics.cuh");
 const CUDA_BYTES: &str = include_str!("../shared/bytes.cuh");
 #[cfg(feature = "cuda")]
 const CUDA_BLOCKS: &str = include_str!("../shared/blocks.cuh");
+#[cfg(feature = "cuda")]
+const CUDA_TENSOR_TILE: &str = include_str!("../shared/tensor_tile.cuh");
+#[cfg(feature = "cuda")]
+const CUDA_HALVES: &str = include_str!("../shared/halves_product.cuh");
 #[cfg(feature = "cuda")]
 const CUDA_DEQUANTIZE: &str = include_str!("../shared/dequantize.cuh");
 
@@ -60,8 +66,44 @@ macro_rules! kernels {
             };
         )*
 
-        /// Every kernel but those that decode blocks.
+        /// Every kernel but those of stored weights.
         static PLAIN: &[&Kernel] = &[$(&$constant),*];
+    };
+}
+
+// Behind the name: pieces after the kernel's own file.
+macro_rules! stored_products {
+    ($(
+        $(#[$doc:meta])*
+        $constant:ident = $name:literal, $views:literal views, [$($wgsl:ident)?], [$($cuda:ident)?];
+    )*) => {
+        $(
+            $(#[$doc])*
+            pub static $constant: Kernel = Kernel {
+                name: $name,
+                threads: 256,
+                views: $views,
+                wgsl: &[
+                    WGSL_GRID,
+                    WGSL_NUMERICS,
+                    WGSL_BYTES,
+                    include_str!(concat!("../", $name, ".wgsl")),
+                    $($wgsl,)?
+                ],
+                #[cfg(feature = "cuda")]
+                cuda: &[
+                    CUDA_GRID,
+                    CUDA_NUMERICS,
+                    CUDA_BYTES,
+                    CUDA_TENSOR_TILE,
+                    include_str!(concat!("../", $name, ".cu")),
+                    $($cuda,)?
+                ],
+            };
+        )*
+
+        /// Products with weights as they are stored.
+        static STORED_PRODUCTS: &[&Kernel] = &[$(&$constant),*];
     };
 }
 
@@ -108,6 +150,10 @@ kernels! {
     MATMUL_TILED = "matmul_tiled", 256 threads, 3 views;
     /// The same with registers alone: for devices whose barriers are slow. Views: a, b, out.
     MATMUL_DIRECT = "matmul_direct", 64 threads, 3 views;
+    /// Inputs of products in 16 bits, two in a word. Views: input, out.
+    PACK_HALVES = "pack_halves", 256 threads, 2 views;
+    /// Inputs of products in blocks of Q8_0. Views: input, codes, scales.
+    QUANTIZE_Q8_0 = "quantize_q8_0", 64 threads, 3 views;
     /// `sums += X^T X` with sums in two floats. Views: rows, sums.
     GRAM = "gram", 64 threads, 2 views;
     /// Views: input, weight, out.
@@ -144,6 +190,15 @@ kernels! {
     DEQUANTIZE_INTEGERS = "dequantize_integers", 256 threads, 4 views, CUDA_BYTES;
 }
 
+stored_products! {
+    /// `x W^T` in BF16, sums in F32. Views: bytes, x, out.
+    MATMUL_BF16 = "matmul_bf16", 3 views, [WGSL_HALVES], [CUDA_HALVES];
+    /// `x W^T` in F16, sums in F32. Views: bytes, x, out.
+    MATMUL_F16 = "matmul_f16", 3 views, [WGSL_HALVES], [CUDA_HALVES];
+    /// `x W^T` of blocks of Q8_0, dots in integers. Views: bytes, codes of x, scales of x, out.
+    MATMUL_Q8_0 = "matmul_q8_0", 4 views, [], [];
+}
+
 decoders! {
     F32 = "dequantize_f32";
     F16 = "dequantize_f16";
@@ -171,7 +226,8 @@ decoders! {
 /// Every kernel.
 pub fn all() -> impl Iterator<Item = &'static Kernel> {
     let decoders = DECODED.iter().filter_map(|ty| dequantize(*ty));
-    PLAIN.iter().copied().chain(decoders)
+    let plain = PLAIN.iter().chain(STORED_PRODUCTS).copied();
+    plain.chain(decoders)
 }
 
 /// Every type that can be decoded.

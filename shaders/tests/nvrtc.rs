@@ -22,9 +22,16 @@ const LARGE: [&str; 5] = [
     "attention",
 ];
 
-/// Registers of a thread: 128 let 512 threads of a multiprocessor run at once, 64 let 1024.
+/// Kernels whose warps hold 64 x 32 sums.
+const LARGEST: [&str; 3] = ["matmul_bf16", "matmul_f16", "matmul_q8_0"];
+
+/// Registers of a thread: 200 let 256 threads of a multiprocessor run at once, 128 let 512 threads of a multiprocessor run at once, 64 let 1024.
 fn budget(kernel: &str) -> u32 {
-    if LARGE.contains(&kernel) { 128 } else { 64 }
+    match kernel {
+        _ if LARGEST.contains(&kernel) => 200,
+        _ if LARGE.contains(&kernel) => 128,
+        _ => 64,
+    }
 }
 
 /// Those of the list that this NVRTC knows.

@@ -7,9 +7,10 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use nemoconv_device::{
-    Array, AttentionLayout, Bytes, ConvLayout, Device, DeviceError, MatmulLayout, Rounding,
-    ScanLayout, can_dequantize,
+    Array, AttentionLayout, Bytes, ConvLayout, Device, DeviceError, Family, MatmulLayout, Packing,
+    Rounding, ScanLayout, can_dequantize,
 };
+use rayon::prelude::*;
 
 use super::activation::Activation;
 use super::cpu::{Cpu, CpuWeight};
@@ -27,6 +28,8 @@ use crate::quantize::feedback::{ErrorProducts, Errors};
 const TILE_BYTES: usize = 64 << 20;
 /// Bytes that are sent at a time.
 const SENT_BYTES: usize = 32 << 20;
+/// Sums of moments that a thread of this computer takes at a time.
+const SUMMED: usize = 1 << 16;
 /// The part of memory that weights leave to activations.
 const RESERVE: u64 = 4;
 /// The part of free memory that decoded weights may take.
@@ -141,6 +144,26 @@ impl OnDevice {
         Ok(Some(resident))
     }
 
+    /// Rows of a matrix as they are stored: where they lie on the device, sent to `sent` if they are not there.
+    fn stored<'a>(
+        &self,
+        weight: &'a DeviceWeight,
+        matrix: usize,
+        rows: Range<usize>,
+        sent: &'a mut Option<Bytes>,
+    ) -> Result<(&'a Bytes, u64)> {
+        let tensor = weight.tensor();
+        if let Some(resident) = &weight.resident {
+            let row = (rows.start * tensor.row_bytes()) as u64;
+            return Ok((resident, matrix as u64 * matrix_stride(tensor) + row));
+        }
+        let mut buffer = Vec::new();
+        let stored = weight
+            .host
+            .rows(matrix, rows.start, rows.len(), &mut buffer)?;
+        Ok((sent.insert(self.device().upload_bytes(stored)?), 0))
+    }
+
     /// Decodes rows of a matrix to the first values of `out`.
     fn decode(
         &self,
@@ -151,24 +174,47 @@ impl OnDevice {
     ) -> Result<()> {
         let tensor = weight.tensor();
         let values = rows.len() * tensor.columns;
-        let sent;
-        let (bytes, first) = match &weight.resident {
-            Some(resident) => {
-                let row = (rows.start * tensor.row_bytes()) as u64;
-                (resident, matrix as u64 * matrix_stride(tensor) + row)
-            }
-            None => {
-                let mut buffer = Vec::new();
-                let stored = weight
-                    .host
-                    .rows(matrix, rows.start, rows.len(), &mut buffer)?;
-                sent = self.device().upload_bytes(stored)?;
-                (&sent, 0)
-            }
-        };
+        let mut sent = None;
+        let (bytes, first) = self.stored(weight, matrix, rows, &mut sent)?;
         Ok(self
             .device()
             .dequantize(tensor.ty, bytes, first, values, out)?)
+    }
+
+    /// How inputs are packed for a product with weights as they are stored; `None` where these are decoded before.
+    fn packing(&self, tensor: &StoredTensor, activation: Activation) -> Option<Packing> {
+        // The WGSL twins multiply without tiles and tensor cores: there decoded weights are multiplied.
+        let has_tensor_cores = self.device().description().family == Family::Cuda;
+        let packing = Packing::of(tensor.ty, rounding(activation)?)?;
+        (has_tensor_cores && activation.fits(tensor.columns)).then_some(packing)
+    }
+
+    /// A product in the arithmetic of runtimes, without decoded weights.
+    fn matmul_stored(
+        &self,
+        weight: &DeviceWeight,
+        matrix: usize,
+        input: &Array,
+        rows: usize,
+        packing: Packing,
+    ) -> Result<Array> {
+        let tensor = weight.tensor();
+        let device = self.counted("matmul");
+        let packed = device.pack(input, rows, tensor.columns, packing)?;
+        let mut out = device.uninitialized(rows * tensor.rows)?;
+        let tile = match weight.resident {
+            Some(_) => tensor.rows,
+            None => SENT_BYTES / tensor.row_bytes(),
+        };
+        let tile = tile.max(1);
+        for first in (0..tensor.rows).step_by(tile) {
+            let count = tile.min(tensor.rows - first);
+            let mut sent = None;
+            let (bytes, at) = self.stored(weight, matrix, first..first + count, &mut sent)?;
+            let place = [first, tensor.rows];
+            device.matmul_stored(&packed, bytes, at, count, place, &mut out)?;
+        }
+        Ok(out)
     }
 
     /// Rows of a weight that are decoded together.
@@ -236,6 +282,9 @@ impl Backend for OnDevice {
         let tensor = weight.tensor();
         if !can_dequantize(tensor.ty) {
             return default_bodies::matmul(self, weight, matrix, input, rows, activation);
+        }
+        if let Some(packing) = self.packing(tensor, activation) {
+            return self.matmul_stored(weight, matrix, input, rows, packing);
         }
         let device = self.counted("matmul");
         let rounded = match rounding(activation) {
@@ -413,10 +462,13 @@ impl Backend for OnDevice {
             let mut found = device.zeros(2 * strip.len() * n)?;
             device.gram(&input, n, strip.clone(), &mut found)?;
             let found = device.download_all(&found)?;
-            let sums = &mut sums[strip.start * n..strip.end * n];
-            for (sum, parts) in sums.iter_mut().zip(found.chunks_exact(2)) {
-                *sum += f64::from(parts[0]) + f64::from(parts[1]);
-            }
+            let sums = sums[strip.start * n..strip.end * n].par_chunks_mut(SUMMED);
+            let found = found.par_chunks(2 * SUMMED);
+            sums.zip(found).for_each(|(sums, found)| {
+                for (sum, parts) in sums.iter_mut().zip(found.chunks_exact(2)) {
+                    *sum += f64::from(parts[0]) + f64::from(parts[1]);
+                }
+            });
         }
         Ok(())
     }
@@ -441,10 +493,13 @@ impl Backend for OnDevice {
             };
             device.matmul(&layout, &v, &u, &mut found)?;
             let found = device.download_all(&found)?;
-            let sums = &mut sums[first * n..][..found.len()];
-            sums.iter_mut()
-                .zip(found)
-                .for_each(|(sum, found)| *sum += f64::from(found));
+            let sums = sums[first * n..][..found.len()].par_chunks_mut(SUMMED);
+            sums.zip(found.par_chunks(SUMMED))
+                .for_each(|(sums, found)| {
+                    for (sum, found) in sums.iter_mut().zip(found) {
+                        *sum += f64::from(*found);
+                    }
+                });
         }
         Ok(())
     }

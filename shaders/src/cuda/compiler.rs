@@ -1,15 +1,15 @@
 //! NVRTC: CUDA C++ to machine code of one architecture.
 //!
 //! Enters: a text. Leaves: a CUBIN, and what the assembler says of registers and spills. Needs neither a device nor its
-//! driver. The library is found by an own list of names: the bindings know those of one major version only.
+//! driver.
 
 use std::ffi::{CStr, CString, OsString, c_char, c_int, c_void};
-use std::path::PathBuf;
 use std::ptr;
 use std::sync::OnceLock;
 
 use libloading::Library;
 
+use super::library::candidates;
 use crate::error::{DeviceError, Result};
 
 /// Machine code of a kernel.
@@ -122,30 +122,15 @@ struct Nvrtc {
 
 fn nvrtc() -> Result<&'static Nvrtc> {
     static NVRTC: OnceLock<Option<Nvrtc>> = OnceLock::new();
-    let found = NVRTC.get_or_init(|| candidates().into_iter().find_map(Nvrtc::open));
+    let found = NVRTC.get_or_init(|| candidates(names()).into_iter().find_map(Nvrtc::open));
     found.as_ref().ok_or(DeviceError::NoCompiler)
 }
 
-/// Names that the loader looks for, then places of toolkits that it does not know.
-fn candidates() -> Vec<OsString> {
-    let names: &[&str] = match cfg!(windows) {
+fn names() -> &'static [&'static str] {
+    match cfg!(windows) {
         true => &["nvrtc64_130_0.dll", "nvrtc64_120_0.dll"],
         false => &["libnvrtc.so", "libnvrtc.so.13", "libnvrtc.so.12"],
-    };
-    let homes = ["CUDA_HOME", "CUDA_PATH"].map(std::env::var_os);
-    let mut homes: Vec<PathBuf> = homes.into_iter().flatten().map(PathBuf::from).collect();
-    homes.push(PathBuf::from("/usr/local/cuda"));
-    let mut all: Vec<OsString> = names.iter().map(OsString::from).collect();
-    for home in homes {
-        for folder in ["lib64", "bin"] {
-            all.extend(
-                names
-                    .iter()
-                    .map(|name| home.join(folder).join(name).into_os_string()),
-            );
-        }
     }
-    all
 }
 
 impl Nvrtc {

@@ -10,6 +10,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use cudarc::driver::result;
 use cudarc::driver::sys::{self, CUcontext, CUdevice, CUdeviceptr, CUfunction, CUmodule};
 
+use super::blas::{self, Blas};
 use super::cache::Cache;
 use super::call::{guarded, is_out_of_memory};
 use super::transfer::Streams;
@@ -17,6 +18,7 @@ use super::{Found, compiler};
 use crate::driver::{Description, Driver, Handle, Launch, View};
 use crate::error::{DeviceError, Result};
 use crate::kernels::Kernel;
+use crate::ops::MatmulLayout;
 
 /// A device with its context.
 #[derive(Debug)]
@@ -43,6 +45,15 @@ struct State {
     allocated: u64,
     functions: HashMap<&'static str, CUfunction>,
     modules: Vec<CUmodule>,
+    blas: Looked,
+}
+
+/// cuBLAS, opened for the first product that is large enough.
+#[derive(Debug)]
+enum Looked {
+    NotYet,
+    Absent,
+    Found(Blas),
 }
 
 /// Memory. Handles are counted, and not addresses: those come again.
@@ -77,6 +88,7 @@ impl Cuda {
                 allocated: 0,
                 functions: HashMap::new(),
                 modules: Vec::new(),
+                blas: Looked::NotYet,
             }),
         })
     }
@@ -196,6 +208,28 @@ fn load(cubin: &[u8]) -> Result<CUmodule> {
 }
 
 impl State {
+    fn blas(&mut self) -> Option<&Blas> {
+        if matches!(self.blas, Looked::NotYet) {
+            self.blas = Blas::open(self.streams.compute).map_or(Looked::Absent, Looked::Found);
+        }
+        match &self.blas {
+            Looked::Found(blas) => Some(blas),
+            _ => None,
+        }
+    }
+
+    /// Queues a product on cuBLAS, which must be there.
+    fn multiply(&mut self, layout: &MatmulLayout, views: &[View; 3]) -> Result<()> {
+        let firsts = [layout.a[0], layout.b[0], layout.out[0]];
+        let addresses = self.addresses(views)?;
+        let at = |i: usize| addresses[i] + 4 * firsts[i] as u64;
+        match &self.blas {
+            // SAFETY: views lie in memory that is freed after what is queued before, and layouts in their views.
+            Looked::Found(blas) => unsafe { blas.multiply(layout, [at(0), at(1), at(2)]) },
+            _ => Ok(()),
+        }
+    }
+
     /// The address of some bytes of an allocation.
     fn part(
         &mut self,
@@ -352,6 +386,18 @@ impl Driver for Cuda {
             )
         })
     }
+
+    fn gemm(&self, layout: &MatmulLayout, views: &[View; 3]) -> Option<Result<()>> {
+        if !blas::fits(layout) {
+            return None;
+        }
+        let mut state = match self.enter() {
+            Ok(state) => state,
+            Err(error) => return Some(Err(error)),
+        };
+        state.blas()?;
+        Some(state.multiply(layout, views))
+    }
 }
 
 impl Drop for Cuda {
@@ -362,6 +408,7 @@ impl Drop for Cuda {
                 let _ = self.release_memory(&mut state, allocation.address);
             }
             let _ = self.trim(&state);
+            state.blas = Looked::Absent;
             for module in std::mem::take(&mut state.modules) {
                 // SAFETY: loaded here, and nothing that is queued runs its kernels.
                 let _ = guarded("cuModuleUnload", || unsafe {

@@ -2,12 +2,14 @@
 //! builds need no toolkit.
 //!
 //! Enters: texts of kernels, launches. Leaves: machine code and its statistics ([`compile`], which needs no device), or
-//! results ([`open`]). Machine code is kept in the user's cache folder.
+//! results ([`open`]). Machine code is kept in the user's cache folder. Large products go to cuBLAS where it is present.
 
+mod blas;
 mod cache;
 mod call;
 mod compiler;
 mod driver;
+mod library;
 mod transfer;
 
 use std::ffi::c_int;

@@ -136,6 +136,16 @@ impl Device {
         let (a_view, a_first) = a.part(clamped(layout.a_values(), a.len()));
         let (b_view, b_first) = b.part(clamped(layout.b_values(), b.len()));
         let (out_view, out_first) = out.part(layout.out_values());
+        let views: [View; 3] = [a_view, b_view, out_view];
+        let in_views = MatmulLayout {
+            a: [a_first as usize, layout.a[1], layout.a[2]],
+            b: [b_first as usize, layout.b[1], layout.b[2]],
+            out: [out_first as usize, layout.out[1]],
+            ..*layout
+        };
+        if let Some(result) = self.library_product(&in_views, &views) {
+            return result;
+        }
         let parameters = [
             word(layout.rows),
             word(layout.columns),
@@ -151,7 +161,6 @@ impl Device {
             layout.alpha.to_bits(),
             layout.beta.to_bits(),
         ];
-        let views: [View; 3] = [a_view, b_view, out_view];
         let (kernel, tile): (&'static Kernel, _) = match self.matmul_kernel() {
             MatmulKernel::Tiled => (&kernels::MATMUL_TILED, 64),
             MatmulKernel::Direct => (&kernels::MATMUL_DIRECT, 32),

@@ -61,6 +61,10 @@ impl Device {
     ///
     /// # Errors
     /// Out of memory, device lost.
+    #[allow(
+        clippy::too_many_arguments,
+        reason = "what the kernel takes, and nothing else"
+    )]
     pub fn conv1d_silu(
         &self,
         layout: ConvLayout,

@@ -5,6 +5,7 @@ mod integers;
 mod matmul;
 mod mixers;
 mod rows;
+mod stored;
 mod values;
 
 pub use decode::can_dequantize;
@@ -12,6 +13,7 @@ pub use integers::{IntegerLayout, Integers};
 pub use matmul::MatmulLayout;
 pub use mixers::{AttentionLayout, ConvLayout, ScanLayout};
 pub use rows::Rounding;
+pub use stored::{Packed, Packing};
 
 /// Groups for so many threads' work.
 fn groups_of(work: usize, threads: u32) -> u32 {

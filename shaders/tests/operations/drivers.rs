@@ -1,4 +1,5 @@
 //! The devices of this machine.
+#![allow(clippy::print_stderr, reason = "tests say why they are skipped")]
 
 use nemoconv_device::{Device, DeviceName, Found, devices, open};
 

@@ -5,6 +5,7 @@ mod drivers;
 mod matmul;
 mod mixers;
 mod rows;
+mod stored;
 mod values;
 
 /// Numbers from -2 to 2 that look random and are the same everywhere.

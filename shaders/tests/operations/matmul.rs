@@ -34,14 +34,16 @@ fn products_of_every_layout() {
         (2, 200, 16),
         (5, 3, 0),
     ];
-    let kernels = [MatmulKernel::Tiled, MatmulKernel::Direct];
     let devices = all().into_iter().flat_map(|(name, device)| {
-        kernels.map(|kernel| {
-            (
-                format!("{name} {kernel:?}"),
-                device.clone().with_matmul(kernel),
-            )
-        })
+        let own = |kernel| {
+            let device = device.clone().with_library_from(u64::MAX);
+            (format!("{name} {kernel:?}"), device.with_matmul(kernel))
+        };
+        [
+            own(MatmulKernel::Tiled),
+            own(MatmulKernel::Direct),
+            (format!("{name}, library"), device.with_library_from(0)),
+        ]
     });
     for (name, device) in devices {
         for (rows, columns, inner) in sizes {

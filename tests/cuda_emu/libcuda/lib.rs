@@ -1,4 +1,4 @@
-//! A `libcuda` and a `libnvrtc` for tests: the functions that `nemoconv-device` calls, on the emulator.
+//! A `libcuda`, a `libnvrtc` and a `libcublas` for tests: the functions that `nemoconv-device` calls, on the emulator.
 //!
 //! Enters: calls of the driver API. Leaves: what a device would have done, as late as the streams allow: what was not
 //! ordered by events happens in the wrong order. Environment variables choose the device, see [`world::Settings`].
@@ -10,6 +10,7 @@
     reason = "some calls need it, and one macro writes them all"
 )]
 
+mod cublas;
 mod nvrtc;
 mod world;
 
@@ -53,6 +54,8 @@ macro_rules! calls {
         )*
     };
 }
+
+pub(crate) use calls;
 
 calls! {
     cuInit(world, _flags: c_uint) {

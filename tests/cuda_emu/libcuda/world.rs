@@ -9,6 +9,7 @@ use std::sync::{LazyLock, Mutex, MutexGuard, PoisonError};
 
 use nemoconv_cuda_emu::{EntryPoint, Order};
 
+use crate::cublas::Gemm;
 use crate::{ILLEGAL_ADDRESS, LAUNCH_FAILED, SUCCESS};
 
 /// What the environment asks for, each as `NEMOCONV_LIBCUDA_NAME`.
@@ -23,6 +24,8 @@ pub struct Settings {
     pub memory_bytes: u64,
     /// `EAGER`: 1 for every first stream of two to run at once, 2 for every second one.
     pub eager: u64,
+    /// `BLAS`: whether cuBLAS can be used.
+    pub has_blas: bool,
     /// `BROKEN`: whether kernels fail.
     pub fails_to_launch: bool,
 }
@@ -39,6 +42,7 @@ impl Settings {
             has_pools: number("POOLS", 1) != 0,
             memory_bytes: number("MEMORY", 1 << 32),
             eager: number("EAGER", 0),
+            has_blas: number("BLAS", 1) != 0,
             fails_to_launch: number("BROKEN", 0) != 0,
         }
     }
@@ -76,6 +80,7 @@ pub enum Op {
         views: Vec<u64>,
         parameters: Vec<u32>,
     },
+    Gemm(Gemm),
     Record(usize, usize),
     Wait(usize, usize),
 }
@@ -123,6 +128,8 @@ pub struct World {
     /// The first error: every call gives it from then on.
     pub error: c_int,
     pub modules: usize,
+    /// Handles of cuBLAS: the streams that they were given.
+    pub blas: BTreeMap<usize, usize>,
     /// How often the context is held.
     pub contexts: usize,
     streams_created: usize,
@@ -142,6 +149,7 @@ pub fn world() -> MutexGuard<'static, World> {
             settings: Settings::of_environment(),
             error: SUCCESS,
             modules: 0,
+            blas: BTreeMap::new(),
             streams: HashMap::new(),
             streams_created: 0,
             contexts: 0,
@@ -156,7 +164,7 @@ pub fn world() -> MutexGuard<'static, World> {
 }
 
 impl World {
-    fn handle(&mut self) -> usize {
+    pub fn handle(&mut self) -> usize {
         self.created += 1;
         self.created
     }
@@ -292,6 +300,12 @@ impl World {
                     unsafe { entry.run(grid, threads, Order::Strided, &mut pointers, &parameters) };
                 result.map_err(|_| LAUNCH_FAILED)?;
             }
+            Op::Gemm(gemm) => {
+                for (first, bytes) in gemm.ranges() {
+                    self.check(first, bytes)?;
+                }
+                gemm.run();
+            }
             Op::Record(event, record) => {
                 let event = self.events.get_mut(&event).expect("an event");
                 event.reached = event.reached.max(record);
@@ -349,10 +363,11 @@ impl World {
             self.streams.len(),
             self.events.len(),
             self.modules,
+            self.blas.len(),
         ];
         assert_eq!(
-            left, [0; 5],
-            "memory, pinned memory, streams, events, modules are left"
+            left, [0; 6],
+            "memory, pinned memory, streams, events, modules, handles of cuBLAS are left"
         );
     }
 }

@@ -84,6 +84,12 @@ impl Emulator {
         }
     }
 
+    /// The same with views of so many bytes at most, so that operations come in parts.
+    pub fn with_view_bytes(mut self, view_bytes: u64) -> Self {
+        self.description.limits.view_bytes = view_bytes;
+        self
+    }
+
     fn state(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }

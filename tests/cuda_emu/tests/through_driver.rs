@@ -1,5 +1,5 @@
-//! `nemoconv_device::cuda` on a `libcuda` and a `libnvrtc` that belong to the emulator: what is called in which order, what
-//! is waited for, what is given back, which errors come of it.
+//! `nemoconv_device::cuda` on a `libcuda`, a `libnvrtc` and a `libcublas` that belong to the emulator: what is called in which
+//! order, what is waited for, what is given back, which errors come of it.
 //!
 //! Libraries are found when a process starts: each test runs itself again as a child.
 #![allow(clippy::print_stdout, reason = "tests say why they are skipped")]
@@ -8,7 +8,9 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use nemoconv_device::cuda::{list, open};
-use nemoconv_device::{DeviceError, Driver, Family, Handle, Launch, View, kernels};
+use nemoconv_device::{
+    Device, DeviceError, Driver, Family, Handle, Launch, MatmulLayout, View, kernels,
+};
 
 const CHILD: &str = "NEMOCONV_EMU_CHILD";
 
@@ -41,6 +43,8 @@ impl Libraries {
         for name in ["libcuda.so", "libnvrtc.so"] {
             std::fs::copy(&library, folder.join(name)).unwrap();
         }
+        // Not a copy: it queues on the streams of the one device.
+        std::os::unix::fs::symlink(folder.join("libcuda.so"), folder.join("libcublas.so")).unwrap();
         Some(Self(folder))
     }
 
@@ -96,6 +100,7 @@ fn the_table_of_operations() {
         libraries.run(&[schedule], &["--skip", "through_driver"]);
     }
     libraries.run(&[("POOLS", 0)], &["--skip", "through_driver"]);
+    libraries.run(&[("BLAS", 0)], &["matmul::products_of_every_layout"]);
     let cubins = cached(&libraries.0);
     assert!(cubins > 15, "{cubins} kernels were kept");
 }
@@ -241,4 +246,103 @@ fn read(device: &dyn Driver, memory: Handle, count: usize) -> Vec<f32> {
     device.read(memory, 0, &mut bytes).unwrap();
     let words = bytes.as_chunks::<4>().0;
     words.iter().map(|word| f32::from_le_bytes(*word)).collect()
+}
+
+/// Both operands as they are and transposed, beside kernels before and after.
+#[test]
+fn products_of_the_library() {
+    for schedule in SCHEDULES {
+        with_libraries("products_of_the_library", &[schedule], || {
+            let device = open(0).ok().unwrap();
+            for (a, b) in [
+                ([3, 1], [1, 3]),
+                ([3, 1], [4, 1]),
+                ([1, 2], [1, 3]),
+                ([1, 2], [4, 1]),
+            ] {
+                check_product(&*device, a, b);
+            }
+            let layout = MatmulLayout {
+                a: [0, 6, 2],
+                ..MatmulLayout::linear(2, 3, 4, 0, 4)
+            };
+            let memory = device.allocate(256).unwrap();
+            let view = View {
+                memory,
+                offset: 0,
+                bytes: 256,
+            };
+            assert!(device.gemm(&layout, &[view; 3]).is_none());
+        });
+    }
+}
+
+/// 2 x 3 times 3 x 4, after 1 value of each operand, with these steps.
+fn check_product(device: &dyn Driver, a: [usize; 2], b: [usize; 2]) {
+    let layout = MatmulLayout {
+        a: [1, a[0], a[1]],
+        b: [1, b[0], b[1]],
+        out: [1, 5],
+        alpha: 0.5,
+        beta: 2.0,
+        ..MatmulLayout::linear(2, 3, 4, 0, 5)
+    };
+    let values: Vec<f32> = (0..64).map(|i| (i * 7 % 13) as f32).collect();
+    let bytes: Vec<u8> = values.iter().flat_map(|x| x.to_le_bytes()).collect();
+    let views = [(); 3].map(|()| {
+        let memory = device.allocate(256).unwrap();
+        device.write(memory, 0, &bytes).unwrap();
+        View {
+            memory,
+            offset: 0,
+            bytes: 256,
+        }
+    });
+    scale(device, views[0].memory, 64, 2.0).unwrap();
+    device.gemm(&layout, &views).unwrap().unwrap();
+    scale(device, views[2].memory, 64, 3.0).unwrap();
+    let mut expected: Vec<f32> = values.iter().map(|x| 3.0 * x).collect();
+    for i in 0..2 {
+        for j in 0..4 {
+            let product =
+                |k: usize| 2.0 * values[1 + i * a[0] + k * a[1]] * values[1 + k * b[0] + j * b[1]];
+            let sum: f32 = (0..3).map(product).sum();
+            let at = 1 + i * 5 + j;
+            expected[at] = 3.0 * (0.5 * sum + 2.0 * values[at]);
+        }
+    }
+    assert_eq!(read(device, views[2].memory, 64), expected, "{layout:?}");
+    views.iter().for_each(|view| device.free(view.memory));
+}
+
+/// Products from some size on, and none where the library does not work.
+#[test]
+fn small_products_are_the_kernels() {
+    let run = |blas| {
+        with_libraries("small_products_are_the_kernels", &[("BLAS", blas)], || {
+            let has_blas = std::env::var("NEMOCONV_LIBCUDA_BLAS").unwrap() == "1";
+            let layout = MatmulLayout::linear(2, 3, 4, 0, 4);
+            let driver = open(0).ok().unwrap();
+            let view = View {
+                memory: driver.allocate(256).unwrap(),
+                offset: 0,
+                bytes: 256,
+            };
+            driver.clear(view.memory, 0, 256).unwrap();
+            assert_eq!(driver.gemm(&layout, &[view; 3]).is_some(), has_blas);
+            // In sums of many values both differ in their last bits: the library of the emulator sums in f64.
+            let large = MatmulLayout::linear(1, 4096, 1, 0, 1);
+            let values: Vec<f32> = (0..4096).map(|i| 0.1 + (i % 7) as f32).collect();
+            let product = |from: u64| {
+                let device = Device::new(open(0).ok().unwrap(), None).with_library_from(from);
+                let x = device.upload(&values).unwrap();
+                let mut out = device.zeros(1).unwrap();
+                device.matmul(&large, &x, &x, &mut out).unwrap();
+                device.download_all(&out).unwrap()[0]
+            };
+            assert_eq!(product(4096) != product(4097), has_blas);
+        });
+    };
+    run(0);
+    run(1);
 }
