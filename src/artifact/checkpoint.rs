@@ -5,8 +5,9 @@
 use std::collections::BTreeMap;
 use std::path::Path;
 
+use nemoconv_formats::GgmlType;
 use nemoconv_formats::checkpoint::Checkpoint;
-use nemoconv_formats::packed::{Inputs, Scheme};
+use nemoconv_formats::packed::{Inputs, Scheme, StoredIntegers};
 
 use super::StoredTensor;
 use crate::backend::activation::Activation;
@@ -74,6 +75,22 @@ impl CheckpointStorage {
     /// How a tensor is packed: the scheme of its first matrix.
     pub fn scheme(&self, tensor: &StoredTensor) -> Option<&Scheme> {
         scheme_of(&self.plan.tensors[tensor.place])
+    }
+
+    /// Integers of a matrix as the checkpoint has them; `None` where its rows are something else.
+    pub fn integers(
+        &self,
+        tensor: &StoredTensor,
+        matrix: usize,
+    ) -> Result<Option<StoredIntegers<'_>>> {
+        let planned = &self.plan.tensors[tensor.place];
+        let is_as_stored = planned.source == planned.stored && planned.factor == 1.0;
+        match &planned.pieces[matrix] {
+            Piece::Packed(linear) if is_as_stored && planned.ty == GgmlType::F32 => {
+                Ok(linear.integers(&self.checkpoint)?)
+            }
+            _ => Ok(None),
+        }
     }
 
     /// Bytes of a tensor in the checkpoint.

@@ -14,7 +14,7 @@ use std::path::{Path, PathBuf};
 
 use nemoconv_formats::checkpoint::{Checkpoint, resolve_hub_id};
 use nemoconv_formats::gguf::{Gguf, Metadata};
-use nemoconv_formats::packed::{Inputs, Scheme};
+use nemoconv_formats::packed::{Inputs, Scheme, StoredIntegers};
 use nemoconv_formats::{GgmlType, block};
 
 use crate::backend::activation::Activation;
@@ -320,6 +320,21 @@ impl StoredModel {
         match &self.storage {
             Storage::Checkpoint(storage) => storage.scheme(tensor),
             Storage::Gguf(_) | Storage::Memory(_) => None,
+        }
+    }
+
+    /// The integers that rows of a matrix are decoded from, where a packed checkpoint holds such.
+    ///
+    /// # Errors
+    /// The checkpoint is damaged.
+    pub fn integers(
+        &self,
+        tensor: &StoredTensor,
+        matrix: usize,
+    ) -> Result<Option<StoredIntegers<'_>>> {
+        match &self.storage {
+            Storage::Checkpoint(storage) => storage.integers(tensor, matrix),
+            Storage::Gguf(_) | Storage::Memory(_) => Ok(None),
         }
     }
 

@@ -7,8 +7,8 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use nemoconv_device::{
-    Array, AttentionLayout, Bytes, ConvLayout, Device, DeviceError, Family, MatmulLayout, Packing,
-    Rounding, ScanLayout, can_dequantize,
+    Array, AttentionLayout, Bytes, ConvLayout, Device, DeviceError, Family, IntegerLayout,
+    MatmulLayout, Packing, Rounding, ScanLayout, can_dequantize,
 };
 use rayon::prelude::*;
 
@@ -72,8 +72,25 @@ pub struct OnDevice {
 /// A weight for a device.
 pub struct DeviceWeight {
     host: CpuWeight,
-    /// All matrices in the stored type, if they fit.
-    resident: Option<Bytes>,
+    resident: Resident,
+}
+
+/// What of a weight lies on the device.
+enum Resident {
+    /// Nothing: rows are sent when they are multiplied.
+    No,
+    /// All matrices in the stored type.
+    Rows(Bytes),
+    /// Codes, scales and zero points of a packed checkpoint, by matrix.
+    Integers(Vec<Integers>),
+}
+
+/// A matrix of a packed checkpoint.
+struct Integers {
+    layout: IntegerLayout,
+    codes: Bytes,
+    scales: Bytes,
+    zeros: Option<Bytes>,
 }
 
 impl DeviceWeight {
@@ -85,6 +102,14 @@ impl DeviceWeight {
 /// Bytes from one matrix of a stack to the next.
 fn matrix_stride(tensor: &StoredTensor) -> u64 {
     (tensor.row_bytes() as u64 * tensor.rows as u64).next_multiple_of(MATRIX_ALIGNMENT)
+}
+
+/// What was sent; nothing where there was no room for it.
+fn or_no_room<T>(sent: Result<T>) -> Result<Option<T>> {
+    match sent {
+        Err(Error::Device(DeviceError::OutOfMemory { .. })) => Ok(None),
+        sent => sent.map(Some),
+    }
 }
 
 /// How the device rounds inputs; `None` where it does not.
@@ -116,19 +141,64 @@ impl OnDevice {
         self.device()
     }
 
+    /// Whether so many more bytes leave enough to activations.
+    fn has_room(&self, bytes: u64) -> bool {
+        let (free, total) = (self.device().free_bytes(), self.device().total_bytes());
+        bytes + total / RESERVE <= free
+    }
+
     /// Sends a weight, unless it would not fit.
-    fn make_resident(&self, weight: &CpuWeight) -> Result<Option<Bytes>> {
+    fn make_resident(&self, weight: &CpuWeight) -> Result<Resident> {
+        if weight.tensor().is_packed {
+            let integers = self.send_integers(weight);
+            if let Some(integers) = or_no_room(integers)?.flatten() {
+                return Ok(Resident::Integers(integers));
+            }
+        }
         let tensor = weight.tensor();
         let bytes = matrix_stride(tensor) * tensor.matrices as u64;
-        let (free, total) = (self.device().free_bytes(), self.device().total_bytes());
         let limits = self.device().description().limits;
-        if bytes + total / RESERVE > free || bytes > limits.allocation_bytes {
-            return Ok(None);
+        if !self.has_room(bytes) || bytes > limits.allocation_bytes {
+            return Ok(Resident::No);
         }
-        let mut resident = match self.device().reserve_bytes(bytes) {
-            Err(DeviceError::OutOfMemory { .. }) => return Ok(None),
-            reserved => reserved?,
-        };
+        let rows = or_no_room(self.send_rows(weight, bytes))?;
+        Ok(rows.map_or(Resident::No, Resident::Rows))
+    }
+
+    /// Sends a packed weight as its checkpoint has it; `None` where that is not integers, or there is no room.
+    fn send_integers(&self, weight: &CpuWeight) -> Result<Option<Vec<Integers>>> {
+        let device = self.device();
+        let mut all = Vec::new();
+        for matrix in 0..weight.tensor().matrices {
+            let Some(stored) = weight.integers(matrix)? else {
+                return Ok(None);
+            };
+            let parts = [Some(stored.codes), Some(stored.scales), stored.zeros];
+            let bytes: usize = parts.iter().flatten().map(|part| part.len()).sum();
+            if !self.has_room(bytes as u64) {
+                return Ok(None);
+            }
+            all.push(Integers {
+                layout: IntegerLayout {
+                    codes: stored.storage,
+                    columns: weight.tensor().columns,
+                    group: stored.group,
+                    scales: stored.scale_dtype,
+                },
+                codes: device.upload_bytes(stored.codes)?,
+                scales: device.upload_bytes(stored.scales)?,
+                zeros: match stored.zeros {
+                    Some(zeros) => Some(device.upload_bytes(zeros)?),
+                    None => None,
+                },
+            });
+        }
+        Ok(Some(all))
+    }
+
+    fn send_rows(&self, weight: &CpuWeight, bytes: u64) -> Result<Bytes> {
+        let tensor = weight.tensor();
+        let mut resident = self.device().reserve_bytes(bytes)?;
         // Whole words: every fourth row ends with one.
         let tile = (SENT_BYTES / tensor.row_bytes()).next_multiple_of(4).max(4);
         let mut buffer = Vec::new();
@@ -141,7 +211,7 @@ impl OnDevice {
                 self.device().write_bytes(&mut resident, at, rows)?;
             }
         }
-        Ok(Some(resident))
+        Ok(resident)
     }
 
     /// Rows of a matrix as they are stored: where they lie on the device, sent to `sent` if they are not there.
@@ -153,7 +223,7 @@ impl OnDevice {
         sent: &'a mut Option<Bytes>,
     ) -> Result<(&'a Bytes, u64)> {
         let tensor = weight.tensor();
-        if let Some(resident) = &weight.resident {
+        if let Resident::Rows(resident) = &weight.resident {
             let row = (rows.start * tensor.row_bytes()) as u64;
             return Ok((resident, matrix as u64 * matrix_stride(tensor) + row));
         }
@@ -172,6 +242,23 @@ impl OnDevice {
         rows: Range<usize>,
         out: &mut Array,
     ) -> Result<()> {
+        if let Resident::Integers(matrices) = &weight.resident {
+            let Integers {
+                layout,
+                codes,
+                scales,
+                zeros,
+            } = &matrices[matrix];
+            let device = self.device();
+            return Ok(device.dequantize_integers(
+                layout,
+                codes,
+                scales,
+                zeros.as_ref(),
+                rows,
+                out,
+            )?);
+        }
         let tensor = weight.tensor();
         let values = rows.len() * tensor.columns;
         let mut sent = None;
@@ -203,8 +290,8 @@ impl OnDevice {
         let packed = device.pack(input, rows, tensor.columns, packing)?;
         let mut out = device.uninitialized(rows * tensor.rows)?;
         let tile = match weight.resident {
-            Some(_) => tensor.rows,
-            None => SENT_BYTES / tensor.row_bytes(),
+            Resident::Rows(_) => tensor.rows,
+            _ => SENT_BYTES / tensor.row_bytes(),
         };
         let tile = tile.max(1);
         for first in (0..tensor.rows).step_by(tile) {
@@ -246,7 +333,7 @@ impl Backend for OnDevice {
         let host = self.host.weight(tensor)?;
         let resident = match can_dequantize(tensor.ty) {
             true => self.make_resident(&host)?,
-            false => None,
+            false => Resident::No,
         };
         Ok(DeviceWeight { host, resident })
     }

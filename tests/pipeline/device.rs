@@ -18,7 +18,7 @@ use nemoconv::quantize::form::Form;
 use nemoconv_cuda_emu::{Emulator, Order};
 use nemoconv_device::{Device, DeviceName, Found, devices, open};
 
-use crate::support::to_gguf;
+use crate::support::{nemoconv, stderr, to_gguf};
 
 /// Largest difference of a logit from the CPU's, as a share of the largest logit.
 const LOGITS: f32 = 1e-4;
@@ -237,5 +237,25 @@ fn a_matrix_is_rounded_to_the_codes_of_the_cpu() {
                 assert!(change <= LOSS, "{name} {form}: {change}");
             }
         }
+    }
+}
+
+#[test]
+fn packed_folders_give_the_logits_of_the_cpu() {
+    let folder = tempfile::tempdir().unwrap();
+    for scheme in ["w4a16", "w4a16-asym", "w8a16", "w8a8", "gptq-4"] {
+        let packed = folder.path().join(scheme);
+        let output = nemoconv([
+            "to-safetensors".as_ref(),
+            nemoconv_fixtures::nano().as_os_str(),
+            "-o".as_ref(),
+            packed.as_os_str(),
+            "-s".as_ref(),
+            scheme.as_ref(),
+            "-q".as_ref(),
+        ]);
+        assert!(output.status.success(), "{}", stderr(&output));
+        check(&packed, |_| Numerics::EXACT, LOGITS);
+        check(&packed, Numerics::of_target, ROUNDED_LOGITS);
     }
 }

@@ -49,6 +49,32 @@ pub struct RowBuffers {
     narrow: Vec<i8>,
 }
 
+/// How integers of compressed-tensors are stored.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum IntegerCodes {
+    /// `pack-quantized`: 32-bit words along a row; zero points are words along a column.
+    Packed(Width),
+    /// `int-quantized`: signed bytes; zero points are signed bytes too.
+    Bytes,
+}
+
+/// Integers of compressed-tensors where they lie in a checkpoint, all rows.
+#[derive(Debug, Clone, Copy)]
+pub struct StoredIntegers<'a> {
+    /// How codes are stored.
+    pub storage: IntegerCodes,
+    /// What shares a scale.
+    pub group: Group,
+    /// Codes.
+    pub codes: &'a [u8],
+    /// Scales.
+    pub scales: &'a [u8],
+    /// Their type.
+    pub scale_dtype: Dtype,
+    /// Zero points, where the weights have some.
+    pub zeros: Option<&'a [u8]>,
+}
+
 impl PackedLinear {
     /// Finds the tensors of `module`, a name as the checkpoint spells it.
     ///
@@ -152,6 +178,31 @@ impl PackedLinear {
             Inputs::Int8PerTensor => self.scalar(checkpoint, Role::InputScale),
             _ => Ok(None),
         }
+    }
+
+    /// The bytes of integers with their scales, where the layout is one of compressed-tensors' two.
+    ///
+    /// # Errors
+    /// The linear is of another checkpoint.
+    pub fn integers<'a>(&self, checkpoint: &'a Checkpoint) -> Result<Option<StoredIntegers<'a>>> {
+        let (codes, group) = match self.scheme.layout {
+            Layout::PackQuantized { width, group, .. } => (IntegerCodes::Packed(width), group),
+            Layout::IntQuantized { group, .. } => (IntegerCodes::Bytes, group),
+            Layout::Float8 { .. } | Layout::Nvfp4(_) | Layout::Gptq { .. } => return Ok(None),
+        };
+        let scales = self.entry(checkpoint, Role::Scale)?;
+        let zeros = self.position(Role::ZeroPoint);
+        Ok(Some(StoredIntegers {
+            storage: codes,
+            group,
+            codes: checkpoint.bytes(self.entry(checkpoint, Role::Codes)?),
+            scales: checkpoint.bytes(scales),
+            scale_dtype: scales.dtype,
+            zeros: match zeros {
+                Some(_) => Some(checkpoint.bytes(self.entry(checkpoint, Role::ZeroPoint)?)),
+                None => None,
+            },
+        }))
     }
 
     /// Fills `buffers` with codes, scales and zero points of `rows` rows from `first_row` on.

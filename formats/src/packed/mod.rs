@@ -25,5 +25,5 @@ mod scheme;
 pub use bits::Width;
 pub use config::Quantization;
 pub use layout::{Role, TensorSpec};
-pub use linear::{PackedLinear, RowBuffers, SecondScale};
+pub use linear::{IntegerCodes, PackedLinear, RowBuffers, SecondScale, StoredIntegers};
 pub use scheme::{GptqZeros, Group, Inputs, Layout, Nvfp4Names, Scheme};

@@ -4,7 +4,7 @@ use std::ops::Range;
 
 use nemoconv_formats::Dtype;
 use nemoconv_formats::packed::bits::WORD_BYTES;
-use nemoconv_formats::packed::{Group, Width};
+use nemoconv_formats::packed::{Group, IntegerCodes};
 
 use super::{groups_of, word};
 use crate::array::{Array, Bytes, Device};
@@ -16,7 +16,7 @@ use crate::kernels;
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct IntegerLayout {
     /// How codes are stored.
-    pub codes: Integers,
+    pub codes: IntegerCodes,
     /// Codes of a row.
     pub columns: usize,
     /// What shares a scale and a zero point.
@@ -25,22 +25,12 @@ pub struct IntegerLayout {
     pub scales: Dtype,
 }
 
-/// How codes of compressed-tensors are stored.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Integers {
-    /// `pack-quantized`: 32-bit words along a row. Zero points are words too, along a column, so their first word
-    /// begins with the first row.
-    Packed(Width),
-    /// `int-quantized`: signed bytes, whatever their width. Zero points are signed bytes too.
-    Bytes,
-}
-
 impl IntegerLayout {
     /// Bytes of a row of codes.
     fn row_bytes(&self) -> usize {
         match self.codes {
-            Integers::Packed(width) => width.words(self.columns) * WORD_BYTES,
-            Integers::Bytes => self.columns,
+            IntegerCodes::Packed(width) => width.words(self.columns) * WORD_BYTES,
+            IntegerCodes::Bytes => self.columns,
         }
     }
 
@@ -83,7 +73,7 @@ impl IntegerLayout {
             is_whole || group_columns > 0 && self.columns.is_multiple_of(group_columns),
             "groups do not divide rows: {self:?}"
         );
-        let is_packed = matches!(self.codes, Integers::Packed(_));
+        let is_packed = matches!(self.codes, IntegerCodes::Packed(_));
         assert!(
             !(has_zeros && is_packed && self.group == Group::Tensor),
             "packed zero points of a whole tensor"
@@ -101,8 +91,8 @@ impl IntegerLayout {
     /// The bytes of zero points that these rows need, and the rows before them in the first word.
     fn zeros_of(&self, rows: &Range<usize>) -> (Range<usize>, usize) {
         match self.codes {
-            Integers::Bytes => (self.scales_of(rows), 0),
-            Integers::Packed(width) => {
+            IntegerCodes::Bytes => (self.scales_of(rows), 0),
+            IntegerCodes::Packed(width) => {
                 let row_of_words = self.groups() * WORD_BYTES;
                 let words = rows.start / width.per_word()..width.words(rows.end);
                 let bytes = words.start * row_of_words..words.end * row_of_words;
@@ -114,8 +104,8 @@ impl IntegerLayout {
     /// Bits of a code, and what to change in it so that all are too large by half their number.
     fn digits(&self) -> [usize; 2] {
         match self.codes {
-            Integers::Packed(width) => [width.bits(), 0],
-            Integers::Bytes => [8, 0x80],
+            IntegerCodes::Packed(width) => [width.bits(), 0],
+            IntegerCodes::Bytes => [8, 0x80],
         }
     }
 }
@@ -151,8 +141,8 @@ impl Device {
         }
         let zero_type = match (zeros, layout.codes) {
             (None, _) => 0,
-            (Some(_), Integers::Bytes) => 1,
-            (Some(_), Integers::Packed(_)) => 2,
+            (Some(_), IntegerCodes::Bytes) => 1,
+            (Some(_), IntegerCodes::Packed(_)) => 2,
         };
         let row_bytes = layout.row_bytes();
         let (codes, first_code) = stored(codes, rows.start * row_bytes..rows.end * row_bytes);

@@ -9,7 +9,7 @@ mod stored;
 mod values;
 
 pub use decode::can_dequantize;
-pub use integers::{IntegerLayout, Integers};
+pub use integers::IntegerLayout;
 pub use matmul::MatmulLayout;
 pub use mixers::{AttentionLayout, ConvLayout, ScanLayout};
 pub use rows::Rounding;

@@ -3,9 +3,10 @@
 use std::fs;
 use std::ops::Range;
 
-use nemoconv_device::{Device, IntegerLayout, Integers};
+use nemoconv_device::{Device, IntegerLayout};
 use nemoconv_formats::Dtype;
 use nemoconv_formats::checkpoint::Checkpoint;
+use nemoconv_formats::packed::IntegerCodes;
 use nemoconv_formats::packed::{
     Group, Inputs, Layout, PackedLinear, Role, RowBuffers, Scheme, Width,
 };
@@ -18,10 +19,10 @@ use crate::drivers;
 const ROWS: usize = 21;
 const COLUMNS: usize = 45;
 
-const PLACES: [Integers; 3] = [
-    Integers::Packed(Width::Four),
-    Integers::Packed(Width::Eight),
-    Integers::Bytes,
+const PLACES: [IntegerCodes; 3] = [
+    IntegerCodes::Packed(Width::Four),
+    IntegerCodes::Packed(Width::Eight),
+    IntegerCodes::Bytes,
 ];
 const GROUPS: [Group; 3] = [Group::Columns(15), Group::Row, Group::Tensor];
 const SCALES: [Dtype; 3] = [Dtype::Bf16, Dtype::F16, Dtype::F32];
@@ -29,12 +30,12 @@ const SCALES: [Dtype; 3] = [Dtype::Bf16, Dtype::F16, Dtype::F32];
 fn scheme(layout: &IntegerLayout, symmetric: bool) -> Scheme {
     let group = layout.group;
     let layout = match layout.codes {
-        Integers::Packed(width) => Layout::PackQuantized {
+        IntegerCodes::Packed(width) => Layout::PackQuantized {
             width,
             group,
             symmetric,
         },
-        Integers::Bytes => Layout::IntQuantized {
+        IntegerCodes::Bytes => Layout::IntQuantized {
             bits: 8,
             group,
             symmetric,
@@ -156,7 +157,7 @@ fn every_layout_as_formats_decodes_it() {
                 };
                 check(&name, &device, &layout, true);
                 // Packed zero points of whole tensors are not known.
-                if codes == Integers::Bytes || group != Group::Tensor {
+                if codes == IntegerCodes::Bytes || group != Group::Tensor {
                     check(&name, &device, &layout, false);
                 }
             }

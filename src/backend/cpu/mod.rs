@@ -27,6 +27,7 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use nemoconv_formats::block;
+use nemoconv_formats::packed::StoredIntegers;
 
 use super::activation::Activation;
 use super::{
@@ -88,6 +89,14 @@ impl CpuWeight {
     /// What it is.
     pub fn tensor(&self) -> &StoredTensor {
         &self.tensor
+    }
+
+    /// The integers that rows of a matrix are decoded from, if they are.
+    ///
+    /// # Errors
+    /// The checkpoint is damaged.
+    pub fn integers(&self, matrix: usize) -> Result<Option<StoredIntegers<'_>>> {
+        self.model.integers(&self.tensor, matrix)
     }
 
     /// Whole rows in the stored type: mapped, or read into `buffer`.
