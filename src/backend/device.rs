@@ -16,8 +16,8 @@ use super::activation::Activation;
 use super::cpu::{Cpu, CpuWeight};
 use super::tally::Tally;
 use super::{
-    AttentionArithmetic, AttentionShape, Backend, KeyValues, ScanShape, ScanWeights, Segment,
-    default_bodies,
+    AttentionArithmetic, AttentionShape, Backend, KeyValues, ProductSums, ScanShape, ScanWeights,
+    Segment, default_bodies,
 };
 use crate::artifact::StoredTensor;
 use crate::backend::ExpertRows;
@@ -543,13 +543,76 @@ impl Backend for OnDevice {
     }
 
     fn gram(&self, rows: &[f32], n: usize, sums: &mut [f64]) -> Result<()> {
-        let device = self.counted("gram");
-        let input = device.upload(rows)?;
-        for strip in device.gram_strips(n) {
-            let mut found = device.zeros(2 * strip.len() * n)?;
-            device.gram(&input, n, strip.clone(), &mut found)?;
-            let found = device.download_all(&found)?;
-            let sums = sums[strip.start * n..strip.end * n].par_chunks_mut(SUMMED);
+        let mut own = GramOnDevice::new(self, n)?;
+        own.add(rows, rows)?;
+        own.finish(sums)
+    }
+
+    fn cross_gram(
+        &self,
+        (v, width): (&[f32], usize),
+        (u, n): (&[f32], usize),
+        sums: &mut [f64],
+    ) -> Result<()> {
+        let mut own = CrossGramOnDevice::new(self, width, n)?;
+        own.add(v, u)?;
+        own.finish(sums)
+    }
+
+    fn gram_sums(&self, n: usize) -> Result<Option<Box<dyn ProductSums + '_>>> {
+        if !self.has_room(8 * (n * n) as u64) {
+            return Ok(None);
+        }
+        let sums = or_no_room(GramOnDevice::new(self, n))?;
+        Ok(sums.map(|sums| Box::new(sums) as _))
+    }
+
+    fn cross_gram_sums(&self, width: usize, n: usize) -> Result<Option<Box<dyn ProductSums + '_>>> {
+        if !self.has_room(4 * (width * n) as u64) {
+            return Ok(None);
+        }
+        let sums = or_no_room(CrossGramOnDevice::new(self, width, n))?;
+        Ok(sums.map(|sums| Box::new(sums) as _))
+    }
+
+    fn error_products(&self) -> Option<&dyn ErrorProducts> {
+        Some(self)
+    }
+}
+
+/// Second moments, in strips of rows that fit a view: pairs of floats, the large and the small part of each sum.
+struct GramOnDevice<'a> {
+    on: &'a OnDevice,
+    n: usize,
+    strips: Vec<(Range<usize>, Array)>,
+}
+
+impl<'a> GramOnDevice<'a> {
+    fn new(on: &'a OnDevice, n: usize) -> Result<Self> {
+        let device = on.device();
+        let zeros = |strip: Range<usize>| {
+            let sums = device.zeros(2 * strip.len() * n)?;
+            Ok((strip, sums))
+        };
+        let strips = device.gram_strips(n).map(zeros).collect::<Result<_>>()?;
+        Ok(Self { on, n, strips })
+    }
+}
+
+impl ProductSums for GramOnDevice<'_> {
+    fn add(&mut self, _: &[f32], u: &[f32]) -> Result<()> {
+        let device = self.on.counted("gram");
+        let rows = device.upload(u)?;
+        for (strip, sums) in &mut self.strips {
+            device.gram(&rows, self.n, strip.clone(), sums)?;
+        }
+        Ok(())
+    }
+
+    fn finish(&self, sums: &mut [f64]) -> Result<()> {
+        for (strip, found) in &self.strips {
+            let found = self.on.device().download_all(found)?;
+            let sums = sums[strip.start * self.n..strip.end * self.n].par_chunks_mut(SUMMED);
             let found = found.par_chunks(2 * SUMMED);
             sums.zip(found).for_each(|(sums, found)| {
                 for (sum, parts) in sums.iter_mut().zip(found.chunks_exact(2)) {
@@ -559,40 +622,61 @@ impl Backend for OnDevice {
         }
         Ok(())
     }
+}
 
-    fn cross_gram(
-        &self,
-        (v, width): (&[f32], usize),
-        (u, n): (&[f32], usize),
-        sums: &mut [f64],
-    ) -> Result<()> {
-        let device = self.counted("cross_gram");
-        let rows = u.len() / n;
+/// Products of two kinds of rows, in strips of columns of the first.
+struct CrossGramOnDevice<'a> {
+    on: &'a OnDevice,
+    width: usize,
+    n: usize,
+    strips: Vec<(Range<usize>, Array)>,
+}
+
+impl<'a> CrossGramOnDevice<'a> {
+    fn new(on: &'a OnDevice, width: usize, n: usize) -> Result<Self> {
+        let step = (TILE_BYTES / (4 * n)).max(1);
+        let strips = (0..width).step_by(step).map(|first| {
+            let strip = first..width.min(first + step);
+            let sums = on.device().zeros(strip.len() * n)?;
+            Ok((strip, sums))
+        });
+        Ok(Self {
+            on,
+            width,
+            n,
+            strips: strips.collect::<Result<_>>()?,
+        })
+    }
+}
+
+impl ProductSums for CrossGramOnDevice<'_> {
+    fn add(&mut self, v: &[f32], u: &[f32]) -> Result<()> {
+        let device = self.on.counted("cross_gram");
+        let rows = u.len() / self.n;
         let (v, u) = (device.upload(v)?, device.upload(u)?);
-        let strip = (TILE_BYTES / (4 * n)).max(1);
-        for first in (0..width).step_by(strip) {
-            let columns = strip.min(width - first);
-            let mut found = device.uninitialized(columns * n)?;
+        for (strip, sums) in &mut self.strips {
             let layout = MatmulLayout {
-                a: [first, 1, width],
-                b: [0, n, 1],
-                ..MatmulLayout::linear(columns, rows, n, 0, n)
+                a: [strip.start, 1, self.width],
+                b: [0, self.n, 1],
+                beta: 1.0,
+                ..MatmulLayout::linear(strip.len(), rows, self.n, 0, self.n)
             };
-            device.matmul(&layout, &v, &u, &mut found)?;
-            let found = device.download_all(&found)?;
-            let sums = sums[first * n..][..found.len()].par_chunks_mut(SUMMED);
-            sums.zip(found.par_chunks(SUMMED))
-                .for_each(|(sums, found)| {
-                    for (sum, found) in sums.iter_mut().zip(found) {
-                        *sum += f64::from(*found);
-                    }
-                });
+            device.matmul(&layout, &v, &u, sums)?;
         }
         Ok(())
     }
 
-    fn error_products(&self) -> Option<&dyn ErrorProducts> {
-        Some(self)
+    fn finish(&self, sums: &mut [f64]) -> Result<()> {
+        for (strip, found) in &self.strips {
+            let found = self.on.device().download_all(found)?;
+            let sums = sums[strip.start * self.n..strip.end * self.n].par_chunks_mut(SUMMED);
+            sums.zip(found.par_chunks(SUMMED))
+                .for_each(|(sums, found)| {
+                    let pairs = sums.iter_mut().zip(found);
+                    pairs.for_each(|(sum, found)| *sum += f64::from(*found));
+                });
+        }
+        Ok(())
     }
 }
 

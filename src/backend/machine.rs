@@ -10,7 +10,8 @@ use super::cpu::{Cpu, CpuWeight, Residence};
 use super::device::{DeviceWeight, OnDevice, OpenDevice};
 use super::tally::Tally;
 use super::{
-    AttentionShape, Backend, ExpertRows, KeyValues, RouteShape, ScanShape, ScanWeights, Segment,
+    AttentionShape, Backend, ExpertRows, KeyValues, ProductSums, RouteShape, ScanShape,
+    ScanWeights, Segment,
 };
 use crate::artifact::{StoredModel, StoredTensor};
 use crate::error::Result;
@@ -483,6 +484,14 @@ impl Backend for Machine {
 
     fn cross_gram(&self, v: (&[f32], usize), u: (&[f32], usize), sums: &mut [f64]) -> Result<()> {
         either!(self, cpu => cpu.cross_gram(v, u, sums), device => device.cross_gram(v, u, sums))
+    }
+
+    fn gram_sums(&self, n: usize) -> Result<Option<Box<dyn ProductSums + '_>>> {
+        either!(self, cpu => cpu.gram_sums(n), device => device.gram_sums(n))
+    }
+
+    fn cross_gram_sums(&self, width: usize, n: usize) -> Result<Option<Box<dyn ProductSums + '_>>> {
+        either!(self, cpu => cpu.cross_gram_sums(width, n), device => device.cross_gram_sums(width, n))
     }
 
     fn error_products(&self) -> Option<&dyn ErrorProducts> {

@@ -135,6 +135,21 @@ pub struct ExpertRows {
     pub weights: Vec<f32>,
 }
 
+/// Products of rows, summed up on a machine.
+pub trait ProductSums {
+    /// Sums up the products of as many rows `v [_, width]` and `u [_, n]`; of second moments `u` alone is read.
+    ///
+    /// # Errors
+    /// The machine fails.
+    fn add(&mut self, v: &[f32], u: &[f32]) -> Result<()>;
+
+    /// Adds what was summed up to `sums [width, n]`.
+    ///
+    /// # Errors
+    /// The machine fails.
+    fn finish(&self, sums: &mut [f64]) -> Result<()>;
+}
+
 /// A machine that runs the network.
 ///
 /// Buffers are f32 arrays; lengths are in values. Weight matrices are `[out_features, in_features]` in their stored
@@ -415,6 +430,25 @@ pub trait Backend: Sync {
     ) -> Result<()> {
         self.on_host("cross_gram");
         self.host().cross_gram((v, width), (u, n), sums)
+    }
+
+    /// Sums as those of [`Self::gram`] that stay on the machine between calls; `None` where they are best summed here, or
+    /// there is no room for them.
+    ///
+    /// # Errors
+    /// The machine fails.
+    fn gram_sums(&self, n: usize) -> Result<Option<Box<dyn ProductSums + '_>>> {
+        let _ = n;
+        Ok(None)
+    }
+
+    /// The same for [`Self::cross_gram`].
+    ///
+    /// # Errors
+    /// The machine fails.
+    fn cross_gram_sums(&self, width: usize, n: usize) -> Result<Option<Box<dyn ProductSums + '_>>> {
+        let _ = (width, n);
+        Ok(None)
     }
 
     /// Who multiplies errors while matrices are rounded, if not the CPU.

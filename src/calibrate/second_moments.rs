@@ -58,6 +58,14 @@ impl SecondMoments {
         Ok(())
     }
 
+    /// What was seen but for the sums, which are elsewhere.
+    pub fn without_sums(n: usize, rows: &[f32], weights: Option<&[f32]>) -> Self {
+        let mut moments = Self::empty(0);
+        moments.n = n;
+        moments.count(rows, weights);
+        moments
+    }
+
     fn count(&mut self, rows: &[f32], weights: Option<&[f32]>) {
         let seen = |weight: f32| (f64::from(weight), u64::from(weight > 0.0));
         let count = rows.len() / self.n;
@@ -113,7 +121,7 @@ impl Merge for SecondMoments {
 }
 
 /// Rows times the square roots of their weights, which are not more than there are rows.
-fn weighted<'a>(rows: &'a [f32], n: usize, weights: Option<&[f32]>) -> Cow<'a, [f32]> {
+pub fn weighted<'a>(rows: &'a [f32], n: usize, weights: Option<&[f32]>) -> Cow<'a, [f32]> {
     let Some(weights) = weights else {
         return Cow::Borrowed(rows);
     };
@@ -152,6 +160,11 @@ impl CrossMoments {
         let mut cross = Self::empty(v.1, u);
         machine.cross_gram(v, u, &mut cross.sums)?;
         Ok(cross)
+    }
+
+    /// What was seen but for the sums, which are elsewhere.
+    pub fn without_sums((u, n): (&[f32], usize)) -> Self {
+        Self::empty(0, (u, n))
     }
 
     fn empty(width: usize, (u, n): (&[f32], usize)) -> Self {

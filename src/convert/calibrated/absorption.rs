@@ -8,7 +8,7 @@
 //!
 //! Source: bias correction of Data-Free Quantization, arXiv:1906.04721, section 4.2, with measured means.
 
-use super::moments::Seen;
+use super::collector::Seen;
 use super::{Calibrated, rounding};
 use crate::error::Result;
 use crate::model::nemotron_h::{CONVOLUTION_BIAS, TIME_STEP_BIAS};
@@ -95,7 +95,7 @@ pub fn outcome(job: &Calibrated, tensor: &PlannedTensor) -> super::TensorOutcome
 mod tests {
     use super::*;
     use crate::calibrate::capture::Captured;
-    use crate::convert::calibrated::moments::seen;
+    use crate::convert::calibrated::collector::seen;
     use crate::convert::calibrated::tests::Scene;
     use crate::convert::calibrated::{Rounding, Treatment};
     use crate::model::nemotron_h::is_bias_behind_ssm_in;

@@ -5,6 +5,7 @@
 //! they do not fit.
 
 mod absorption;
+mod collector;
 mod ledger;
 mod moments;
 pub mod needs;

@@ -3,50 +3,13 @@
 use std::collections::BTreeMap;
 use std::ops::Range;
 
+use super::collector::{Collector, Key, SeenInputs};
 use super::rounding::{TensorRounding, add_to_pool};
 use super::{BothStreams, Calibrated, Workspace, absorption, routing_of, stages};
-use crate::backend::{Backend, ExpertRows, Machine};
+use crate::backend::{Backend, ExpertRows};
 use crate::calibrate::capture::{Capture, Captured};
-use crate::calibrate::cells::{Merge, Tree};
 use crate::calibrate::layer::Layer;
-use crate::calibrate::magnitudes::Magnitudes;
-use crate::calibrate::second_moments::{CrossMoments, SecondMoments};
 use crate::error::Result;
-
-/// What is known of the inputs of one matrix.
-#[derive(Debug)]
-pub struct Seen {
-    /// Of the rounded network.
-    pub moments: SecondMoments,
-    /// Inputs of the original network with them.
-    pub cross: Option<CrossMoments>,
-    /// Their largest magnitude.
-    pub largest: f32,
-    /// How often they are how large.
-    pub magnitudes: Magnitudes,
-    /// Sums of the inputs themselves.
-    pub sums: Vec<f64>,
-    /// The same of the original network, where it is looked at.
-    pub original_sums: Option<Vec<f64>>,
-}
-
-impl Merge for Seen {
-    fn merge(&mut self, later: Self) {
-        self.moments.merge(later.moments);
-        self.largest = self.largest.max(later.largest);
-        add(&mut self.sums, &later.sums);
-        self.magnitudes.merge(later.magnitudes);
-        if let (Some(sums), Some(later)) = (&mut self.original_sums, &later.original_sums) {
-            add(sums, later);
-        }
-        if let (Some(cross), Some(later)) = (&mut self.cross, later.cross) {
-            cross.merge(later);
-        }
-    }
-}
-
-/// By tensor whose input it is, and matrix.
-pub type SeenInputs = BTreeMap<(String, usize), Seen>;
 
 /// A stage of a block about to be rounded.
 pub struct StageMoments<'a> {
@@ -60,9 +23,6 @@ pub struct StageMoments<'a> {
     pub streams: &'a BothStreams,
     pub routes: &'a [Vec<ExpertRows>],
 }
-
-/// An input: the tensor under whose name it is seen, and the matrix.
-type Key = (String, usize);
 
 impl<'a> StageMoments<'a> {
     /// Collects what the tensors read, and rounds them one by one, in as many passes over the cells as memory asks for.
@@ -160,17 +120,13 @@ impl<'a> StageMoments<'a> {
             let range = wanted.entry(input).or_insert(*matrix..*matrix);
             range.end = matrix + 1;
         }
-        let mut trees: BTreeMap<Key, Tree<Seen>> = BTreeMap::new();
+        let machine = self.job.machine(0);
+        let mut collector = Collector::new(&machine);
         for cell in 0..self.streams.cells.len() {
             self.job.check_stop()?;
-            for (key, seen) in self.cell(cell, &wanted)? {
-                trees.entry(key).or_default().push(seen);
-            }
+            self.cell(cell, &wanted, &mut collector)?;
         }
-        let sums = trees.into_iter();
-        Ok(sums
-            .filter_map(|(key, tree)| Some((key, tree.finish()?)))
-            .collect())
+        collector.finish()
     }
 
     /// Runs the block where that is needed to know what is wanted.
@@ -189,8 +145,13 @@ impl<'a> StageMoments<'a> {
         layer.run(stream, lengths, capture)
     }
 
-    /// What one cell shows.
-    fn cell(&self, cell: usize, wanted: &BTreeMap<&str, Range<usize>>) -> Result<SeenInputs> {
+    /// Collects what one cell shows.
+    fn cell(
+        &self,
+        cell: usize,
+        wanted: &BTreeMap<&str, Range<usize>>,
+        collector: &mut Collector,
+    ) -> Result<()> {
         let (lengths, routing) = (&self.streams.cells[cell], routing_of(self.routes, cell));
         let mut capture = Capture::of_matrices(wanted, routing);
         let mut stream = self.streams.rounded.read(cell)?;
@@ -200,58 +161,17 @@ impl<'a> StageMoments<'a> {
             let mut stream = self.streams.original.read(cell)?;
             self.show(self.original, &mut stream, lengths, routing, &mut originals)?;
         }
-        let machine = self.job.machine(0);
-        let seen = |(key, captured)| {
-            let found = seen(&machine, &captured, originals.inputs.get(&key))?;
-            Ok((key, found))
-        };
-        capture.inputs.into_iter().map(seen).collect()
+        for (key, captured) in capture.inputs {
+            let original = originals.inputs.get(&key);
+            collector.see(key, &captured, original)?;
+        }
+        Ok(())
     }
 }
 
 /// How many matrices of an input are among the keys.
 fn count_of(keys: &[Key], input: &str) -> usize {
     keys.iter().filter(|(name, _)| name == input).count()
-}
-
-/// What is known of some inputs, and of those of the original network with them.
-///
-/// # Errors
-/// The machine fails.
-pub fn seen(machine: &Machine, captured: &Captured, original: Option<&Captured>) -> Result<Seen> {
-    let n = captured.in_features;
-    let mut moments = SecondMoments::empty(n);
-    let weights = (!captured.weights.is_empty()).then_some(captured.weights.as_slice());
-    moments.add_on(machine, &captured.rows, weights)?;
-    // Of experts the few tokens they see would be corrected for noise.
-    let original = original.filter(|_| weights.is_none());
-    let cross = original
-        .map(|original| CrossMoments::of_on(machine, (&original.rows, n), (&captured.rows, n)))
-        .transpose()?;
-    let largest = captured.rows.iter().fold(0.0, |a: f32, x| a.max(x.abs()));
-    Ok(Seen {
-        moments,
-        cross,
-        largest,
-        magnitudes: Magnitudes::of(&captured.rows),
-        sums: sums_of(&captured.rows, n),
-        original_sums: original.map(|original| sums_of(&original.rows, n)),
-    })
-}
-
-/// Rows `[_, n]` summed up in order.
-fn sums_of(rows: &[f32], n: usize) -> Vec<f64> {
-    let mut sums = vec![0.0; n];
-    for row in rows.chunks_exact(n) {
-        let row = row.iter().map(|x| f64::from(*x));
-        sums.iter_mut().zip(row).for_each(|(sum, x)| *sum += x);
-    }
-    sums
-}
-
-fn add(sums: &mut [f64], later: &[f64]) {
-    let pairs = sums.iter_mut().zip(later);
-    pairs.for_each(|(sum, later)| *sum += later);
 }
 
 /// Rounds the head, whose inputs are the normed streams behind the last block.
@@ -268,7 +188,7 @@ pub fn round_head(
     let machine = job.machine(0);
     let norm = machine.upload(norm.to_vec())?;
     let eps = job.weights.stored().config().norm_epsilon();
-    let mut tree = Tree::default();
+    let mut collector = Collector::new(&machine);
     for cell in 0..streams.cells.len() {
         job.check_stop()?;
         let normed = |values: Vec<f32>| -> Result<_> {
@@ -284,13 +204,10 @@ pub fn round_head(
             true => Some(normed(streams.original.read(cell)?)?),
             false => None,
         };
-        tree.push(seen(&machine, &rounded, original.as_ref())?);
+        let key = (name.to_string(), 0);
+        collector.see(key, &rounded, original.as_ref())?;
     }
-    let seen = tree
-        .finish()
-        .map(|seen| ((name.to_string(), 0), seen))
-        .into_iter()
-        .collect();
+    let seen = collector.finish()?;
     for (is_twin, job) in job.and_twin() {
         let Some(tensor) = job.tensor(name) else {
             continue;

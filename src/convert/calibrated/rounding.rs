@@ -2,7 +2,7 @@
 
 use rayon::prelude::*;
 
-use super::moments::{Seen, SeenInputs};
+use super::collector::{Seen, SeenInputs};
 use super::{Calibrated, ExpertTokens, Method, TensorOutcome, Treatment};
 use crate::artifact::StoredTensor;
 use crate::backend::{Backend, Machine};
