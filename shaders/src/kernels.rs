@@ -172,8 +172,6 @@ kernels! {
     RELU_SQUARED = "relu_squared", 256 threads, 1 views;
     /// Views: values (in place).
     SCALE = "scale", 256 threads, 1 views;
-    /// Views: rows (in place), factors.
-    SCALE_ROWS = "scale_rows", 256 threads, 2 views;
     /// Views: rows (in place), bias.
     ADD_BIAS = "add_bias", 256 threads, 2 views;
     /// Views: sum (in place), values.

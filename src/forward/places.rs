@@ -21,9 +21,9 @@ impl<B: Backend> Places<B> {
         let mut before = 0;
         let place = |bytes: &u64| {
             // By its middle, so that no machine gets a block that hardly touches its share.
-            let middle = u128::from(before) + u128::from(bytes / 2);
+            let twice_middle = 2 * u128::from(before) + u128::from(*bytes);
             before += bytes;
-            let place = middle * machines.len() as u128 / u128::from(total);
+            let place = twice_middle * machines.len() as u128 / (2 * u128::from(total));
             (place as usize).min(machines.len() - 1)
         };
         let of_block = block_bytes.iter().map(place).collect();

@@ -199,3 +199,21 @@ fn calibrated_files_of_devices_are_as_good_as_those_of_the_cpu() {
 fn stdout(output: &Output) -> String {
     String::from_utf8_lossy(&output.stdout).into_owned()
 }
+
+#[test]
+fn benchmarks_on_devices_give_the_scores_of_the_cpu() {
+    let folder = tempfile::tempdir().unwrap();
+    super::eval::write_data(folder.path());
+    let results = |device: &str| -> Value {
+        let flags = ["--tasks", "piqa,arc_easy", "--json", "--device", device];
+        let output = super::eval::eval(&nano(), folder.path(), &flags);
+        assert!(output.status.success(), "{}", stderr(&output));
+        let document: Value = serde_json::from_str(&stdout(&output)).unwrap();
+        document["results"]["results"].clone()
+    };
+    let expected = results("cpu");
+    assert!(expected.is_object(), "{expected}");
+    for name in names() {
+        assert_eq!(results(&name), expected, "{name}");
+    }
+}

@@ -85,32 +85,10 @@ impl Device {
     /// # Errors
     /// Device lost.
     pub fn add_bias(&self, rows: &mut Array, bias: &Array) -> Result<()> {
-        self.with_rows(&kernels::ADD_BIAS, rows, bias, bias.len())
-    }
-
-    /// Multiplies every row with its factor, in place.
-    ///
-    /// # Errors
-    /// Device lost.
-    ///
-    /// # Panics
-    /// The factors do not divide the values.
-    pub fn scale_rows(&self, rows: &mut Array, factors: &Array) -> Result<()> {
-        assert!(rows.len().is_multiple_of(factors.len().max(1)));
-        let width = rows.len() / factors.len().max(1);
-        self.with_rows(&kernels::SCALE_ROWS, rows, factors, width)
-    }
-
-    fn with_rows(
-        &self,
-        kernel: &'static Kernel,
-        rows: &Array,
-        other: &Array,
-        width: usize,
-    ) -> Result<()> {
+        let kernel = &kernels::ADD_BIAS;
         let groups = groups_of(rows.len(), kernel.threads);
-        let parameters = [word(rows.len()), word(width)];
-        self.launch(kernel, groups, &[rows.view(), other.view()], &parameters)
+        let parameters = [word(rows.len()), word(bias.len())];
+        self.launch(kernel, groups, &[rows.view(), bias.view()], &parameters)
     }
 
     /// The given rows of `width` values each.

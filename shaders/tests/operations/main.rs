@@ -4,6 +4,7 @@
 mod drivers;
 mod matmul;
 mod mixers;
+mod page;
 mod rows;
 mod stored;
 mod values;

@@ -497,19 +497,6 @@ fn elementwise() {
         .map(|(i, x)| x + y[i % width])
         .collect();
     assert!(found[0] == bits(&biased));
-
-    let found = run(
-        &kernels::SCALE_ROWS,
-        4,
-        &[bits(&x), bits(&y[..count / width])],
-        &[n, width as u32],
-    );
-    let scaled: Vec<f32> = x
-        .iter()
-        .enumerate()
-        .map(|(i, x)| x * y[i / width])
-        .collect();
-    assert!(found[0] == bits(&scaled));
 }
 
 #[test]

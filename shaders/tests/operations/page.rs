@@ -1,0 +1,222 @@
+//! A page of times, for whatever devices there are.
+
+use std::time::Instant;
+
+use nemoconv_device::{
+    Array, AttentionLayout, ConvLayout, Device, MatmulLayout, Rounding, ScanLayout,
+};
+use nemoconv_formats::GgmlType;
+
+use crate::drivers::all;
+use crate::numbers;
+
+/// Runs of which the fastest counts, after one that compiles.
+const RUNS: usize = 5;
+
+/// Sizes: those of Nemotron-H-8B, or for processors that stand in for a GPU a sixteenth of them.
+#[derive(Clone, Copy)]
+struct Sizes {
+    tokens: usize,
+    hidden: usize,
+    intermediate: usize,
+    heads: usize,
+}
+
+impl Sizes {
+    fn of(device: &Device) -> Self {
+        match device.description().is_software {
+            false => Self {
+                tokens: 512,
+                hidden: 4096,
+                intermediate: 21504,
+                heads: 128,
+            },
+            true => Self {
+                tokens: 64,
+                hidden: 256,
+                intermediate: 1344,
+                heads: 8,
+            },
+        }
+    }
+}
+
+/// Milliseconds of one run, waited for.
+fn time(device: &Device, mut run: impl FnMut() -> Array) -> f64 {
+    let mut once = || {
+        let begun = Instant::now();
+        let out = run();
+        device.download(&out, 0..1).unwrap();
+        begun.elapsed().as_secs_f64() * 1e3
+    };
+    once();
+    (0..RUNS).map(|_| once()).fold(f64::INFINITY, f64::min)
+}
+
+fn line(kernel: &str, shape: &str, ms: f64, flop: f64, bytes: f64) {
+    let (gflops, gbytes) = (flop / ms / 1e6, bytes / ms / 1e6);
+    println!("| {kernel} | {shape} | {ms:.3} | {gflops:.0} | {gbytes:.1} |");
+}
+
+fn page(device: &Device) {
+    let Sizes {
+        tokens,
+        hidden,
+        intermediate,
+        heads,
+    } = Sizes::of(device);
+    let upload = |count: usize, seed| device.upload(&numbers(count, seed)).unwrap();
+    let product = (tokens * hidden * intermediate) as f64;
+    let x = upload(tokens * hidden, 1);
+    let w = upload(intermediate * hidden, 2);
+
+    let layout = MatmulLayout::linear(tokens, hidden, intermediate, 0, intermediate);
+    let mut out = device.uninitialized(tokens * intermediate).unwrap();
+    let ms = time(device, || {
+        device.matmul(&layout, &x, &w, &mut out).unwrap();
+        device.duplicate(&out).unwrap()
+    });
+    let shape = format!("{tokens} x {hidden} x {intermediate}");
+    line("matmul, with a copy", &shape, ms, 2.0 * product, 0.0);
+
+    let ty = GgmlType::Q4_K;
+    let bytes = ty.bytes_for((intermediate * hidden) as u64).unwrap();
+    let stored = device.upload_bytes(&vec![0x5a; bytes as usize]).unwrap();
+    let mut decoded = device.uninitialized(intermediate * hidden).unwrap();
+    let ms = time(device, || {
+        let count = intermediate * hidden;
+        device
+            .dequantize(ty, &stored, 0, count, &mut decoded)
+            .unwrap();
+        device.zeros(1).unwrap()
+    });
+    let moved = bytes as f64 + 4.0 * (intermediate * hidden) as f64;
+    line(
+        "dequantize_q4_k",
+        &format!("{intermediate} x {hidden}"),
+        ms,
+        0.0,
+        moved,
+    );
+
+    let mut sums = device.zeros(2 * hidden * hidden).unwrap();
+    let ms = time(device, || {
+        device.gram(&x, hidden, 0..hidden, &mut sums).unwrap();
+        device.zeros(1).unwrap()
+    });
+    let flop = (tokens * hidden * hidden) as f64;
+    line("gram", &format!("{tokens} x {hidden}"), ms, flop, 0.0);
+
+    let norm = upload(hidden, 3);
+    let ms = time(device, || device.rms_norm(&x, &norm, 1e-5).unwrap());
+    let moved = 8.0 * (tokens * hidden) as f64;
+    line("rms_norm", &format!("{tokens} x {hidden}"), ms, 0.0, moved);
+
+    let ms = time(device, || {
+        device.round_activation(&x, hidden, Rounding::Q8_0).unwrap()
+    });
+    line(
+        "round_activation",
+        &format!("{tokens} x {hidden}"),
+        ms,
+        0.0,
+        moved,
+    );
+
+    mixers(device, tokens, heads);
+}
+
+fn mixers(device: &Device, tokens: usize, heads: usize) {
+    let upload = |count: usize, seed| device.upload(&numbers(count, seed)).unwrap();
+    let (head_dim, groups, state_size) = (64, 8, 128);
+    let inner = heads * head_dim;
+    let width = inner + 2 * groups * state_size;
+    let layout = ScanLayout {
+        heads,
+        head_dim,
+        groups,
+        state_size,
+        dt_stride: heads,
+        time_step: (0.0, f32::INFINITY),
+    };
+    let (xbc, per_head) = (upload(tokens * width, 4), upload(tokens * heads, 5));
+    let mut state = device.zeros(inner * state_size).unwrap();
+    let mut out = device.uninitialized(tokens * inner).unwrap();
+    let inputs = [&xbc, &per_head, &per_head, &per_head, &per_head];
+    let ms = time(device, || {
+        device
+            .selective_scan(layout, 0..tokens, inputs, &mut state, &mut out)
+            .unwrap();
+        device.zeros(1).unwrap()
+    });
+    let flop = 5.0 * (tokens * inner * state_size) as f64;
+    let shape = format!("{tokens} x {heads} heads x {head_dim} x {state_size}");
+    line("selective_scan", &shape, ms, flop, 0.0);
+
+    let layout = ConvLayout {
+        stride: width,
+        first: 0,
+        channels: width,
+        taps: 4,
+    };
+    let (weight, bias) = (upload(4 * width, 6), upload(width, 7));
+    let mut state = device.zeros(3 * width).unwrap();
+    let mut out = device.uninitialized(tokens * width).unwrap();
+    let ms = time(device, || {
+        device
+            .conv1d_silu(
+                layout,
+                0..tokens,
+                &xbc,
+                &mut state,
+                &weight,
+                &bias,
+                &mut out,
+            )
+            .unwrap();
+        device.zeros(1).unwrap()
+    });
+    let moved = 8.0 * (tokens * width) as f64;
+    line(
+        "conv1d_silu",
+        &format!("{tokens} x {width}"),
+        ms,
+        0.0,
+        moved,
+    );
+
+    let (query_heads, head_dim) = (heads / 4, 128);
+    let layout = AttentionLayout {
+        heads: query_heads,
+        key_value_heads: (query_heads / 4).max(1),
+        head_dim,
+        is_f16: false,
+    };
+    let query = upload(tokens * query_heads * head_dim, 8);
+    let mut out = device.uninitialized(query.len()).unwrap();
+    let ms = time(device, || {
+        device
+            .attention(layout, 0..tokens, 0, [&query, &query, &query], &mut out)
+            .unwrap();
+        device.zeros(1).unwrap()
+    });
+    let flop = 2.0 * (tokens * tokens * query_heads * head_dim) as f64;
+    line(
+        "attention",
+        &format!("{tokens} x {query_heads} heads x {head_dim}"),
+        ms,
+        flop,
+        0.0,
+    );
+}
+
+#[test]
+#[ignore = "measures time: `cargo test -p nemoconv-device --release -- --ignored gpu --nocapture`"]
+fn gpu_page() {
+    for (name, device) in all() {
+        let description = device.description();
+        println!("\n{name}: {}, {}\n", description.name, description.detail);
+        println!("| kernel | shape | ms | GFLOP/s | GB/s |\n|---|---|---:|---:|---:|");
+        page(&device);
+    }
+}
