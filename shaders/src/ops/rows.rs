@@ -3,7 +3,7 @@
 use super::{groups_of, word};
 use crate::array::{Array, Device};
 use crate::error::Result;
-use crate::kernels::{self, Kernel};
+use crate::kernels;
 
 /// How inputs of a matrix product are rounded.
 #[derive(Debug, Clone, Copy, PartialEq)]

@@ -1,5 +1,7 @@
 //! A page of times, for whatever devices there are.
 
+#![allow(clippy::print_stdout, reason = "the page is what this is for")]
+
 use std::time::Instant;
 
 use nemoconv_device::{
