@@ -145,14 +145,14 @@ pub struct EvalRun {
     /// Bounds of the Mamba-2 time step; `minimum` is what transformers, and so lm-eval, computes
     #[arg(long, value_name = "limit|minimum", default_value = "limit", value_parser = time_step_rule)]
     pub time_step: TimeStepRule,
-    #[command(flatten)]
-    pub device: DeviceArgs,
     /// Worker threads; the scores do not depend on it. Default: all cores
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..))]
     pub threads: Option<u16>,
     /// One JSON document on stdout
     #[arg(long)]
     pub json: bool,
+    #[command(flatten)]
+    pub device: DeviceArgs,
 }
 
 fn time_step_rule(text: &str) -> Result<TimeStepRule, String> {
@@ -173,8 +173,6 @@ pub struct Validate {
     /// Text on which logits are compared
     #[arg(long, value_name = "FILE")]
     pub text: Option<PathBuf>,
-    #[command(flatten)]
-    pub device: DeviceArgs,
     /// Tokens of a chunk of the text
     #[arg(long, value_name = "N", default_value_t = 512, value_parser = clap::value_parser!(u32).range(3..))]
     pub context: u32,
@@ -250,6 +248,8 @@ pub struct Validate {
     /// Worker threads; results do not depend on it. Default: all cores
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..))]
     pub threads: Option<u16>,
+    #[command(flatten)]
+    pub device: DeviceArgs,
 }
 
 /// `--act`.
@@ -325,8 +325,6 @@ pub struct ToGguf {
     /// Importance matrix of llama-imatrix (GGUF or .dat): steers the rounding
     #[arg(long, value_name = "FILE", conflicts_with = "calibration")]
     pub imatrix: Option<PathBuf>,
-    #[command(flatten)]
-    pub calibration: CalibrationArgs,
     /// Write a packed folder for vLLM, SGLang and transformers too, from the same pass over the samples: its errors are fed
     /// back by what the network of the GGUF file shows
     #[arg(long, value_name = "DIR", requires = "calibration", conflicts_with_all = ["widen", "target_bpw", "target_size"])]
@@ -376,8 +374,6 @@ pub struct ToGguf {
     /// Start a new file after this many tensors
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
     pub split_max_tensors: Option<u32>,
-    #[command(flatten)]
-    pub device: DeviceArgs,
     /// Write NaN and infinite weights as they are
     #[arg(long)]
     pub allow_nonfinite: bool,
@@ -393,6 +389,10 @@ pub struct ToGguf {
     /// Print the plan or the result as JSON on stdout
     #[arg(long)]
     pub json: bool,
+    #[command(flatten)]
+    pub calibration: CalibrationArgs,
+    #[command(flatten)]
+    pub device: DeviceArgs,
 }
 
 /// What the model reads before it is rounded, and how it is rounded then.

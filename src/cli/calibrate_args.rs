@@ -51,14 +51,14 @@ pub struct Calibrate {
     /// quarters of what is free
     #[arg(long, value_name = "SIZE", value_parser = parse_size)]
     pub max_ram: Option<u64>,
-    #[command(flatten)]
-    pub device: DeviceArgs,
     /// Worker threads; the numbers do not depend on it. Default: all cores
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..))]
     pub threads: Option<u16>,
     /// One JSON document on stdout
     #[arg(long)]
     pub json: bool,
+    #[command(flatten)]
+    pub device: DeviceArgs,
 }
 
 impl Calibrate {

@@ -60,10 +60,6 @@ pub struct ToSafetensors {
     /// How codes are chosen without a calibration; llmcompressor computes in BF16 as that tool does and loses more
     #[arg(long, value_name = "HOW", value_enum, default_value_t = RoundingArg::Nearest, conflicts_with = "calibration")]
     pub rounding: RoundingArg,
-    #[command(flatten)]
-    pub calibration: CalibrationArgs,
-    #[command(flatten)]
-    pub device: DeviceArgs,
     /// Start a new shard before this many bytes of tensors (K, M, G: powers of 1000). Default: 5G
     #[arg(long, value_name = "SIZE", value_parser = parse_size)]
     pub max_shard_size: Option<u64>,
@@ -82,6 +78,10 @@ pub struct ToSafetensors {
     /// Print the plan or the result as JSON on stdout
     #[arg(long)]
     pub json: bool,
+    #[command(flatten)]
+    pub calibration: CalibrationArgs,
+    #[command(flatten)]
+    pub device: DeviceArgs,
 }
 
 /// `--rounding`.

@@ -243,7 +243,7 @@ fn a_matrix_is_rounded_to_the_codes_of_the_cpu() {
 #[test]
 fn packed_folders_give_the_logits_of_the_cpu() {
     let folder = tempfile::tempdir().unwrap();
-    for scheme in ["w4a16", "w4a16-asym", "w8a16", "w8a8", "gptq-8"] {
+    for scheme in ["w4a16", "w4a16-asym", "w8a16", "w8a8", "w4a8"] {
         let packed = folder.path().join(scheme);
         let output = nemoconv([
             "to-safetensors".as_ref(),
