@@ -13,6 +13,10 @@ use super::shared_rows::SharedRows;
 /// Rows that are summed in f32 before the caller sees the sums.
 pub const CHUNK_ROWS: usize = 512;
 
+/// Panels of a thread that read the same strips, and strips that they read in turn: together they fit a second-level cache.
+const GROUP_PANELS: usize = 4;
+const GROUP_STRIPS: usize = 16;
+
 /// Some columns of a row-major array.
 #[derive(Debug, Clone)]
 pub struct Columns<'a> {
@@ -55,24 +59,34 @@ pub fn products<T: Send>(
     }
     let strips = pack_strips(rows.clone(), b);
     let out = SharedRows::new(out, stride);
-    let panels = a.range.len().div_ceil(FLOAT_ROWS);
-    (0..panels).into_par_iter().for_each(|panel| {
-        let first_i = panel * FLOAT_ROWS;
-        let count = FLOAT_ROWS.min(a.range.len() - first_i);
-        let [low, high] = pack_panel(rows.clone(), a, first_i..first_i + count);
+    let strip_len = rows.len() * MAX_TOKENS;
+    let groups = a.range.len().div_ceil(GROUP_PANELS * FLOAT_ROWS);
+    (0..groups).into_par_iter().for_each(|group| {
+        let firsts = (group * GROUP_PANELS * FLOAT_ROWS..a.range.len()).step_by(FLOAT_ROWS);
+        let panels: Vec<_> = firsts
+            .take(GROUP_PANELS)
+            .map(|first| {
+                let end = a.range.len().min(first + FLOAT_ROWS);
+                (first..end, pack_panel(rows.clone(), a, first..end))
+            })
+            .collect();
         let mut sums = [[0.0; FLOAT_ROWS]; MAX_TOKENS];
-        for (strip, input) in strips.chunks_exact(rows.len() * MAX_TOKENS).enumerate() {
-            let first_j = strip * MAX_TOKENS;
-            if only_upper && first_j >= first_i + FLOAT_ROWS {
-                break;
-            }
-            kernels::float(isa, MAX_TOKENS, [&low, &high], input, &mut sums);
-            for (j, sums) in (first_j..b.range.len()).zip(&sums) {
-                // SAFETY: columns `first_i..` of the output belong to this panel, and so to this thread, alone.
-                let out = unsafe { out.part(j, first_i, count) };
-                out.iter_mut()
-                    .zip(sums)
-                    .for_each(|(out, sum)| add(out, *sum));
+        for (block, strips) in strips.chunks(GROUP_STRIPS * strip_len).enumerate() {
+            for (columns, [low, high]) in &panels {
+                for (strip, input) in strips.chunks_exact(strip_len).enumerate() {
+                    let first_j = (block * GROUP_STRIPS + strip) * MAX_TOKENS;
+                    if only_upper && first_j >= columns.start + FLOAT_ROWS {
+                        break;
+                    }
+                    kernels::float(isa, MAX_TOKENS, [low, high], input, &mut sums);
+                    for (j, sums) in (first_j..b.range.len()).zip(&sums) {
+                        // SAFETY: these columns of the output belong to this group, and so to this thread, alone.
+                        let out = unsafe { out.part(j, columns.start, columns.len()) };
+                        out.iter_mut()
+                            .zip(sums)
+                            .for_each(|(out, sum)| add(out, *sum));
+                    }
+                }
             }
         }
     });
