@@ -36,6 +36,10 @@ impl Machines {
     }
 
     /// Machine `index`, counted around where there are fewer.
+    #[cfg_attr(
+        not(feature = "device"),
+        allow(unused_variables, reason = "there is one processor")
+    )]
     pub fn nth(&self, index: usize, model: Arc<StoredModel>, residence: Residence) -> Machine {
         let cpu = Cpu::new(model, residence);
         match self {
