@@ -3,14 +3,10 @@
 //! Enters: stored weights, f32 rows. Leaves: f32 rows. Weights lie on the device while they fit; the others are sent tile by
 //! tile whenever they are multiplied.
 
+mod sums;
+
 use std::ops::Range;
 use std::sync::Arc;
-
-use nemoconv_device::{
-    Array, AttentionLayout, Bytes, ConvLayout, Device, DeviceError, Family, IntegerLayout,
-    MatmulLayout, Packing, Rounding, ScanLayout, can_dequantize,
-};
-use rayon::prelude::*;
 
 use super::activation::Activation;
 use super::cpu::{Cpu, CpuWeight};
@@ -22,14 +18,17 @@ use super::{
 use crate::artifact::StoredTensor;
 use crate::backend::ExpertRows;
 use crate::error::{Error, Result};
-use crate::quantize::feedback::{ErrorProducts, Errors};
+use crate::quantize::feedback::ErrorProducts;
+use nemoconv_device::{
+    Array, AttentionLayout, Bytes, ConvLayout, Device, DeviceError, Family, IntegerLayout,
+    MatmulLayout, Packing, Rounding, ScanLayout, can_dequantize,
+};
+use sums::{CrossGramOnDevice, GramOnDevice};
 
 /// Bytes of decoded weights that are multiplied at a time.
 const TILE_BYTES: usize = 64 << 20;
 /// Bytes that are sent at a time.
 const SENT_BYTES: usize = 32 << 20;
-/// Sums of moments that a thread of this computer takes at a time.
-const SUMMED: usize = 1 << 16;
 /// The part of memory that weights leave to activations.
 const RESERVE: u64 = 4;
 /// The part of free memory that decoded weights may take.
@@ -577,150 +576,5 @@ impl Backend for OnDevice {
 
     fn error_products(&self) -> Option<&dyn ErrorProducts> {
         Some(self)
-    }
-}
-
-/// Second moments, in strips of rows that fit a view: pairs of floats, the large and the small part of each sum.
-struct GramOnDevice<'a> {
-    on: &'a OnDevice,
-    n: usize,
-    strips: Vec<(Range<usize>, Array)>,
-}
-
-impl<'a> GramOnDevice<'a> {
-    fn new(on: &'a OnDevice, n: usize) -> Result<Self> {
-        let device = on.device();
-        let zeros = |strip: Range<usize>| {
-            let sums = device.zeros(2 * strip.len() * n)?;
-            Ok((strip, sums))
-        };
-        let strips = device.gram_strips(n).map(zeros).collect::<Result<_>>()?;
-        Ok(Self { on, n, strips })
-    }
-}
-
-impl ProductSums for GramOnDevice<'_> {
-    fn add(&mut self, _: &[f32], u: &[f32]) -> Result<()> {
-        let device = self.on.counted("gram");
-        let rows = device.upload(u)?;
-        for (strip, sums) in &mut self.strips {
-            device.gram(&rows, self.n, strip.clone(), sums)?;
-        }
-        Ok(())
-    }
-
-    fn finish(&self, sums: &mut [f64]) -> Result<()> {
-        for (strip, found) in &self.strips {
-            let found = self.on.device().download_all(found)?;
-            let sums = sums[strip.start * self.n..strip.end * self.n].par_chunks_mut(SUMMED);
-            let found = found.par_chunks(2 * SUMMED);
-            sums.zip(found).for_each(|(sums, found)| {
-                for (sum, parts) in sums.iter_mut().zip(found.chunks_exact(2)) {
-                    *sum += f64::from(parts[0]) + f64::from(parts[1]);
-                }
-            });
-        }
-        Ok(())
-    }
-}
-
-/// Products of two kinds of rows, in strips of columns of the first.
-struct CrossGramOnDevice<'a> {
-    on: &'a OnDevice,
-    width: usize,
-    n: usize,
-    strips: Vec<(Range<usize>, Array)>,
-}
-
-impl<'a> CrossGramOnDevice<'a> {
-    fn new(on: &'a OnDevice, width: usize, n: usize) -> Result<Self> {
-        let step = (TILE_BYTES / (4 * n)).max(1);
-        let strips = (0..width).step_by(step).map(|first| {
-            let strip = first..width.min(first + step);
-            let sums = on.device().zeros(strip.len() * n)?;
-            Ok((strip, sums))
-        });
-        Ok(Self {
-            on,
-            width,
-            n,
-            strips: strips.collect::<Result<_>>()?,
-        })
-    }
-}
-
-impl ProductSums for CrossGramOnDevice<'_> {
-    fn add(&mut self, v: &[f32], u: &[f32]) -> Result<()> {
-        let device = self.on.counted("cross_gram");
-        let rows = u.len() / self.n;
-        let (v, u) = (device.upload(v)?, device.upload(u)?);
-        for (strip, sums) in &mut self.strips {
-            let layout = MatmulLayout {
-                a: [strip.start, 1, self.width],
-                b: [0, self.n, 1],
-                beta: 1.0,
-                ..MatmulLayout::linear(strip.len(), rows, self.n, 0, self.n)
-            };
-            device.matmul(&layout, &v, &u, sums)?;
-        }
-        Ok(())
-    }
-
-    fn finish(&self, sums: &mut [f64]) -> Result<()> {
-        for (strip, found) in &self.strips {
-            let found = self.on.device().download_all(found)?;
-            let sums = sums[strip.start * self.n..strip.end * self.n].par_chunks_mut(SUMMED);
-            sums.zip(found.par_chunks(SUMMED))
-                .for_each(|(sums, found)| {
-                    let pairs = sums.iter_mut().zip(found);
-                    pairs.for_each(|(sum, found)| *sum += f64::from(*found));
-                });
-        }
-        Ok(())
-    }
-}
-
-impl ErrorProducts for OnDevice {
-    fn begin(&self, rows: usize, columns: usize) -> Result<Box<dyn Errors + '_>> {
-        Ok(Box::new(ErrorsOnDevice {
-            on: self,
-            rows,
-            values: self.device().zeros(rows * columns)?,
-        }))
-    }
-}
-
-/// Errors of a matrix while it is rounded, `[column, row]`: a chunk of columns is one piece.
-struct ErrorsOnDevice<'a> {
-    on: &'a OnDevice,
-    rows: usize,
-    values: Array,
-}
-
-impl Errors for ErrorsOnDevice<'_> {
-    fn set(&mut self, first: usize, errors: &[f32]) -> Result<()> {
-        let at = first * self.rows;
-        Ok(self.on.device().write(&mut self.values, at, errors)?)
-    }
-
-    fn times(&mut self, inputs: Range<usize>, part: &[f32], width: usize) -> Result<Vec<f32>> {
-        let device = self.on.counted("error_products");
-        let part = device.upload(part)?;
-        let mut out = device.zeros(width * self.rows)?;
-        // As many columns of errors as one view may span.
-        let limits = device.description().limits;
-        let values = (limits.view_bytes - limits.view_alignment) / 4;
-        let step = (values as usize / self.rows).max(1);
-        for first in inputs.clone().step_by(step) {
-            let count = step.min(inputs.end - first);
-            let layout = MatmulLayout {
-                a: [(first - inputs.start) * width, 1, width],
-                b: [first * self.rows, self.rows, 1],
-                beta: 1.0,
-                ..MatmulLayout::linear(width, count, self.rows, 0, self.rows)
-            };
-            device.matmul(&layout, &part, &self.values, &mut out)?;
-        }
-        Ok(device.download_all(&out)?)
     }
 }

@@ -1,0 +1,163 @@
+//! What stays on a device while a matrix is calibrated and rounded: sums of products of inputs, errors.
+//!
+//! Enters: rows of inputs, errors of columns. Leaves: sums in f64, products of errors. Knows no weights.
+
+use std::ops::Range;
+
+use nemoconv_device::{Array, MatmulLayout};
+use rayon::prelude::*;
+
+use super::{OnDevice, TILE_BYTES};
+use crate::backend::ProductSums;
+use crate::error::Result;
+use crate::quantize::feedback::{ErrorProducts, Errors};
+
+/// Sums that a thread of this computer takes at a time.
+const SUMMED: usize = 1 << 16;
+
+/// Second moments, in strips of rows that fit a view: pairs of floats, the large and the small part of each sum.
+pub struct GramOnDevice<'a> {
+    on: &'a OnDevice,
+    n: usize,
+    strips: Vec<(Range<usize>, Array)>,
+}
+
+impl<'a> GramOnDevice<'a> {
+    /// Zeros, `[n, n]`.
+    pub fn new(on: &'a OnDevice, n: usize) -> Result<Self> {
+        let device = on.device();
+        let zeros = |strip: Range<usize>| {
+            let sums = device.zeros(2 * strip.len() * n)?;
+            Ok((strip, sums))
+        };
+        let strips = device.gram_strips(n).map(zeros).collect::<Result<_>>()?;
+        Ok(Self { on, n, strips })
+    }
+}
+
+impl ProductSums for GramOnDevice<'_> {
+    fn add(&mut self, _: &[f32], u: &[f32]) -> Result<()> {
+        let device = self.on.counted("gram");
+        let rows = device.upload(u)?;
+        for (strip, sums) in &mut self.strips {
+            device.gram(&rows, self.n, strip.clone(), sums)?;
+        }
+        Ok(())
+    }
+
+    fn finish(&self, sums: &mut [f64]) -> Result<()> {
+        for (strip, found) in &self.strips {
+            let found = self.on.device().download_all(found)?;
+            let sums = sums[strip.start * self.n..strip.end * self.n].par_chunks_mut(SUMMED);
+            let found = found.par_chunks(2 * SUMMED);
+            sums.zip(found).for_each(|(sums, found)| {
+                for (sum, parts) in sums.iter_mut().zip(found.chunks_exact(2)) {
+                    *sum += f64::from(parts[0]) + f64::from(parts[1]);
+                }
+            });
+        }
+        Ok(())
+    }
+}
+
+/// Products of two kinds of rows, in strips of columns of the first.
+pub struct CrossGramOnDevice<'a> {
+    on: &'a OnDevice,
+    width: usize,
+    n: usize,
+    strips: Vec<(Range<usize>, Array)>,
+}
+
+impl<'a> CrossGramOnDevice<'a> {
+    /// Zeros, `[width, n]`.
+    pub fn new(on: &'a OnDevice, width: usize, n: usize) -> Result<Self> {
+        let step = (TILE_BYTES / (4 * n)).max(1);
+        let strips = (0..width).step_by(step).map(|first| {
+            let strip = first..width.min(first + step);
+            let sums = on.device().zeros(strip.len() * n)?;
+            Ok((strip, sums))
+        });
+        Ok(Self {
+            on,
+            width,
+            n,
+            strips: strips.collect::<Result<_>>()?,
+        })
+    }
+}
+
+impl ProductSums for CrossGramOnDevice<'_> {
+    fn add(&mut self, v: &[f32], u: &[f32]) -> Result<()> {
+        let device = self.on.counted("cross_gram");
+        let rows = u.len() / self.n;
+        let (v, u) = (device.upload(v)?, device.upload(u)?);
+        for (strip, sums) in &mut self.strips {
+            let layout = MatmulLayout {
+                a: [strip.start, 1, self.width],
+                b: [0, self.n, 1],
+                beta: 1.0,
+                ..MatmulLayout::linear(strip.len(), rows, self.n, 0, self.n)
+            };
+            device.matmul(&layout, &v, &u, sums)?;
+        }
+        Ok(())
+    }
+
+    fn finish(&self, sums: &mut [f64]) -> Result<()> {
+        for (strip, found) in &self.strips {
+            let found = self.on.device().download_all(found)?;
+            let sums = sums[strip.start * self.n..strip.end * self.n].par_chunks_mut(SUMMED);
+            sums.zip(found.par_chunks(SUMMED))
+                .for_each(|(sums, found)| {
+                    let pairs = sums.iter_mut().zip(found);
+                    pairs.for_each(|(sum, found)| *sum += f64::from(*found));
+                });
+        }
+        Ok(())
+    }
+}
+
+impl ErrorProducts for OnDevice {
+    fn begin(&self, rows: usize, columns: usize) -> Result<Box<dyn Errors + '_>> {
+        Ok(Box::new(ErrorsOnDevice {
+            on: self,
+            rows,
+            values: self.device().zeros(rows * columns)?,
+        }))
+    }
+}
+
+/// Errors of a matrix while it is rounded, `[column, row]`: a chunk of columns is one piece.
+struct ErrorsOnDevice<'a> {
+    on: &'a OnDevice,
+    rows: usize,
+    values: Array,
+}
+
+impl Errors for ErrorsOnDevice<'_> {
+    fn set(&mut self, first: usize, errors: &[f32]) -> Result<()> {
+        let at = first * self.rows;
+        Ok(self.on.device().write(&mut self.values, at, errors)?)
+    }
+
+    fn times(&mut self, inputs: Range<usize>, part: &[f32], width: usize) -> Result<Vec<f32>> {
+        let device = self.on.counted("error_products");
+        let part = device.upload(part)?;
+        let mut out = device.zeros(width * self.rows)?;
+        // As many columns of errors as one view may span.
+        let limits = device.description().limits;
+        let values = (limits.view_bytes - limits.view_alignment) / 4;
+        let step = (values as usize / self.rows).max(1);
+        for first in inputs.clone().step_by(step) {
+            let count = step.min(inputs.end - first);
+            let layout = MatmulLayout {
+                a: [(first - inputs.start) * width, 1, width],
+                b: [first * self.rows, self.rows, 1],
+                beta: 1.0,
+                ..MatmulLayout::linear(width, count, self.rows, 0, self.rows)
+            };
+            device.matmul(&layout, &part, &self.values, &mut out)?;
+        }
+        Ok(device.download_all(&out)?)
+    }
+}
