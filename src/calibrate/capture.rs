@@ -1,6 +1,6 @@
 //! Looking into a block while it runs: copies of the inputs of some matrices, and where tokens were routed.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Range;
 
 use crate::backend::{Backend, ExpertRows, Machine, MachineBuffer};
@@ -23,6 +23,7 @@ pub struct Captured {
 pub struct Capture<'a> {
     wanted: BTreeMap<&'a str, Range<usize>>,
     routing: Option<&'a [ExpertRows]>,
+    left_out: BTreeSet<&'a str>,
     /// By tensor and matrix.
     pub inputs: BTreeMap<(String, usize), Captured>,
     /// Which rows went to which expert.
@@ -48,6 +49,12 @@ impl<'a> Capture<'a> {
         }
     }
 
+    /// Leaves out the products of these tensors, whose outputs nothing that is wanted depends on.
+    pub fn leaving_out(mut self, tensors: impl IntoIterator<Item = &'a str>) -> Self {
+        self.left_out = tensors.into_iter().collect();
+        self
+    }
+
     /// An expert's output is multiplied with its weight, and so is its error: the square counts. Where no token chose an
     /// expert it is shown all of them, with weight 0: they count alike.
     fn weights_of(&self, tensor: &str, matrix: usize) -> Vec<f32> {
@@ -69,6 +76,10 @@ impl Observer<Machine> for Capture<'_> {
 
     fn routing(&mut self, _: usize) -> Option<Vec<ExpertRows>> {
         self.routing.map(<[ExpertRows]>::to_vec)
+    }
+
+    fn needs(&mut self, tensor: &str) -> bool {
+        !self.left_out.contains(tensor)
     }
 
     fn input(

@@ -2,6 +2,8 @@
 
 use std::borrow::Cow;
 
+use rayon::prelude::*;
+
 use super::cells::Merge;
 use crate::backend::Backend;
 use crate::backend::cpu::gram::{cross_moments, second_moments};
@@ -111,13 +113,15 @@ impl SecondMoments {
 
 impl Merge for SecondMoments {
     fn merge(&mut self, later: Self) {
-        self.sums
-            .iter_mut()
-            .zip(&later.sums)
-            .for_each(|(sum, later)| *sum += later);
+        add_sums(&mut self.sums, &later.sums);
         self.weight += later.weight;
         self.tokens += later.tokens;
     }
+}
+
+fn add_sums(sums: &mut [f64], later: &[f64]) {
+    let pairs = sums.par_iter_mut().zip(later).with_min_len(1 << 14);
+    pairs.for_each(|(sum, later)| *sum += later);
 }
 
 /// Rows times the square roots of their weights, which are not more than there are rows.
@@ -178,10 +182,7 @@ impl CrossMoments {
 
 impl Merge for CrossMoments {
     fn merge(&mut self, later: Self) {
-        self.sums
-            .iter_mut()
-            .zip(&later.sums)
-            .for_each(|(sum, later)| *sum += later);
+        add_sums(&mut self.sums, &later.sums);
         self.tokens += later.tokens;
     }
 }

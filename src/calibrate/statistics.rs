@@ -6,6 +6,8 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
+use rayon::prelude::*;
+
 use super::capture::{Capture, Captured};
 use super::cells::{CELLS, Merge, Tree};
 use super::layer::Layer;
@@ -16,6 +18,9 @@ use crate::artifact::StoredModel;
 use crate::backend::{Backend, Machine, Machines};
 use crate::error::{Error, Fault, Result};
 use crate::rewrite::{ChannelStatistics, RewriteStatistics, RewrittenModel};
+
+/// Columns that a thread sums up.
+const COLUMNS: usize = 64;
 
 /// Inputs of one matrix: sums over tokens.
 #[derive(Debug, Clone, PartialEq)]
@@ -39,12 +44,19 @@ impl InputSums {
             tokens: (captured.rows.len() / n.max(1)) as u64,
             weight: 0.0,
         };
-        for row in captured.rows.chunks_exact(n.max(1)) {
-            for ((square, max), x) in sums.squares.iter_mut().zip(&mut sums.max_abs).zip(row) {
-                *square += f64::from(*x) * f64::from(*x);
-                *max = max.max(x.abs());
+        let squares = sums.squares.par_chunks_mut(COLUMNS);
+        let parts = squares
+            .zip(sums.max_abs.par_chunks_mut(COLUMNS))
+            .enumerate();
+        parts.for_each(|(part, (squares, max_abs))| {
+            for row in captured.rows.chunks_exact(n) {
+                let columns = squares.iter_mut().zip(&mut *max_abs);
+                for ((square, max), x) in columns.zip(&row[part * COLUMNS..]) {
+                    *square += f64::from(*x) * f64::from(*x);
+                    *max = max.max(x.abs());
+                }
             }
-        }
+        });
         sums.weight = match captured.weights.is_empty() {
             true => sums.tokens as f64,
             false => captured

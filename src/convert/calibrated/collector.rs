@@ -4,12 +4,19 @@
 
 use std::collections::BTreeMap;
 
+use rayon::prelude::*;
+
 use crate::backend::{Backend, Machine, ProductSums};
 use crate::calibrate::capture::Captured;
 use crate::calibrate::cells::{Merge, Tree};
 use crate::calibrate::magnitudes::Magnitudes;
 use crate::calibrate::second_moments::{CrossMoments, SecondMoments, weighted};
 use crate::error::Result;
+
+/// Columns that a thread sums up.
+const COLUMNS: usize = 64;
+/// Values that a thread counts.
+const PART: usize = 1 << 16;
 
 /// An input: the tensor under whose name it is seen, and the matrix.
 pub type Key = (String, usize);
@@ -187,8 +194,18 @@ fn seen_beside(
     Seen {
         moments,
         cross,
-        largest: captured.rows.iter().fold(0.0, |a: f32, x| a.max(x.abs())),
-        magnitudes: Magnitudes::of(&captured.rows),
+        largest: captured
+            .rows
+            .par_chunks(PART)
+            .map(|part| part.iter().fold(0.0, |a: f32, x| a.max(x.abs())))
+            .reduce(|| 0.0, f32::max),
+        magnitudes: captured.rows.par_chunks(PART).map(Magnitudes::of).reduce(
+            Magnitudes::default,
+            |mut sum, part| {
+                sum.merge(part);
+                sum
+            },
+        ),
         sums: sums_of(&captured.rows, n),
         original_sums: original.map(|original| sums_of(&original.rows, n)),
     }
@@ -197,10 +214,13 @@ fn seen_beside(
 /// Rows `[_, n]` summed up in order.
 fn sums_of(rows: &[f32], n: usize) -> Vec<f64> {
     let mut sums = vec![0.0; n];
-    for row in rows.chunks_exact(n) {
-        let row = row.iter().map(|x| f64::from(*x));
-        sums.iter_mut().zip(row).for_each(|(sum, x)| *sum += x);
-    }
+    let parts = sums.par_chunks_mut(COLUMNS).enumerate();
+    parts.for_each(|(part, sums)| {
+        for row in rows.chunks_exact(n) {
+            let row = row[part * COLUMNS..].iter().map(|x| f64::from(*x));
+            sums.iter_mut().zip(row).for_each(|(sum, x)| *sum += x);
+        }
+    });
     sums
 }
 

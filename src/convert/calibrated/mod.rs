@@ -221,6 +221,7 @@ impl<'a> Calibrated<'a> {
         let mut streams = BothStreams {
             original: Streams::new(lengths.clone(), in_file)?,
             rounded: Streams::new(lengths, in_file)?,
+            original_is_behind: false,
             cells,
         };
         for (cell, sequences) in self.samples.cells().enumerate() {
@@ -270,7 +271,7 @@ impl<'a> Calibrated<'a> {
             .map(|name| self.weights.in_memory(name))
             .collect::<Result<Vec<_>>>()?;
         let original = Layer::open(self.machines, config, block, originals.clone())?;
-        let routes = self.run_original(&original, streams)?;
+        let routes = self.run_original(&original, &names, streams)?;
         for (index, stage) in stages.iter().enumerate() {
             self.check_stop()?;
             let open = stage.iter().filter(|name| !workspace.is_finished(name));
@@ -280,7 +281,7 @@ impl<'a> Calibrated<'a> {
                 continue;
             }
             let current = self.current_layer(block, &names, &originals, workspace)?;
-            let stage = StageMoments {
+            let mut stage = StageMoments {
                 job: self,
                 passes: arrangement.passes(block, index),
                 members: stage,
@@ -288,6 +289,8 @@ impl<'a> Calibrated<'a> {
                 current: &current,
                 streams,
                 routes: &routes,
+                left_out: stages[index..].iter().flatten().copied().collect(),
+                is_last: index + 1 == stages.len(),
             };
             stage.round(&open, workspace)?;
         }
@@ -329,14 +332,23 @@ impl<'a> Calibrated<'a> {
     }
 
     /// Where the original network routes each cell's tokens. Rounding must not change which experts read which samples.
-    fn run_original(&self, layer: &Layer, streams: &BothStreams) -> Result<Vec<Vec<ExpertRows>>> {
+    fn run_original(
+        &self,
+        layer: &Layer,
+        names: &[&str],
+        streams: &BothStreams,
+    ) -> Result<Vec<Vec<ExpertRows>>> {
         if self.plan.config.moe.is_none() {
             return Ok(Vec::new());
         }
+        let others = || {
+            let names = names.iter().copied();
+            names.filter(|name| !name.ends_with("ffn_gate_inp.weight"))
+        };
         let mut routes = Vec::new();
         for (cell, lengths) in streams.cells.iter().enumerate() {
             self.check_stop()?;
-            let mut capture = Capture::new(&[], None);
+            let mut capture = Capture::new(&[], None).leaving_out(others());
             layer.run(&mut streams.original.read(cell)?, lengths, &mut capture)?;
             routes.push(capture.routes);
         }
@@ -356,7 +368,7 @@ impl<'a> Calibrated<'a> {
             self.check_stop()?;
             let lengths = &streams.cells[cell];
             let routing = routing_of(routes, cell);
-            if self.needs_original() {
+            if self.needs_original() && !streams.original_is_behind {
                 let mut residual = streams.original.read(cell)?;
                 original.run(&mut residual, lengths, &mut Capture::new(&[], routing))?;
                 streams.original.write(cell, residual)?;
@@ -365,6 +377,7 @@ impl<'a> Calibrated<'a> {
             rounded.run(&mut residual, lengths, &mut Capture::new(&[], routing))?;
             streams.rounded.write(cell, residual)?;
         }
+        streams.original_is_behind = false;
         Ok(())
     }
 
@@ -419,6 +432,8 @@ impl<'a> Calibrated<'a> {
 struct BothStreams {
     original: Streams,
     rounded: Streams,
+    /// The original one has been through the block whose matrices are rounded now, the other has not.
+    original_is_behind: bool,
     /// Lengths of the sequences of each cell.
     cells: Vec<Vec<usize>>,
 }

@@ -20,13 +20,18 @@ pub struct StageMoments<'a> {
     pub passes: &'a [Range<usize>],
     pub original: &'a Layer,
     pub current: &'a Layer,
-    pub streams: &'a BothStreams,
+    pub streams: &'a mut BothStreams,
     pub routes: &'a [Vec<ExpertRows>],
+    /// Tensors whose products none of the stage's inputs depends on: its own and those of later stages.
+    pub left_out: Vec<&'a str>,
+    /// No later stage reads the streams before the block.
+    pub is_last: bool,
 }
 
 impl<'a> StageMoments<'a> {
     /// Collects what the tensors read, and rounds them one by one, in as many passes over the cells as memory asks for.
-    pub fn round(&self, tensors: &[&str], workspace: &mut Workspace) -> Result<()> {
+    /// Behind the last pass of the last stage the original stream lies behind the block, if that was run.
+    pub fn round(&mut self, tensors: &[&str], workspace: &mut Workspace) -> Result<()> {
         let mut open = Vec::new();
         for (is_twin, job) in self.job.and_twin() {
             for tensor in tensors.iter().filter_map(|name| job.tensor(name)) {
@@ -43,8 +48,10 @@ impl<'a> StageMoments<'a> {
         let passes: Vec<&[Key]> = passes.filter(is_read).collect();
         let rounding = open.iter_mut().map(|(.., tensor)| tensor);
         self.pool(&passes, rounding)?;
-        for keys in passes {
-            let seen = self.collect(keys)?;
+        let count = passes.len();
+        for (pass, keys) in passes.into_iter().enumerate() {
+            let advances = self.is_last && pass + 1 == count && !self.reads_stream();
+            let seen = self.collect(keys, advances)?;
             for (is_twin, job, mut tensor) in std::mem::take(&mut open) {
                 self.job.check_stop()?;
                 tensor.round(count_of(keys, tensor.input()), &seen)?;
@@ -89,7 +96,7 @@ impl<'a> StageMoments<'a> {
 
     /// Inputs of all experts together, for tensors that are not rounded in one pass: a pass over the cells of their own.
     fn pool<'t, 'r: 't>(
-        &self,
+        &mut self,
         passes: &[&[Key]],
         open: impl Iterator<Item = &'t mut TensorRounding<'r>>,
     ) -> Result<()> {
@@ -106,7 +113,7 @@ impl<'a> StageMoments<'a> {
                     .filter(|(name, _)| *name == input)
                     .cloned()
                     .collect();
-                let seen = self.collect(&keys)?;
+                let seen = self.collect(&keys, false)?;
                 seen.values().for_each(|seen| add_to_pool(&mut pool, seen));
             }
             pool.iter().for_each(|pool| tensor.set_pool(pool));
@@ -114,7 +121,8 @@ impl<'a> StageMoments<'a> {
         Ok(())
     }
 
-    fn collect(&self, keys: &[Key]) -> Result<SeenInputs> {
+    /// With `advances` the original stream is taken through the block at the same time.
+    fn collect(&mut self, keys: &[Key], advances: bool) -> Result<SeenInputs> {
         let mut wanted: BTreeMap<&str, Range<usize>> = BTreeMap::new();
         for (input, matrix) in keys {
             let range = wanted.entry(input).or_insert(*matrix..*matrix);
@@ -124,9 +132,19 @@ impl<'a> StageMoments<'a> {
         let mut collector = Collector::new(&machine);
         for cell in 0..self.streams.cells.len() {
             self.job.check_stop()?;
-            self.cell(cell, &wanted, &mut collector)?;
+            self.cell(cell, &wanted, advances, &mut collector)?;
         }
+        self.streams.original_is_behind |= advances && self.reads_original();
         collector.finish()
+    }
+
+    fn reads_original(&self) -> bool {
+        self.job.rounding.target_correction > 0.0
+    }
+
+    fn reads_stream(&self) -> bool {
+        let config = self.job.weights.stored().config();
+        stages::reads_stream(self.original.kind(), config, self.members)
     }
 
     /// Runs the block where that is needed to know what is wanted.
@@ -138,8 +156,7 @@ impl<'a> StageMoments<'a> {
         routing: Option<&[ExpertRows]>,
         capture: &mut Capture,
     ) -> Result<()> {
-        let config = self.job.weights.stored().config();
-        if stages::reads_stream(layer.kind(), config, self.members) {
+        if self.reads_stream() {
             return layer.show_readers(std::mem::take(stream), routing, capture);
         }
         layer.run(stream, lengths, capture)
@@ -147,19 +164,27 @@ impl<'a> StageMoments<'a> {
 
     /// Collects what one cell shows.
     fn cell(
-        &self,
+        &mut self,
         cell: usize,
         wanted: &BTreeMap<&str, Range<usize>>,
+        advances: bool,
         collector: &mut Collector,
     ) -> Result<()> {
         let (lengths, routing) = (&self.streams.cells[cell], routing_of(self.routes, cell));
-        let mut capture = Capture::of_matrices(wanted, routing);
+        let left_out = || self.left_out.iter().copied();
+        let mut capture = Capture::of_matrices(wanted, routing).leaving_out(left_out());
         let mut stream = self.streams.rounded.read(cell)?;
         self.show(self.current, &mut stream, lengths, routing, &mut capture)?;
         let mut originals = Capture::of_matrices(wanted, routing);
-        if self.job.rounding.target_correction > 0.0 {
+        if !advances {
+            originals = originals.leaving_out(left_out());
+        }
+        if self.reads_original() {
             let mut stream = self.streams.original.read(cell)?;
             self.show(self.original, &mut stream, lengths, routing, &mut originals)?;
+            if advances {
+                self.streams.original.write(cell, stream)?;
+            }
         }
         for (key, captured) in capture.inputs {
             let original = originals.inputs.get(&key);
