@@ -4,6 +4,8 @@ use std::ops::Range;
 use std::path::Path;
 use std::sync::Arc;
 
+use rayon::prelude::*;
+
 use super::activation::Activation;
 use super::cpu::{Cpu, CpuWeight, Residence};
 #[cfg(feature = "device")]
@@ -74,6 +76,23 @@ impl Machines {
         let nothing = StoredModel::in_memory(path, config.clone(), Vec::new());
         let nothing = Arc::new(nothing.expect("nothing cannot be malformed"));
         self.nth(index, nothing, Residence::Mapped)
+    }
+
+    /// Does something for each of a few parts of the work: on the CPU side by side, on devices, which do that by themselves,
+    /// in turn.
+    ///
+    /// # Errors
+    /// Whatever `run` returns.
+    pub fn each<T: Send>(
+        &self,
+        parts: Range<usize>,
+        run: impl Fn(usize) -> Result<T> + Send + Sync,
+    ) -> Result<Vec<T>> {
+        match self {
+            Self::Cpu => parts.into_par_iter().map(run).collect(),
+            #[cfg(feature = "device")]
+            Self::Devices(_) => parts.map(run).collect(),
+        }
     }
 
     /// What kind of machine it is: results of different kinds differ in last bits.

@@ -9,7 +9,7 @@ use std::sync::Arc;
 use rayon::prelude::*;
 
 use super::capture::{Capture, Captured};
-use super::cells::{CELLS, Merge, Tree};
+use super::cells::{CELLS, Merge, SIDE_BY_SIDE, Tree, side_by_side};
 use super::layer::Layer;
 use super::samples::Samples;
 use super::second_moments::SecondMoments;
@@ -192,7 +192,7 @@ impl Statistics {
 }
 
 /// Bytes held at most while statistics are collected: second moments of all blocks and those on their way through the
-/// tree, the weights of the largest block, what a cell shows of it, residual streams.
+/// tree, the weights of the largest block, what two cells show of it, residual streams.
 fn peak_bytes(model: &StoredModel, samples: &Samples, in_file: bool) -> u64 {
     const BASE_BYTES: u64 = 128 << 20;
     let config = model.config();
@@ -210,7 +210,7 @@ fn peak_bytes(model: &StoredModel, samples: &Samples, in_file: bool) -> u64 {
         let tensors = tensors.filter(|tensor| tensor.name.starts_with(&prefix));
         let bytes = tensors.map(|tensor| {
             let widths = (tensor.columns + 2 * tensor.rows) as u64 * visits(tensor.matrices);
-            4 * (tensor.weights() + cell_tokens as u64 * widths)
+            4 * (tensor.weights() + (SIDE_BY_SIDE * cell_tokens) as u64 * widths)
         });
         bytes.sum::<u64>()
     };
@@ -303,18 +303,24 @@ impl<'a> Walk<'a> {
         let names: Vec<&str> = tensors.iter().map(|tensor| tensor.name.as_str()).collect();
         let mut residual = Tree::default();
         let mut inputs: BTreeMap<(String, usize), Tree<InputSums>> = BTreeMap::new();
-        for cell in 0..self.cells.len() {
+        for cells in side_by_side(self.cells.len()) {
             watch()?;
-            let mut stream = self.streams.read(cell)?;
-            residual.push(self.normed_moments(stream.clone())?);
-            let mut capture = Capture::new(&names, None);
-            layer.run(&mut stream, &self.cells[cell], &mut capture)?;
-            self.streams.write(cell, stream)?;
-            for (key, captured) in &capture.inputs {
-                inputs
-                    .entry(key.clone())
-                    .or_default()
-                    .push(InputSums::of(captured));
+            let first = cells.start;
+            let shown = self.machines.each(cells, |cell| {
+                let mut stream = self.streams.read(cell)?;
+                let moments = self.normed_moments(stream.clone())?;
+                let mut capture = Capture::new(&names, None);
+                layer.run(&mut stream, &self.cells[cell], &mut capture)?;
+                let sums = capture.inputs.iter();
+                let sums = sums.map(|(key, captured)| (key.clone(), InputSums::of(captured)));
+                Ok((moments, stream, sums.collect::<Vec<_>>()))
+            })?;
+            for (cell, (moments, stream, sums)) in (first..).zip(shown) {
+                residual.push(moments);
+                self.streams.write(cell, stream)?;
+                for (key, sums) in sums {
+                    inputs.entry(key).or_default().push(sums);
+                }
             }
         }
         statistics.residual.extend(residual.finish());

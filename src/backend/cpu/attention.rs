@@ -4,14 +4,16 @@ use std::ops::Range;
 
 use rayon::prelude::*;
 
-use super::elementwise::{dot, exp, round_to_f16};
-use super::kernels::Isa;
+use super::elementwise::{LANES, dot, exp, round_to_f16};
+use super::kernels::{self, Isa};
 use super::multiversion::multiversion;
 use super::shared_rows::SharedRows;
 use crate::backend::{AttentionArithmetic, AttentionShape, KeyValues, Segment};
 
 /// Query rows of one task.
 const PART_ROWS: usize = 16;
+/// Heads of rows that share the keys and values that they read.
+const TILE: usize = 8;
 
 /// Gives `[rows, heads * head_dim]` and appends keys and values to the caches.
 pub fn attention(
@@ -45,28 +47,41 @@ pub fn attention(
     let group = shape.heads / shape.key_value_heads;
     tasks
         .into_par_iter()
-        .for_each_init(Vec::new, |scores, (segment, rows, kv_head)| {
-            for row in rows {
-                let seen = segment.position + row - segment.rows.start + 1;
-                for head in kv_head * group..(kv_head + 1) * group {
-                    let q = &query[row * width + head * shape.head_dim..][..shape.head_dim];
-                    // SAFETY: a head of a row is written by this task alone.
-                    let out = unsafe { shared.part(row, head * shape.head_dim, shape.head_dim) };
-                    let cache = Cache {
-                        of: &*segment.state,
-                        width: cache_width,
-                        first: kv_head * shape.head_dim,
-                    };
-                    match shape.arithmetic {
-                        AttentionArithmetic::F32 => attend(isa, &cache, q, seen, scores, out),
-                        AttentionArithmetic::F16 => {
-                            attend_f16(isa, &cache, q, seen, scores, out);
-                        }
+        .for_each_init(Vec::new, |scratch, (segment, rows, kv_head)| {
+            let cache = Cache {
+                of: &*segment.state,
+                width: cache_width,
+                first: kv_head * shape.head_dim,
+            };
+            let heads = kv_head * group..(kv_head + 1) * group;
+            let places = rows.flat_map(|row| heads.clone().map(move |head| (row, head)));
+            let queries = places.map(|(row, head)| Query {
+                values: &query[row * width + head * shape.head_dim..][..shape.head_dim],
+                seen: segment.position + row - segment.rows.start + 1,
+                // SAFETY: a head of a row is written by this task alone.
+                out: unsafe { shared.part(row, head * shape.head_dim, shape.head_dim) },
+            });
+            let mut queries: Vec<Query<'_>> = queries.collect();
+            match shape.arithmetic {
+                AttentionArithmetic::F32 => cache.attend(isa, &mut queries, scratch),
+                AttentionArithmetic::F16 => {
+                    for query in queries {
+                        attend_f16(isa, &cache, query.values, query.seen, scratch, query.out);
                     }
                 }
             }
         });
     out
+}
+
+/// A head of a row.
+struct Query<'a> {
+    /// `[head_dim]`
+    values: &'a [f32],
+    /// How many positions it looks at.
+    seen: usize,
+    /// `[head_dim]`, zeros.
+    out: &'a mut [f32],
 }
 
 fn append(cache: &mut Vec<f32>, rows: &[f32], arithmetic: AttentionArithmetic) {
@@ -77,7 +92,11 @@ fn append(cache: &mut Vec<f32>, rows: &[f32], arithmetic: AttentionArithmetic) {
 }
 
 multiversion! {
-    fn attend(cache: &Cache<'_>, q: &[f32], seen: usize, scores: &mut Vec<f32>, out: &mut [f32]) = Cache::attend;
+    fn attend_tile(cache: &Cache<'_>, of: Isa, queries: &mut [Query<'_>; TILE], scores: &mut Vec<f32>) = Cache::tile::<TILE>;
+}
+
+multiversion! {
+    fn attend_one(cache: &Cache<'_>, of: Isa, queries: &mut [Query<'_>; 1], scores: &mut Vec<f32>) = Cache::tile::<1>;
 }
 
 multiversion! {
@@ -130,27 +149,109 @@ impl Cache<'_> {
         out.iter_mut().for_each(|out| *out /= total);
     }
 
-    #[inline(always)]
-    fn attend(&self, q: &[f32], seen: usize, scores: &mut Vec<f32>, out: &mut [f32]) {
-        let scale = 1.0 / (q.len() as f32).sqrt();
-        let row = |at: usize| self.row(at, q.len());
-        scores.clear();
-        let mut max = f32::NEG_INFINITY;
-        for at in 0..seen {
-            let score = dot(q, &self.of.keys[row(at)]) * scale;
-            max = if score > max { score } else { max };
-            scores.push(score);
+    /// Queries in the order of what they see; each result depends on its own query alone.
+    fn attend(&self, isa: Isa, queries: &mut [Query<'_>], scores: &mut Vec<f32>) {
+        let (tiles, rest) = queries.as_chunks_mut::<TILE>();
+        for tile in tiles {
+            attend_tile(isa, self, isa, tile, scores);
         }
-        scores
-            .iter_mut()
-            .for_each(|score| *score = exp(*score - max));
-        let total: f32 = scores.iter().sum();
-        for (at, score) in scores.iter().enumerate() {
-            let weight = score / total;
-            let value = &self.of.values[row(at)];
-            out.iter_mut()
-                .zip(value)
-                .for_each(|(out, v)| *out += weight * v);
+        for one in rest {
+            attend_one(isa, self, isa, std::array::from_mut(one), scores);
+        }
+    }
+
+    /// Positions that all queries see are taken for all of them at once.
+    #[inline(always)]
+    fn tile<const N: usize>(&self, isa: Isa, queries: &mut [Query<'_>; N], scores: &mut Vec<f32>) {
+        let (common, most) = (queries[0].seen, queries[N - 1].seen);
+        scores.clear();
+        scores.resize(most * N, 0.0);
+        let (scores, _) = scores.as_chunks_mut::<N>();
+        for (n, query) in queries.iter().enumerate() {
+            self.score(isa, query, |at, score| scores[at][n] = score);
+        }
+        let mut max = [f32::NEG_INFINITY; N];
+        let larger = |a: f32, b: f32| if a > b { a } else { b };
+        for scores in &scores[..common] {
+            for n in 0..N {
+                max[n] = larger(scores[n], max[n]);
+            }
+        }
+        for (n, query) in queries.iter().enumerate() {
+            let own = scores[common..query.seen].iter();
+            own.for_each(|scores| max[n] = larger(scores[n], max[n]));
+        }
+        for scores in scores.iter_mut() {
+            for n in 0..N {
+                scores[n] = exp(scores[n] - max[n]);
+            }
+        }
+        let mut totals = [0.0_f32; N];
+        for scores in &scores[..common] {
+            for n in 0..N {
+                totals[n] += scores[n];
+            }
+        }
+        for (n, query) in queries.iter().enumerate() {
+            let own = &scores[common..query.seen];
+            own.iter().for_each(|scores| totals[n] += scores[n]);
+        }
+        for scores in scores.iter_mut() {
+            for n in 0..N {
+                scores[n] /= totals[n];
+            }
+        }
+        self.sum_values(isa, queries, scores);
+    }
+
+    /// Scores of all positions that a query sees.
+    #[inline(always)]
+    fn score(&self, isa: Isa, query: &Query<'_>, mut put: impl FnMut(usize, f32)) {
+        let (q, scale) = (query.values, 1.0 / (query.values.len() as f32).sqrt());
+        let mut at = 0;
+        while at + LANES <= query.seen {
+            let keys = &self.of.keys[self.row(at, q.len()).start..];
+            let Some(dots) = kernels::dots(isa, q, keys, self.width) else {
+                break;
+            };
+            for (lane, dot) in dots.into_iter().enumerate() {
+                put(at + lane, dot * scale);
+            }
+            at += LANES;
+        }
+        for at in at..query.seen {
+            put(at, dot(q, &self.of.keys[self.row(at, q.len())]) * scale);
+        }
+    }
+
+    /// Adds the values of all positions, weighted, in their order.
+    #[inline(always)]
+    fn sum_values<const N: usize>(
+        &self,
+        isa: Isa,
+        queries: &mut [Query<'_>; N],
+        weights: &[[f32; N]],
+    ) {
+        let (common, head_dim) = (queries[0].seen, queries[0].values.len());
+        let mut begun = 0;
+        while begun + LANES <= head_dim {
+            let rows = &self.of.values[self.first + begun..];
+            let Some(sums) = kernels::weighted_sums(isa, &weights[..common], rows, self.width)
+            else {
+                break;
+            };
+            for (query, sums) in queries.iter_mut().zip(&sums) {
+                query.out[begun..begun + LANES].copy_from_slice(sums);
+            }
+            begun += LANES;
+        }
+        for (n, query) in queries.iter_mut().enumerate() {
+            for (at, weights) in weights[..query.seen].iter().enumerate() {
+                let first = if at < common { begun } else { 0 };
+                let values = &self.of.values[self.row(at, head_dim)][first..];
+                let pairs = query.out[first..].iter_mut().zip(values);
+                pairs.for_each(|(out, v)| *out += weights[n] * v);
+            }
         }
     }
 }
@@ -166,24 +267,30 @@ mod tests {
         arithmetic: AttentionArithmetic::F32,
     };
 
+    /// Heads wide enough for vectors, in groups that fill tiles together with rows.
+    const WIDE: AttentionShape = AttentionShape {
+        heads: 6,
+        key_value_heads: 2,
+        head_dim: 40,
+        arithmetic: AttentionArithmetic::F32,
+    };
+
     fn values(count: usize, seed: usize) -> Vec<f32> {
         (0..count)
             .map(|i| ((i * 29 + seed * 13) % 19) as f32 / 5.0 - 1.9)
             .collect()
     }
 
-    fn run(pieces: &[usize], arithmetic: AttentionArithmetic) -> Vec<f32> {
-        let shape = AttentionShape {
-            arithmetic,
-            ..SHAPE
-        };
+    fn run(isa: Isa, pieces: &[usize], shape: AttentionShape) -> Vec<f32> {
         let mut state = KeyValues::default();
         let (mut out, mut begin) = (Vec::new(), 0);
         let rows: usize = pieces.iter().sum();
+        let wide = shape.heads * shape.head_dim;
+        let narrow = shape.key_value_heads * shape.head_dim;
         let (q, k, v) = (
-            values(rows * 24, 1),
-            values(rows * 12, 2),
-            values(rows * 12, 3),
+            values(rows * wide, 1),
+            values(rows * narrow, 2),
+            values(rows * narrow, 3),
         );
         for &piece in pieces {
             let end = begin + piece;
@@ -194,10 +301,10 @@ mod tests {
             };
             let part = |x: &[f32], width: usize| x[begin * width..end * width].to_vec();
             out.extend(attention(
-                Isa::detect(),
-                &part(&q, 24),
-                &part(&k, 12),
-                &part(&v, 12),
+                isa,
+                &part(&q, wide),
+                &part(&k, narrow),
+                &part(&v, narrow),
                 shape,
                 &mut [segment],
             ));
@@ -206,51 +313,72 @@ mod tests {
         out
     }
 
-    #[test]
-    fn it_is_a_weighted_mean_of_values() {
-        let rows = 7;
+    #[track_caller]
+    fn check_mean(shape: AttentionShape) {
+        let (rows, dim) = (37, shape.head_dim);
+        let (wide, narrow) = (shape.heads * dim, shape.key_value_heads * dim);
         let (q, k, v) = (
-            values(rows * 24, 1),
-            values(rows * 12, 2),
-            values(rows * 12, 3),
+            values(rows * wide, 1),
+            values(rows * narrow, 2),
+            values(rows * narrow, 3),
         );
-        let found = run(&[rows], AttentionArithmetic::F32);
-        for t in 0..rows {
-            for head in 0..4 {
-                let kv = head / 2;
-                let score = |s: usize| {
-                    let dot: f64 = (0..6)
-                        .map(|i| {
-                            f64::from(q[t * 24 + head * 6 + i]) * f64::from(k[s * 12 + kv * 6 + i])
-                        })
-                        .sum();
-                    (dot / 6.0_f64.sqrt()).exp()
+        let found = run(Isa::detect(), &[rows], shape);
+        for (t, head) in (0..rows).flat_map(|t| (0..shape.heads).map(move |head| (t, head))) {
+            let kv = head / (shape.heads / shape.key_value_heads);
+            let score = |s: usize| {
+                let product = |i: usize| {
+                    f64::from(q[t * wide + head * dim + i])
+                        * f64::from(k[s * narrow + kv * dim + i])
                 };
-                let total: f64 = (0..=t).map(score).sum();
-                for i in 0..6 {
-                    let expected: f64 = (0..=t)
-                        .map(|s| score(s) / total * f64::from(v[s * 12 + kv * 6 + i]))
-                        .sum();
-                    let found = f64::from(found[t * 24 + head * 6 + i]);
-                    assert!((found - expected).abs() < 1e-5, "{found} {expected}");
-                }
+                ((0..dim).map(product).sum::<f64>() / (dim as f64).sqrt()).exp()
+            };
+            let total: f64 = (0..=t).map(score).sum();
+            for i in 0..dim {
+                let expected: f64 = (0..=t)
+                    .map(|s| score(s) / total * f64::from(v[s * narrow + kv * dim + i]))
+                    .sum();
+                let found = f64::from(found[t * wide + head * dim + i]);
+                assert!((found - expected).abs() < 1e-5, "{found} {expected}");
             }
         }
     }
 
     #[test]
+    fn it_is_a_weighted_mean_of_values() {
+        check_mean(SHAPE);
+        check_mean(WIDE);
+    }
+
+    #[test]
     fn pieces_give_what_the_whole_gives() {
-        for arithmetic in [AttentionArithmetic::F32, AttentionArithmetic::F16] {
-            assert_eq!(run(&[3, 1, 1, 20], arithmetic), run(&[25], arithmetic));
+        let f16 = AttentionShape {
+            arithmetic: AttentionArithmetic::F16,
+            ..SHAPE
+        };
+        for (shape, isa) in [SHAPE, WIDE, f16]
+            .iter()
+            .flat_map(|shape| Isa::all().into_iter().map(|isa| (*shape, isa)))
+        {
+            let whole = run(isa, &[45], shape);
+            assert_eq!(run(isa, &[3, 1, 1, 40], shape), whole);
+            assert_eq!(run(isa, &[1; 45], shape), whole);
         }
     }
 
     #[test]
+    fn vectors_of_any_width_give_the_same_bits() {
+        let all = Isa::all().into_iter();
+        let all: Vec<_> = all.map(|isa| run(isa, &[45], WIDE)).collect();
+        assert!(all.windows(2).all(|pair| pair[0] == pair[1]));
+    }
+
+    #[test]
     fn f16_is_near_and_not_the_same() {
-        let (exact, f16) = (
-            run(&[25], AttentionArithmetic::F32),
-            run(&[25], AttentionArithmetic::F16),
-        );
+        let f16 = AttentionShape {
+            arithmetic: AttentionArithmetic::F16,
+            ..SHAPE
+        };
+        let [exact, f16] = [SHAPE, f16].map(|shape| run(Isa::detect(), &[25], shape));
         let differences = exact.iter().zip(&f16).map(|(a, b)| (a - b).abs());
         let largest = differences.fold(0.0, f32::max);
         assert!(largest > 1e-5 && largest < 1e-2, "{largest}");

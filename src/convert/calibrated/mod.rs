@@ -25,6 +25,7 @@ use crate::artifact::MemoryTensor;
 use crate::backend::cpu::kernels::Isa;
 use crate::backend::{ExpertRows, Machine, Machines};
 use crate::calibrate::capture::Capture;
+use crate::calibrate::cells::side_by_side;
 use crate::calibrate::gradients::OutputMoments;
 use crate::calibrate::layer::Layer;
 use crate::calibrate::samples::Samples;
@@ -364,18 +365,27 @@ impl<'a> Calibrated<'a> {
         streams: &mut BothStreams,
         routes: &[Vec<ExpertRows>],
     ) -> Result<()> {
-        for cell in 0..streams.cells.len() {
+        let with_original = self.needs_original() && !streams.original_is_behind;
+        for cells in side_by_side(streams.cells.len()) {
             self.check_stop()?;
-            let lengths = &streams.cells[cell];
-            let routing = routing_of(routes, cell);
-            if self.needs_original() && !streams.original_is_behind {
-                let mut residual = streams.original.read(cell)?;
-                original.run(&mut residual, lengths, &mut Capture::new(&[], routing))?;
-                streams.original.write(cell, residual)?;
+            let first = cells.start;
+            let before = &*streams;
+            let run = |layer: &Layer, stream: &Streams, cell: usize| -> Result<_> {
+                let mut residual = stream.read(cell)?;
+                let mut capture = Capture::new(&[], routing_of(routes, cell));
+                layer.run(&mut residual, &before.cells[cell], &mut capture)?;
+                Ok(residual)
+            };
+            let behind = self.machines.each(cells, |cell| {
+                let original = with_original.then(|| run(original, &before.original, cell));
+                Ok((original.transpose()?, run(rounded, &before.rounded, cell)?))
+            })?;
+            for (cell, (original, rounded)) in (first..).zip(behind) {
+                if let Some(original) = original {
+                    streams.original.write(cell, original)?;
+                }
+                streams.rounded.write(cell, rounded)?;
             }
-            let mut residual = streams.rounded.read(cell)?;
-            rounded.run(&mut residual, lengths, &mut Capture::new(&[], routing))?;
-            streams.rounded.write(cell, residual)?;
         }
         streams.original_is_behind = false;
         Ok(())

@@ -8,6 +8,7 @@ use super::rounding::{TensorRounding, add_to_pool};
 use super::{BothStreams, Calibrated, Workspace, absorption, routing_of, stages};
 use crate::backend::{Backend, ExpertRows};
 use crate::calibrate::capture::{Capture, Captured};
+use crate::calibrate::cells::side_by_side;
 use crate::calibrate::layer::Layer;
 use crate::error::Result;
 
@@ -130,9 +131,19 @@ impl<'a> StageMoments<'a> {
         }
         let machine = self.job.machine(0);
         let mut collector = Collector::new(&machine);
-        for cell in 0..self.streams.cells.len() {
+        for cells in side_by_side(self.streams.cells.len()) {
             self.job.check_stop()?;
-            self.cell(cell, &wanted, advances, &mut collector)?;
+            let first = cells.start;
+            let look = |cell| self.look(cell, &wanted, advances);
+            let shown = self.job.machines.each(cells, look)?;
+            for (cell, shown) in (first..).zip(shown) {
+                for (key, captured) in shown.rounded {
+                    collector.see(key.clone(), &captured, shown.original.get(&key))?;
+                }
+                if let Some(stream) = shown.original_behind {
+                    self.streams.original.write(cell, stream)?;
+                }
+            }
         }
         self.streams.original_is_behind |= advances && self.reads_original();
         collector.finish()
@@ -162,36 +173,43 @@ impl<'a> StageMoments<'a> {
         layer.run(stream, lengths, capture)
     }
 
-    /// Collects what one cell shows.
-    fn cell(
-        &mut self,
+    /// One cell through the block as far as it is wanted.
+    fn look(
+        &self,
         cell: usize,
         wanted: &BTreeMap<&str, Range<usize>>,
         advances: bool,
-        collector: &mut Collector,
-    ) -> Result<()> {
+    ) -> Result<Shown> {
         let (lengths, routing) = (&self.streams.cells[cell], routing_of(self.routes, cell));
         let left_out = || self.left_out.iter().copied();
-        let mut capture = Capture::of_matrices(wanted, routing).leaving_out(left_out());
+        let mut rounded = Capture::of_matrices(wanted, routing).leaving_out(left_out());
         let mut stream = self.streams.rounded.read(cell)?;
-        self.show(self.current, &mut stream, lengths, routing, &mut capture)?;
-        let mut originals = Capture::of_matrices(wanted, routing);
-        if !advances {
-            originals = originals.leaving_out(left_out());
-        }
+        self.show(self.current, &mut stream, lengths, routing, &mut rounded)?;
+        let mut shown = Shown {
+            rounded: rounded.inputs,
+            ..Shown::default()
+        };
         if self.reads_original() {
-            let mut stream = self.streams.original.read(cell)?;
-            self.show(self.original, &mut stream, lengths, routing, &mut originals)?;
-            if advances {
-                self.streams.original.write(cell, stream)?;
+            let mut original = Capture::of_matrices(wanted, routing);
+            if !advances {
+                original = original.leaving_out(left_out());
             }
+            let mut stream = self.streams.original.read(cell)?;
+            self.show(self.original, &mut stream, lengths, routing, &mut original)?;
+            shown.original = original.inputs;
+            shown.original_behind = advances.then_some(stream);
         }
-        for (key, captured) in capture.inputs {
-            let original = originals.inputs.get(&key);
-            collector.see(key, &captured, original)?;
-        }
-        Ok(())
+        Ok(shown)
     }
+}
+
+/// Inputs that one cell shows.
+#[derive(Default)]
+struct Shown {
+    rounded: BTreeMap<Key, Captured>,
+    original: BTreeMap<Key, Captured>,
+    /// The original stream behind the block, where it was taken along.
+    original_behind: Option<Vec<f32>>,
 }
 
 /// How many matrices of an input are among the keys.

@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use super::{Rounding, stages};
 use crate::backend::cpu::gram::{CHUNK_ROWS, Columns, products};
 use crate::backend::cpu::kernels::Isa;
-use crate::calibrate::cells::CELLS;
+use crate::calibrate::cells::{CELLS, SIDE_BY_SIDE};
 use crate::calibrate::samples::{SampleSettings, Samples};
 use crate::error::{Error, Fault, Result};
 use crate::model::hybrid_pattern::BlockKind;
@@ -308,7 +308,7 @@ impl<'a> Needs<'a> {
         tensors.map(|tensor| 2 * 4 * tensor.weights()).sum()
     }
 
-    /// What one cell of both networks takes on its way through a block, with the inputs that are kept of it.
+    /// What the cells of both networks that go side by side take on their way through a block, with the inputs that are kept of them.
     fn cell_bytes(&self, kind: BlockKind, names: &[&str], inputs: &[Input]) -> u64 {
         let visits = |tensor: &PlannedTensor| self.visits(tensor.pieces.len());
         let tensors = names.iter().filter_map(|name| self.tensor(name));
@@ -325,7 +325,8 @@ impl<'a> Needs<'a> {
             BlockKind::Mamba => 4 * widest,
             _ => 2 * widest,
         };
-        4 * self.cell_tokens as u64 * (4 * self.hidden() + forward + 2 * (dense + experts))
+        let tokens = (SIDE_BY_SIDE * self.cell_tokens) as u64;
+        4 * tokens * (4 * self.hidden() + forward + 2 * (dense + experts))
     }
 
     /// Matrices of a stack that a token visits.
@@ -363,9 +364,8 @@ impl<'a> Needs<'a> {
         });
         let stages = stages::of(kind, &format!("blk.{block}."), &names);
         let networks = 1 + usize::from(self.rounding.target_correction > 0.0);
-        // Readers are shown without a run; the original's experts are chosen once, and both streams move on.
-        let routing = usize::from(kind == BlockKind::Moe);
-        let runs = networks * stages.len().saturating_sub(1) + routing + networks;
+        // Readers are shown without a run; the rounded stream moves on by itself, the original one with the last stage.
+        let runs = networks * stages.len().saturating_sub(1) + 1;
         let forward = weights.sum::<f64>() * self.tokens as f64 * runs as f64;
         forward
             + stages

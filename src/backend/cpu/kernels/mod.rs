@@ -485,3 +485,31 @@ pub fn scan_rows(
     assert!(state.first + SCAN_CHANNELS <= state.row_len);
     avx512_only!(isa, scan_rows(state, step))
 }
+
+/// Products of a vector with sixteen rows that begin `stride` values apart, each the sum that
+/// [`dot`](super::elementwise::dot) gives; `None` where this CPU has no kernel for that, or for vectors of this length.
+pub fn dots(isa: Isa, vector: &[f32], rows: &[f32], stride: usize) -> Option<[f32; LANES]> {
+    if vector.len() % LANES != 0 {
+        return None;
+    }
+    avx512_only!(isa, dots(vector, rows, stride))
+}
+
+/// `sum over rows of weights[row][n] * row`, rows in order, for the first sixteen values of rows that begin `stride` values
+/// apart; `None` where this CPU has no kernel for that.
+pub fn weighted_sums<const N: usize>(
+    isa: Isa,
+    weights: &[[f32; N]],
+    rows: &[f32],
+    stride: usize,
+) -> Option<[[f32; LANES]; N]> {
+    match isa {
+        #[cfg(target_arch = "x86_64")]
+        // SAFETY: `Isa::detect` has found AVX-512F.
+        Isa::Avx512 => Some(unsafe { avx512::weighted_sums(weights, rows, stride) }),
+        _ => {
+            let _ = (weights, rows, stride);
+            None
+        }
+    }
+}

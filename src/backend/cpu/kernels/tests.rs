@@ -1,3 +1,4 @@
+use super::super::elementwise;
 use super::*;
 use half::bf16 as Bf16;
 
@@ -394,4 +395,27 @@ fn widening_gives_both_values_of_a_pair() {
             }
         }
     }
+}
+
+#[test]
+fn dots_are_those_of_rows_one_by_one() {
+    let values = |len: usize, seed: usize| -> Vec<f32> {
+        let value = |i| ((i * 37 + seed) % 101) as f32 / 7.0 - 6.9;
+        (0..len).map(value).collect()
+    };
+    for (len, stride) in [(16, 16), (64, 70), (128, 300)] {
+        let (vector, rows) = (values(len, 5), values(16 * stride, 11));
+        for isa in Isa::all() {
+            let Some(dots) = super::dots(isa, &vector, &rows, stride) else {
+                continue;
+            };
+            for (row, found) in dots.into_iter().enumerate() {
+                assert_eq!(
+                    found,
+                    elementwise::dot(&vector, &rows[row * stride..][..len])
+                );
+            }
+        }
+    }
+    assert!(super::dots(Isa::detect(), &values(17, 0), &values(800, 0), 40).is_none());
 }

@@ -1,11 +1,13 @@
 //! The kernels in AVX-512 with VNNI and BF16 dot products.
 
+mod dots;
 mod lanes;
 mod panels;
 mod rows;
 mod scan;
 mod stored;
 
+pub use dots::{dots, weighted_sums};
 pub use lanes::{interleave, widen};
 pub use panels::{bf16, blocks, float, super_blocks};
 pub use rows::{bf16_rows, block_rows, float_rows, super_rows};
