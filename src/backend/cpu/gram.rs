@@ -78,11 +78,14 @@ pub fn products<T: Send>(
                     if only_upper && first_j >= columns.start + FLOAT_ROWS {
                         break;
                     }
+                    // SAFETY: these columns of the output belong to this group, and so to this thread, alone.
+                    let part = |j| unsafe { out.part(j, columns.start, columns.len()) };
+                    let rows = first_j..b.range.len().min(first_j + MAX_TOKENS);
+                    rows.clone().for_each(|j| kernels::prefetch(part(j)));
                     kernels::float(isa, MAX_TOKENS, [low, high], input, &mut sums);
-                    for (j, sums) in (first_j..b.range.len()).zip(&sums) {
-                        // SAFETY: these columns of the output belong to this group, and so to this thread, alone.
-                        let out = unsafe { out.part(j, columns.start, columns.len()) };
-                        out.iter_mut()
+                    for (j, sums) in rows.zip(&sums) {
+                        part(j)
+                            .iter_mut()
                             .zip(sums)
                             .for_each(|(out, sum)| add(out, *sum));
                     }

@@ -18,7 +18,7 @@ mod panel;
 mod rms_norm;
 mod route;
 mod selective_scan;
-mod shared_rows;
+pub(crate) mod shared_rows;
 #[cfg(test)]
 mod tests;
 mod unpack;

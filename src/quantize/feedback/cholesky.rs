@@ -3,15 +3,23 @@
 //! Enters: a symmetric matrix M `[n, n]`. Leaves: `M = L^T L` as unit factors and pivots. Computes in f32 with sums in one
 //! order, so that the bits do not depend on the machine.
 
+use std::ops::{Mul, Range, SubAssign};
+
 use rayon::prelude::*;
 
 use crate::backend::cpu::gram::{CHUNK_ROWS, Columns, products};
 use crate::backend::cpu::kernels::Isa;
+use crate::backend::cpu::multiversion::multiversion;
+use crate::backend::cpu::shared_rows::SharedRows;
 
 /// Columns that lie side by side in [`Strips`].
 pub const STRIP: usize = 8;
 /// Rows that are factored together.
 const BLOCK: usize = 64;
+/// Rows that take what those below explain together: so many products share what was packed for them.
+const OUTER_BLOCK: usize = 256;
+/// Columns that a thread solves for, which with a block of rows fill a first-level cache.
+const SOLVED_COLUMNS: usize = 128;
 
 /// A square matrix in strips of eight columns, `[strip][row][8]`: what products with panels of rows read in order.
 #[derive(Debug, Clone)]
@@ -42,13 +50,13 @@ impl Strips {
 
     /// Rows `rows` of strip `strip`.
     #[inline(always)]
-    pub fn part(&self, strip: usize, rows: std::ops::Range<usize>) -> &[f32] {
+    pub fn part(&self, strip: usize, rows: Range<usize>) -> &[f32] {
         let begin = strip * self.n;
         &self.values[(begin + rows.start) * STRIP..(begin + rows.end) * STRIP]
     }
 
     /// Rows `rows` of columns `columns`, row-major.
-    pub fn dense(&self, rows: std::ops::Range<usize>, columns: std::ops::Range<usize>) -> Vec<f32> {
+    pub fn dense(&self, rows: Range<usize>, columns: Range<usize>) -> Vec<f32> {
         let row = |i| columns.clone().map(move |j| self.at(i, j));
         rows.flat_map(row).collect()
     }
@@ -78,43 +86,52 @@ pub struct Factor {
 pub fn factor(isa: Isa, n: usize, matrix: &[f32]) -> Option<Factor> {
     assert_eq!(matrix.len(), n * n);
     let mut l = vec![0.0f32; n * n];
-    let mut end = n;
-    while end > 0 {
-        let begin = (end - 1) / BLOCK * BLOCK;
+    for begin in (0..n).step_by(OUTER_BLOCK).rev() {
+        let end = n.min(begin + OUTER_BLOCK);
         let (above, below) = l.split_at_mut(end * n);
         let rows = &mut above[begin * n..];
-        for (row, i) in rows.chunks_exact_mut(n).zip(begin..) {
-            row[..end].copy_from_slice(&matrix[i * n..][..end]);
-        }
+        let copied = rows.par_chunks_exact_mut(n).enumerate();
+        copied.for_each(|(row, out)| {
+            out[..end].copy_from_slice(&matrix[(begin + row) * n..][..end]);
+        });
         symmetrize(rows, n, begin..end, matrix);
-        for first in (0..n - end).step_by(CHUNK_ROWS) {
-            let chunk = first..(first + CHUNK_ROWS).min(n - end);
-            let columns = |range| Columns {
-                values: below,
-                stride: n,
-                range,
-            };
-            let subtract = |out: &mut f32, sum: f32| *out -= sum;
-            products(
-                isa,
-                chunk,
-                &columns(0..end),
-                &columns(begin..end),
-                false,
-                rows,
-                n,
-                subtract,
-            );
-        }
-        let corner = factor_corner(rows, n, begin..end)?;
-        solve(rows, n, begin..end, &corner);
-        end = begin;
+        subtract(isa, below, n, begin..end, rows);
+        factor_rows(isa, rows, n, begin..end)?;
     }
     Some(unit_factor(n, &l))
 }
 
+/// Turns rows of what is left of M into rows of L, from the last to the first.
+fn factor_rows(isa: Isa, rows: &mut [f32], n: usize, block: Range<usize>) -> Option<()> {
+    for begin in block.clone().step_by(BLOCK).rev() {
+        let end = block.end.min(begin + BLOCK);
+        let (above, below) = rows.split_at_mut((end - block.start) * n);
+        let rows = &mut above[(begin - block.start) * n..];
+        subtract(isa, below, n, begin..end, rows);
+        let corner = factor_corner(isa, rows, n, begin..end)?;
+        solve(isa, rows, n, begin..end, &corner);
+    }
+    Some(())
+}
+
+/// Takes from the rows of a block what those below explain, up to the block's last column.
+fn subtract(isa: Isa, below: &[f32], n: usize, block: Range<usize>, rows: &mut [f32]) {
+    let count = below.len() / n;
+    for first in (0..count).step_by(CHUNK_ROWS) {
+        let chunk = first..(first + CHUNK_ROWS).min(count);
+        let columns = |range| Columns {
+            values: below,
+            stride: n,
+            range,
+        };
+        let (all, own) = (columns(0..block.end), columns(block.clone()));
+        let take = |out: &mut f32, sum: f32| *out -= sum;
+        products(isa, chunk, &all, &own, false, rows, n, take);
+    }
+}
+
 /// Fills the part of a diagonal block above the diagonal.
-fn symmetrize(rows: &mut [f32], n: usize, block: std::ops::Range<usize>, matrix: &[f32]) {
+fn symmetrize(rows: &mut [f32], n: usize, block: Range<usize>, matrix: &[f32]) {
     for (row, i) in rows.chunks_exact_mut(n).zip(block.clone()) {
         for j in i + 1..block.end {
             row[j] = matrix[j * n + i];
@@ -123,48 +140,66 @@ fn symmetrize(rows: &mut [f32], n: usize, block: std::ops::Range<usize>, matrix:
 }
 
 /// The factor of the diagonal block, `[size, size]` f64, lower triangular.
-fn factor_corner(rows: &[f32], n: usize, block: std::ops::Range<usize>) -> Option<Vec<f64>> {
+fn factor_corner(isa: Isa, rows: &[f32], n: usize, block: Range<usize>) -> Option<Vec<f64>> {
     let size = block.len();
     let mut l = vec![0.0f64; size * size];
     for i in (0..size).rev() {
-        for j in (0..=i).rev() {
-            let mut sum = f64::from(rows[j * n + block.start + i]);
-            for k in i + 1..size {
-                sum -= l[k * size + i] * l[k * size + j];
-            }
-            if i == j {
-                // A pivot below the rounding errors of its own sum is noise.
-                let floor =
-                    f64::from(f32::EPSILON) * f64::from(rows[i * n + block.start + i].abs());
-                if !(sum > floor && sum.is_finite()) {
-                    return None;
-                }
-                l[i * size + i] = sum.sqrt();
-            } else {
-                l[i * size + j] = sum / l[i * size + i];
-            }
+        let left = |j: usize| f64::from(rows[j * n + block.start + i]);
+        let mut sums: Vec<f64> = (0..=i).map(left).collect();
+        for k in i + 1..size {
+            let later = &l[k * size..][..size];
+            subtract_corner(isa, &mut sums, later[i], later);
         }
+        // A pivot below the rounding errors of its own sum is noise.
+        let floor = f64::from(f32::EPSILON) * left(i).abs();
+        if !(sums[i] > floor && sums[i].is_finite()) {
+            return None;
+        }
+        let pivot = sums[i].sqrt();
+        for (x, sum) in l[i * size..][..i].iter_mut().zip(&sums) {
+            *x = sum / pivot;
+        }
+        l[i * size + i] = pivot;
     }
     Some(l)
 }
 
 /// Turns rows of what is left of M into rows of L.
-fn solve(rows: &mut [f32], n: usize, block: std::ops::Range<usize>, corner: &[f64]) {
+fn solve(isa: Isa, rows: &mut [f32], n: usize, block: Range<usize>, corner: &[f64]) {
     let size = block.len();
-    for i in (0..size).rev() {
-        let (head, tail) = rows.split_at_mut((i + 1) * n);
-        let row = &mut head[i * n..];
-        for (k, later) in (i + 1..size).zip(tail.chunks_exact(n)) {
-            let factor = corner[k * size + i] as f32;
-            let columns = row[..block.start].iter_mut().zip(later);
-            columns.for_each(|(x, later)| *x -= factor * later);
+    let shared = SharedRows::new(rows, n);
+    let parts = (0..block.start).step_by(SOLVED_COLUMNS).collect::<Vec<_>>();
+    parts.into_par_iter().for_each(|first| {
+        let count = SOLVED_COLUMNS.min(block.start - first);
+        // SAFETY: these columns belong to this part, and so to this thread, alone; rows are taken once each.
+        let part = |row| unsafe { shared.part(row, first, count) };
+        for i in (0..size).rev() {
+            let row = part(i);
+            for k in i + 1..size {
+                subtract_row(isa, row, corner[k * size + i] as f32, part(k));
+            }
+            let inverse = (1.0 / corner[i * size + i]) as f32;
+            row.iter_mut().for_each(|x| *x *= inverse);
         }
-        let inverse = (1.0 / corner[i * size + i]) as f32;
-        row[..block.start].iter_mut().for_each(|x| *x *= inverse);
-        for (j, x) in row[block.clone()].iter_mut().enumerate() {
-            *x = corner[i * size + j] as f32;
-        }
+    });
+    for (row, corner) in rows.chunks_exact_mut(n).zip(corner.chunks_exact(size)) {
+        let pairs = row[block.clone()].iter_mut().zip(corner);
+        pairs.for_each(|(x, corner)| *x = *corner as f32);
     }
+}
+
+multiversion! {
+    fn subtract_row(row: &mut [f32], factor: f32, later: &[f32]) = subtract_scaled;
+}
+
+multiversion! {
+    fn subtract_corner(row: &mut [f64], factor: f64, later: &[f64]) = subtract_scaled;
+}
+
+#[inline(always)]
+fn subtract_scaled<T: Copy + Mul<Output = T> + SubAssign>(row: &mut [T], factor: T, later: &[T]) {
+    let pairs = row.iter_mut().zip(later);
+    pairs.for_each(|(x, later)| *x -= factor * *later);
 }
 
 fn unit_factor(n: usize, l: &[f32]) -> Factor {

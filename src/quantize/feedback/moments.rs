@@ -2,6 +2,8 @@
 //!
 //! Enters: `M = E[u^T u]`. Leaves: M in units of its mean diagonal, damped, with its factor.
 
+use rayon::prelude::*;
+
 use super::cholesky::{Factor, Strips, factor};
 use crate::backend::cpu::kernels::Isa;
 
@@ -55,7 +57,10 @@ impl InputMoments {
         };
         let mut tried = damping.first;
         loop {
-            let damped: Vec<f32> = (0..n * n).map(|at| value(at / n, at % n, tried)).collect();
+            let damped: Vec<f32> = (0..n * n)
+                .into_par_iter()
+                .map(|at| value(at / n, at % n, tried))
+                .collect();
             if let Some(factor) = factor(isa, n, &damped) {
                 return Some(Self {
                     matrix: Strips::new(n, |i, j| damped[i * n + j]),
