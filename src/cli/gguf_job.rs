@@ -151,6 +151,9 @@ pub fn to_gguf(args: &ToGguf, machines: &Machines, talk: &Talk, stop: &AtomicBoo
         receipt["calibration"] = calibration.receipt();
         calibration.save_sidecar(&parts.parts[0].path)?;
     }
+    // Before the folder: a run that is killed in between does both again, which it could not with a folder in its place.
+    let mut written = artifact.publish()?;
+    write_receipt(&written[0], &receipt)?;
     let folder = match (&also, &calibration, &twin) {
         (Some(also), Some(calibration), Some(twin)) => {
             let rounded = (calibration, twin);
@@ -159,8 +162,6 @@ pub fn to_gguf(args: &ToGguf, machines: &Machines, talk: &Talk, stop: &AtomicBoo
         }
         _ => None,
     };
-    let mut written = artifact.publish()?;
-    write_receipt(&written[0], &receipt)?;
     written.extend(folder);
     for workspace in finished.into_iter().chain(twin) {
         workspace.remove()?;

@@ -10,5 +10,6 @@ mod hostile;
 mod inspect;
 mod packed;
 mod recipe;
+mod resumed;
 mod safetensors;
 mod validate;

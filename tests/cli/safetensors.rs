@@ -3,8 +3,7 @@
 use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Output, Stdio};
-use std::time::Duration;
+use std::process::Output;
 
 use nemoconv_fixtures::{data, nano};
 use serde_json::{Value, json};
@@ -13,14 +12,14 @@ use tempfile::{TempDir, tempdir};
 use crate::support::{copy_of, edit_config, nemoconv, read_tensors, stderr, write_tensors};
 
 /// Where a test writes.
-struct Place(TempDir);
+pub struct Place(pub TempDir);
 
 impl Place {
-    fn new() -> Self {
+    pub fn new() -> Self {
         Self(tempdir().unwrap())
     }
 
-    fn path(&self, name: &str) -> PathBuf {
+    pub fn path(&self, name: &str) -> PathBuf {
         self.0.path().join(name)
     }
 
@@ -36,7 +35,7 @@ impl Place {
         nemoconv(fixed.iter().chain(flags))
     }
 
-    fn pack(&self, name: &str, flags: &[&str]) -> PathBuf {
+    pub fn pack(&self, name: &str, flags: &[&str]) -> PathBuf {
         let output = self.try_pack(&nano(), name, flags);
         assert!(output.status.success(), "{}", stderr(&output));
         self.path(name)
@@ -56,7 +55,7 @@ impl Place {
     }
 }
 
-fn names(folder: &Path) -> Vec<String> {
+pub fn names(folder: &Path) -> Vec<String> {
     let entries = fs::read_dir(folder).unwrap();
     let mut names: Vec<String> = entries
         .map(|entry| entry.unwrap().file_name().to_string_lossy().into_owned())
@@ -66,7 +65,7 @@ fn names(folder: &Path) -> Vec<String> {
 }
 
 /// Every file of a folder.
-fn files(folder: &Path) -> BTreeMap<String, Vec<u8>> {
+pub fn files(folder: &Path) -> BTreeMap<String, Vec<u8>> {
     let names = names(folder).into_iter();
     names
         .filter(|name| folder.join(name).is_file())
@@ -86,14 +85,14 @@ const CALIBRATION: [&str; 4] = [
     "8",
 ];
 
-fn calibrated<'a>(text: &'a str, flags: &[&'a str]) -> Vec<&'a str> {
+pub fn calibrated<'a>(text: &'a str, flags: &[&'a str]) -> Vec<&'a str> {
     let mut all = vec!["--calibration", text];
     all.extend(CALIBRATION);
     all.extend(flags);
     all
 }
 
-fn text() -> String {
+pub fn text() -> String {
     data().join("calibration.txt").to_str().unwrap().to_string()
 }
 
@@ -525,54 +524,6 @@ fn a_folder_comes_from_the_walk_of_a_gguf_file() {
     let output = nemoconv(validate);
     let report = String::from_utf8_lossy(&output.stdout).into_owned();
     assert_eq!(output.status.code(), Some(0), "{report}");
-}
-
-#[test]
-fn a_killed_run_goes_on_and_ends_with_the_same_bytes() {
-    let place = Place::new();
-    let text = text();
-    let flags = calibrated(&text, &["--scheme", "w4a16"]);
-    let expected = files(&place.pack("straight", &flags));
-    let out = place.path("killed");
-    let work = place.path("killed.work");
-    let mut kills = 0;
-    while !out.exists() {
-        let mut child = Command::new(env!("CARGO_BIN_EXE_nemoconv"))
-            .args([
-                "to-safetensors",
-                nano().to_str().unwrap(),
-                "-q",
-                "-o",
-                out.to_str().unwrap(),
-            ])
-            .args(&flags)
-            .stdout(Stdio::null())
-            .spawn()
-            .unwrap();
-        let lines = || {
-            fs::read_to_string(work.join("journal.jsonl"))
-                .unwrap_or_default()
-                .lines()
-                .count()
-        };
-        let begun = lines();
-        // After two more tensors, or when it is done.
-        while child.try_wait().unwrap().is_none() && (kills >= 3 || lines() < begun.max(1) + 2) {
-            std::thread::sleep(Duration::from_millis(2));
-        }
-        if child.try_wait().unwrap().is_none() {
-            child.kill().unwrap();
-            kills += 1;
-        }
-        child.wait().unwrap();
-    }
-    assert!(kills > 0, "the run was never killed");
-    let found = files(&out);
-    assert!(found.keys().eq(expected.keys()));
-    for (name, bytes) in &found {
-        assert!(*bytes == expected[name], "{name}");
-    }
-    assert!(!work.exists());
 }
 
 #[test]

@@ -148,7 +148,7 @@ fn factor_corner(isa: Isa, rows: &[f32], n: usize, block: Range<usize>) -> Optio
         let mut sums: Vec<f64> = (0..=i).map(left).collect();
         for k in i + 1..size {
             let later = &l[k * size..][..size];
-            subtract_corner(isa, &mut sums, later[i], later);
+            subtract_scaled(isa, &mut sums, later[i], later);
         }
         // A pivot below the rounding errors of its own sum is noise.
         let floor = f64::from(f32::EPSILON) * left(i).abs();
@@ -189,15 +189,16 @@ fn solve(isa: Isa, rows: &mut [f32], n: usize, block: Range<usize>, corner: &[f6
 }
 
 multiversion! {
-    fn subtract_row(row: &mut [f32], factor: f32, later: &[f32]) = subtract_scaled;
+    fn subtract_row(row: &mut [f32], factor: f32, later: &[f32]) = subtract_product;
 }
 
 multiversion! {
-    fn subtract_corner(row: &mut [f64], factor: f64, later: &[f64]) = subtract_scaled;
+    /// `row -= factor * later`
+    pub(super) fn subtract_scaled(row: &mut [f64], factor: f64, later: &[f64]) = subtract_product;
 }
 
 #[inline(always)]
-fn subtract_scaled<T: Copy + Mul<Output = T> + SubAssign>(row: &mut [T], factor: T, later: &[T]) {
+fn subtract_product<T: Copy + Mul<Output = T> + SubAssign>(row: &mut [T], factor: T, later: &[T]) {
     let pairs = row.iter_mut().zip(later);
     pairs.for_each(|(x, later)| *x -= factor * *later);
 }
@@ -217,7 +218,7 @@ fn unit_factor(n: usize, l: &[f32]) -> Factor {
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use super::*;
 
     /// A positive definite matrix with a wide spectrum.

@@ -9,8 +9,7 @@
 
 use rayon::prelude::*;
 
-use super::InputMoments;
-use super::cholesky::Factor;
+use super::{InputMoments, triangular};
 use crate::backend::cpu::gram::{CHUNK_ROWS, Columns, products};
 use crate::backend::cpu::kernels::Isa;
 use crate::calibrate::second_moments::{CrossMoments, SecondMoments};
@@ -30,17 +29,23 @@ impl Correction<'_> {
     /// The corrected rows, `[n, in_features]`; `moments` are those of [`Self::seen`], made ready for rounding.
     pub fn apply(&self, isa: Isa, rows: &[f32], moments: &InputMoments) -> Vec<f32> {
         let n = moments.in_features();
+        let count = rows.len() / n;
+        if count == 0 {
+            return Vec::new();
+        }
         let differences = differences(self.cross, self.seen, moments.unit);
         let mut pulls = pulls(isa, rows, &differences, n);
-        pulls
-            .par_chunks_mut(n)
-            .for_each(|row| solve(row, &moments.factor));
-        let share = self.share as f32;
-        pulls
-            .iter_mut()
-            .zip(rows)
-            .for_each(|(pull, value)| *pull = value + share * *pull);
-        pulls
+        drop(differences);
+        triangular::solve(isa, &moments.factor, &mut pulls);
+        let mut corrected = rows.to_vec();
+        let lines = corrected.par_chunks_exact_mut(n).enumerate();
+        lines.for_each(|(i, row)| {
+            let pulls = pulls[i..].iter().step_by(count);
+            row.iter_mut()
+                .zip(pulls)
+                .for_each(|(value, pull)| *value = (f64::from(*value) + self.share * pull) as f32);
+        });
+        corrected
     }
 }
 
@@ -53,57 +58,40 @@ fn differences(cross: &CrossMoments, seen: &SecondMoments, unit: f64) -> Vec<f32
         let moment = seen.sums[i.min(j) * n + i.max(j)] * per_token;
         ((cross.sums[at] * per_pair - moment) / unit) as f32
     };
-    (0..n * n).map(difference).collect()
+    (0..n * n).into_par_iter().map(difference).collect()
 }
 
-/// `W (C - M)`.
-fn pulls(isa: Isa, rows: &[f32], differences: &[f32], n: usize) -> Vec<f32> {
+/// `W (C - M)`, transposed: `[in_features, n]`.
+fn pulls(isa: Isa, rows: &[f32], differences: &[f32], n: usize) -> Vec<f64> {
     let count = rows.len() / n;
     let mut transposed = vec![0.0; rows.len()];
-    for (i, row) in rows.chunks_exact(n).enumerate() {
-        row.iter()
-            .enumerate()
-            .for_each(|(k, value)| transposed[k * count + i] = *value);
-    }
+    let lines = transposed.par_chunks_exact_mut(count).enumerate();
+    lines.for_each(|(k, line)| {
+        let column = rows[k..].iter().step_by(n);
+        line.iter_mut()
+            .zip(column)
+            .for_each(|(out, value)| *out = *value);
+    });
+    let columns = |values, stride| Columns {
+        values,
+        stride,
+        range: 0..stride,
+    };
+    let (weights, differences) = (columns(&transposed[..], count), columns(differences, n));
     let mut out = vec![0.0; rows.len()];
-    let weights = Columns {
-        values: &transposed,
-        stride: count,
-        range: 0..count,
-    };
-    let differences = Columns {
-        values: differences,
-        stride: n,
-        range: 0..n,
-    };
     for first in (0..n).step_by(CHUNK_ROWS) {
         let chunk = first..(first + CHUNK_ROWS).min(n);
+        let add = |out: &mut f64, sum: f32| *out += f64::from(sum);
         products(
             isa,
             chunk,
-            &differences,
             &weights,
+            &differences,
             false,
             &mut out,
-            n,
-            |out, sum| *out += sum,
+            count,
+            add,
         );
     }
     out
-}
-
-/// Replaces a row a by `a M^-1`, with `M = T D T^T`.
-fn solve(row: &mut [f32], factor: &Factor) {
-    let n = row.len();
-    for j in (0..n).rev() {
-        let later = (j + 1..n).map(|i| f64::from(row[i]) * f64::from(factor.feedback.at(j, i)));
-        row[j] = (f64::from(row[j]) - later.sum::<f64>()) as f32;
-    }
-    row.iter_mut()
-        .zip(&factor.pivots)
-        .for_each(|(value, pivot)| *value /= pivot);
-    for j in 0..n {
-        let earlier = (0..j).map(|i| f64::from(row[i]) * f64::from(factor.feedback.at(i, j)));
-        row[j] = (f64::from(row[j]) - earlier.sum::<f64>()) as f32;
-    }
 }

@@ -18,6 +18,7 @@ mod remote;
 mod sweep;
 #[cfg(test)]
 mod tests;
+mod triangular;
 
 use std::ops::{AddAssign, Range};
 
