@@ -47,6 +47,9 @@ pub fn to_gguf(args: &ToGguf, machines: &Machines, talk: &Talk, stop: &AtomicBoo
     if args.dry_run {
         return plan(args, machines, talk, stop);
     }
+    if args.calibration.calibration.is_none() {
+        memory::return_at_once();
+    }
     let Some(mut chosen) = recipe_job::choose(args, machines, talk, stop)? else {
         return Ok(());
     };

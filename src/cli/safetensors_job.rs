@@ -16,6 +16,7 @@ use nemoconv::write::packed::folder::check_target;
 
 use super::calibration_job::{Calibration, CalibrationFlags, Source, ToRound};
 use super::gguf_job::model_id;
+use super::memory;
 use super::output::{Talk, human_bytes, print_stdout, table};
 use super::packed_folder::{Folder, floats};
 use super::packed_receipt;
@@ -32,6 +33,9 @@ pub fn to_safetensors(
     if args.print_recipe {
         print_stdout(recipe.to_yaml().trim_end());
         return Ok(());
+    }
+    if args.calibration.calibration.is_none() {
+        memory::return_at_once();
     }
     let checkpoint = Checkpoint::open(&locate(&args.model)?)?;
     let mut settings = settings(args, &recipe)?;
