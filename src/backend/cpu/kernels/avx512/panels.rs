@@ -23,8 +23,8 @@ pub fn float<const TOKENS: usize>(weights: Halves<'_, f32>, input: &[f32], tile:
     let (input, _) = input.as_chunks::<TOKENS>();
     for ((w0, w1), input) in weights[0].iter().zip(weights[1]).zip(input) {
         let ahead = input.as_ptr().wrapping_add(PREFETCHED * TOKENS);
-        // SAFETY: nothing is read; an address that is nobody's is ignored.
-        unsafe { _mm_prefetch::<_MM_HINT_T0>(ahead.cast()) };
+        // Nothing is read, and an address that is nobody's is ignored.
+        _mm_prefetch::<_MM_HINT_T0>(ahead.cast());
         let (w0, w1) = (load_floats(w0), load_floats(w1));
         for token in 0..TOKENS {
             let x = _mm512_set1_ps(input[token]);
