@@ -487,7 +487,7 @@ pub fn scan_rows(
 }
 
 /// Products of a vector with sixteen rows that begin `stride` values apart, each the sum that
-/// [`dot`](super::elementwise::dot) gives; `None` where this CPU has no kernel for that, or for vectors of this length.
+/// a product one by one gives; `None` where this CPU has no kernel for that, or for vectors of this length.
 pub fn dots(isa: Isa, vector: &[f32], rows: &[f32], stride: usize) -> Option<[f32; LANES]> {
     if !vector.len().is_multiple_of(LANES) {
         return None;
