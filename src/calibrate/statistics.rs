@@ -217,7 +217,7 @@ fn peak_bytes(model: &StoredModel, samples: &Samples, in_file: bool) -> u64 {
     let embedding = model.tensor("token_embd.weight");
     let embedding = embedding.map_or(0, |tensor| 4 * tensor.weights());
     let largest = (0..blocks).map(block).max().unwrap_or(0).max(embedding);
-    let levels = CELLS.ilog2() as u64 + 1;
+    let levels = CELLS.ilog2() as u64 + SIDE_BY_SIDE as u64;
     let moments = (blocks as u64 + 1 + levels) * 8 * hidden * hidden;
     let streams = u64::from(!in_file) * 4 * samples.tokens() as u64 * hidden;
     BASE_BYTES + moments + largest + streams
