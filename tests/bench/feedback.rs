@@ -14,6 +14,10 @@ use nemoconv::formats::GgmlType;
 use nemoconv::quantize::feedback::cholesky::factor;
 use nemoconv::quantize::feedback::{Damping, Feedback, InputMoments, quantize_rows};
 
+/// The program's own.
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+
 const N: usize = 4096;
 const TOKENS: usize = 4096;
 const ROWS: usize = 1024;
@@ -40,7 +44,7 @@ fn main() {
     let lower = |at: usize| moments[(at % N).min(at / N) * N + (at % N).max(at / N)] / diagonal;
     let matrix: Vec<f32> = (0..N * N).map(|at| lower(at) as f32).collect();
     line("Cholesky", n * n * n / 3.0, || {
-        black_box(factor(isa, N, black_box(&matrix)).expect("it is positive definite"));
+        black_box(factor(isa, N, |i, j| matrix[i * N + j]).expect("it is positive definite"));
     });
     let prepared = InputMoments::new(isa, N, &moments, Damping::default());
     let prepared = prepared.expect("it is positive definite");

@@ -18,10 +18,8 @@ use crate::plan::{Plan, PlannedTensor};
 
 /// The program, its threads' stacks and what else is small.
 const BASE_BYTES: u64 = 128 << 20;
-/// Sums that the tree over cells holds at a time: one per level, and the next leaf.
-const TREE_LEVELS: u64 = CELLS.ilog2() as u64 + 1;
-/// Bytes per element of second moments while a matrix is rounded: mean, damped, in strips, two of the factor, differences.
-const ROUNDING_BYTES: u64 = 28;
+/// Bytes per element of second moments while a matrix is rounded: mean, damped in strips, its factor, differences.
+const ROUNDING_BYTES: u64 = 18;
 /// Bytes per weight while a matrix is rounded: wanted, corrected and laid out for it, stored twice, and read back.
 const WEIGHT_BYTES: u64 = 20;
 /// Multiply-adds per weight and candidate that choosing scales takes, counted with the first pass and each later one.
@@ -36,6 +34,8 @@ pub struct Needs<'a> {
     pub tokens: usize,
     /// Tokens of the largest cell.
     pub cell_tokens: usize,
+    /// Cells that hold any.
+    pub cells: usize,
     /// How weights are rounded.
     pub rounding: Rounding,
 }
@@ -102,11 +102,11 @@ struct Held {
 }
 
 impl Held {
-    fn with(self, input: Input, rounding: &Rounding) -> Self {
-        let sums = input.sums(rounding);
+    fn with(self, input: Input, needs: &Needs) -> Self {
+        let sums = input.sums(&needs.rounding);
         let pool = u64::from(input.has_pool) * 16 * input.n * input.n;
         Self {
-            collecting: self.collecting + TREE_LEVELS * sums,
+            collecting: self.collecting + needs.tree_levels() * sums,
             sums: self.sums + sums,
             rounding: self.rounding.max(input.rounding()),
             pool: self.pool.max(pool),
@@ -152,11 +152,13 @@ impl<'a> Needs<'a> {
     /// Of a conversion that reads these samples.
     pub fn of_samples(plan: &'a Plan, rounding: Rounding, samples: &Samples) -> Self {
         let cells = samples.cells();
-        let tokens = cells.map(|cell| cell.iter().map(Vec::len).sum());
+        let tokens = cells.map(|cell| cell.iter().map(Vec::len).sum::<usize>());
+        let tokens: Vec<usize> = tokens.filter(|tokens| *tokens > 0).collect();
         Self {
             plan,
             tokens: samples.tokens(),
-            cell_tokens: tokens.max().unwrap_or(0),
+            cell_tokens: tokens.iter().copied().max().unwrap_or(0),
+            cells: tokens.len(),
             rounding,
         }
     }
@@ -168,6 +170,7 @@ impl<'a> Needs<'a> {
             plan,
             tokens: of(settings.max_sequences),
             cell_tokens: of(settings.max_sequences.div_ceil(CELLS)),
+            cells: settings.max_sequences.min(CELLS),
             rounding,
         }
     }
@@ -232,8 +235,13 @@ impl<'a> Needs<'a> {
         Ok(arrangement)
     }
 
+    /// Sums that the tree over cells holds at a time: one per level, and the next leaf.
+    fn tree_levels(&self) -> u64 {
+        u64::from(self.cells.max(1).ilog2()) + 1
+    }
+
     fn peak(&self, inputs: &[Input]) -> u64 {
-        let add = |held: Held, input: &Input| held.with(*input, &self.rounding);
+        let add = |held: Held, input: &Input| held.with(*input, self);
         inputs.iter().fold(Held::default(), add).peak()
     }
 

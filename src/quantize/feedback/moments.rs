@@ -50,27 +50,30 @@ impl InputMoments {
         if !(unit.is_finite() && unit > 0.0) || diagonal().any(|x| x < 0.0) {
             return None;
         }
-        let value = |i: usize, j: usize, damping: f64| {
-            let stored = matrix[i.min(j) * n + i.max(j)] / unit;
-            let seen = if i == j && stored == 0.0 { 1.0 } else { stored };
-            (seen + if i == j { damping } else { 0.0 }) as f32
+        // Row i, column j with i <= j.
+        let upper = |i: usize, j: usize, damping: f64| {
+            let stored = matrix[i * n + j] / unit;
+            match i == j {
+                true => ((if stored == 0.0 { 1.0 } else { stored }) + damping) as f32,
+                false => stored as f32,
+            }
         };
+        let is_number = |i: usize| (i..n).all(|j| upper(i, j, 0.0).is_finite());
+        if !(0..n).into_par_iter().all(is_number) {
+            return None;
+        }
         let mut tried = damping.first;
         loop {
-            let damped: Vec<f32> = (0..n * n)
-                .into_par_iter()
-                .map(|at| value(at / n, at % n, tried))
-                .collect();
-            if let Some(factor) = factor(isa, n, &damped) {
+            if let Some(factor) = factor(isa, n, |i, j| upper(i, j, tried)) {
                 return Some(Self {
-                    matrix: Strips::new(n, |i, j| damped[i * n + j]),
+                    matrix: Strips::new(n, |i, j| upper(i.min(j), i.max(j), tried)),
                     factor,
                     unit,
                     damping: tried,
                     dead_inputs: diagonal().filter(|x| *x == 0.0).count(),
                 });
             }
-            if tried >= damping.last || damped.iter().any(|x| !x.is_finite()) {
+            if tried >= damping.last {
                 return None;
             }
             tried = (tried * 10.0).max(1e-6);

@@ -49,8 +49,7 @@ impl OutputFactor {
         };
         let mut tried = damping.first;
         loop {
-            let damped: Vec<f32> = (0..n * n).map(|at| value(at / n, at % n, tried)).collect();
-            if let Some(factor) = factor(isa, n, &damped) {
+            if let Some(factor) = factor(isa, n, |a, b| value(a, b, tried)) {
                 let at = |at: usize| factor.feedback.at(at / n, at % n);
                 return Some(Self {
                     feedback: (0..n * n).map(at).collect(),
@@ -58,7 +57,7 @@ impl OutputFactor {
                     order,
                 });
             }
-            if tried >= damping.last || damped.iter().any(|x| !x.is_finite()) {
+            if tried >= damping.last {
                 return None;
             }
             tried = (tried * 10.0).max(1e-6);
