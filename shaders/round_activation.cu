@@ -1,7 +1,8 @@
 // Inputs of a matrix product as a runtime sees them. One thread per block of `block` of `count` values.
 //
 // mode 0: rounded to BF16; 1: to F16; 2: 8 bit, scale in F16 (Q8_0); 3: 8 bit, the largest magnitude at -127 (Q8_K);
-// 4: 8 bit with the block's largest magnitude over 127; 5: 8 bit with `scale`.
+// 4: 8 bit with the block's largest magnitude over 127; 5: 8 bit with `scale`; 6: F8_E4M3 with the block's largest magnitude
+// over 448; 7: F8_E4M3 with `scale`; 8: E2M1, the block's largest magnitude over 6 an F8_E4M3 in units of `scale` (NVFP4).
 // Twins: round_activation.wgsl, src/backend/activation.rs.
 
 struct Parameters {
@@ -29,6 +30,40 @@ static __device__ inline float extreme_of(const float* input, u32 count) {
         }
     }
     return extreme;
+}
+
+// The nearest F8_E4M3, ties to even, 448 at most. A NaN stays one.
+static __device__ inline float round_to_e4m3(float x) {
+    x = x < -448.0f ? -448.0f : x;
+    x = x > 448.0f ? 448.0f : x;
+    if (fabsf(x) < 0.015625f) {
+        return rintf(x * 512.0f) / 512.0f;
+    }
+    const u32 bits = __float_as_uint(x);
+    return __uint_as_float((bits + 0x7ffffu + ((bits >> 20) & 1u)) & 0xfff00000u);
+}
+
+// The nearest E2M1, ties to even mantissas, 6 at most.
+static __device__ inline float round_to_e2m1(float x) {
+    const float size = fabsf(x);
+    const float steps = size < 2.0f ? 2.0f : (size < 4.0f ? 1.0f : 0.5f);
+    const float rounded = rintf(x * steps) / steps;
+    return size > 6.0f ? (x < 0.0f ? -6.0f : 6.0f) : rounded;
+}
+
+static __device__ inline float round_to_code(float x, u32 mode) {
+    if (mode == 8u) {
+        return round_to_e2m1(x);
+    }
+    if (mode >= 6u) {
+        return round_to_e4m3(x);
+    }
+    float code = rintf(x);
+    if (mode >= 4u) {
+        code = code < -128.0f ? -128.0f : code;
+        code = code > 127.0f ? 127.0f : code;
+    }
+    return code;
 }
 
 extern "C" __global__ void __launch_bounds__(64) round_activation(
@@ -61,6 +96,12 @@ extern "C" __global__ void __launch_bounds__(64) round_activation(
     } else if (p.mode == 4u) {
         step = largest / 127.0f;
         inverse = 1.0f / step;
+    } else if (p.mode == 6u) {
+        step = largest / 448.0f;
+        inverse = 1.0f / step;
+    } else if (p.mode == 8u) {
+        step = round_to_e4m3(largest / 6.0f / p.scale) * p.scale;
+        inverse = 1.0f / step;
     }
     // Of zeros.
     if ((p.mode < 5u && largest == 0.0f) || (p.mode >= 4u && step == 0.0f)) {
@@ -68,11 +109,6 @@ extern "C" __global__ void __launch_bounds__(64) round_activation(
         step = 0.0f;
     }
     for (u32 i = 0u; i < count; i++) {
-        float code = rintf(input[i] * inverse);
-        if (p.mode >= 4u) {
-            code = code < -128.0f ? -128.0f : code;
-            code = code > 127.0f ? 127.0f : code;
-        }
-        out[i] = code * step;
+        out[i] = round_to_code(input[i] * inverse, p.mode) * step;
     }
 }

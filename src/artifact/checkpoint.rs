@@ -105,8 +105,8 @@ impl CheckpointStorage {
         pieces.iter().map(of_piece).sum()
     }
 
-    /// How the configuration wants inputs taken, by GGUF name, where it wants 8-bit integers. Matrices of a stack share
-    /// the largest of their fixed scales, as runtimes have it.
+    /// How the configuration wants inputs taken, by GGUF name, where it wants them quantized in a way that is known.
+    /// Matrices of a stack share the largest of their fixed scales, as runtimes have it.
     pub fn inputs(&self) -> Result<BTreeMap<String, Activation>> {
         let mut inputs = BTreeMap::new();
         for tensor in &self.plan.tensors {
@@ -115,15 +115,22 @@ impl CheckpointStorage {
                 let Piece::Packed(linear) = piece else {
                     continue;
                 };
-                if linear.scheme().inputs == Inputs::Int8PerToken {
-                    inputs.insert(tensor.name.clone(), Activation::TokenInt8);
-                }
                 if let Some(scale) = linear.input_scale(&self.checkpoint)? {
                     largest = Some(largest.map_or(scale, |largest: f32| largest.max(scale)));
                 }
-            }
-            if let Some(scale) = largest {
-                inputs.insert(tensor.name.clone(), Activation::StaticInt8(scale));
+                let fixed = |of: fn(f32) -> Activation| largest.map(of);
+                let activation = match linear.scheme().inputs {
+                    Inputs::Int8PerToken => Some(Activation::TokenInt8),
+                    Inputs::Int8PerTensor => fixed(Activation::StaticInt8),
+                    Inputs::Float8PerToken => Some(Activation::TokenFloat8),
+                    Inputs::Float8PerTensor => fixed(Activation::StaticFloat8),
+                    Inputs::Float8PerGroup(group) => Some(Activation::GroupFloat8(group)),
+                    Inputs::Nvfp4 => fixed(Activation::Nvfp4),
+                    Inputs::AsTheyAre | Inputs::Other(_) => None,
+                };
+                if let Some(activation) = activation {
+                    inputs.insert(tensor.name.clone(), activation);
+                }
             }
         }
         Ok(inputs)

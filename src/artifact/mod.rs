@@ -284,7 +284,7 @@ impl StoredModel {
             .iter()
             .find_map(|tensor| match &self.scheme(tensor)?.inputs {
                 Inputs::Other(what) => Some(what.as_str()),
-                Inputs::AsTheyAre | Inputs::Int8PerToken | Inputs::Int8PerTensor => None,
+                _ => None,
             })
     }
 

@@ -290,6 +290,7 @@ fn inputs_are_taken_as_declared() {
     let of_ssm = |layout| activation(layout, "blk.0.ssm_in.weight");
     assert_eq!(of_ssm(dynamic), Activation::TokenInt8);
     assert_eq!(of_ssm(fixed), Activation::StaticInt8(INPUT_SCALE));
+    assert_eq!(of_ssm(Layout::Nvfp4), Activation::Nvfp4(INPUT_SCALE));
     assert_eq!(of_ssm(packed(8, 128, true)), Activation::None);
     assert_eq!(activation(dynamic, "output.weight"), Activation::None);
 }

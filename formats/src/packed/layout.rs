@@ -61,12 +61,22 @@ impl Scheme {
     pub fn tensors(&self, rows: usize, columns: usize) -> Result<Vec<TensorSpec>> {
         let mut tensors = self.layout.tensors(rows, columns)?;
         let is_float = matches!(self.layout, Layout::Float8 { .. } | Layout::Nvfp4(_));
-        if !is_float && self.inputs == Inputs::Int8PerTensor {
-            tensors.push(spec(Role::InputScale, "input_scale", SCALES, [1]));
-        }
-        if is_float && !matches!(self.layout, Layout::Nvfp4(Nvfp4Names::CompressedTensors)) {
-            let input = spec(Role::InputScale, "input_scale", FLOAT8_SCALES, [1]);
-            tensors.push(optional(input));
+        let is_needed = matches!(
+            self.inputs,
+            Inputs::Int8PerTensor | Inputs::Float8PerTensor | Inputs::Nvfp4
+        );
+        let name = match self.layout {
+            Layout::Nvfp4(Nvfp4Names::CompressedTensors) => "input_global_scale",
+            _ => "input_scale",
+        };
+        // Tools that write floats leave the scale there even where only weights are quantized.
+        if is_float || is_needed {
+            let dtypes = if is_float { FLOAT8_SCALES } else { SCALES };
+            let input = spec(Role::InputScale, name, dtypes, [1]);
+            tensors.push(TensorSpec {
+                required: is_needed,
+                ..input
+            });
         }
         Ok(tensors)
     }
@@ -128,15 +138,15 @@ impl Layout {
                 let bytes = columns.div_ceil(2);
                 let codes = |suffix| spec(Role::Codes, suffix, &[U8], [rows, bytes]);
                 let second = |suffix| spec(Role::SecondScale, suffix, &[F32], [1]);
-                let input = spec(Role::InputScale, "input_global_scale", &[F32], [1]);
                 let scales = spec(Role::Scale, "weight_scale", &[F8E4M3], [rows, groups]);
                 Ok(match names {
-                    Nvfp4Names::CompressedTensors => vec![
-                        codes("weight_packed"),
-                        scales,
-                        second("weight_global_scale"),
-                        optional(input),
-                    ],
+                    Nvfp4Names::CompressedTensors => {
+                        vec![
+                            codes("weight_packed"),
+                            scales,
+                            second("weight_global_scale"),
+                        ]
+                    }
                     Nvfp4Names::ModelOpt => {
                         vec![codes("weight"), scales, second("weight_scale_2")]
                     }

@@ -169,13 +169,20 @@ impl PackedLinear {
         })
     }
 
-    /// The fixed scale of the inputs, where the scheme has one.
+    /// The fixed scale of the inputs, a factor, where the scheme has one.
     ///
     /// # Errors
     /// The tensor cannot be read.
     pub fn input_scale(&self, checkpoint: &Checkpoint) -> Result<Option<f32>> {
         match self.scheme.inputs {
-            Inputs::Int8PerTensor => self.scalar(checkpoint, Role::InputScale),
+            Inputs::Int8PerTensor | Inputs::Float8PerTensor | Inputs::Nvfp4 => {
+                let scale = self.scalar(checkpoint, Role::InputScale)?;
+                let divides = matches!(
+                    self.scheme.layout,
+                    Layout::Nvfp4(Nvfp4Names::CompressedTensors)
+                );
+                Ok(scale.map(|scale| if divides { 1.0 / scale } else { scale }))
+            }
             _ => Ok(None),
         }
     }

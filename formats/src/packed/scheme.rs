@@ -94,6 +94,14 @@ pub enum Inputs {
     Int8PerToken,
     /// Symmetric 8-bit integers, the scale `input_scale` for every token.
     Int8PerTensor,
+    /// F8_E4M3 floats, a scale per token.
+    Float8PerToken,
+    /// F8_E4M3 floats, the scale `input_scale` for every token.
+    Float8PerTensor,
+    /// F8_E4M3 floats, a scale per so many consecutive values of a token.
+    Float8PerGroup(usize),
+    /// E2M1 floats, an F8_E4M3 scale per 16 consecutive values of a token, one scale above them for every token.
+    Nvfp4,
     /// Something else, in words.
     Other(String),
 }
@@ -201,6 +209,10 @@ impl fmt::Display for Scheme {
             Inputs::AsTheyAre => Ok(()),
             Inputs::Int8PerToken => f.write_str(", int8 inputs per token"),
             Inputs::Int8PerTensor => f.write_str(", int8 inputs with a fixed scale"),
+            Inputs::Float8PerToken => f.write_str(", float8 inputs per token"),
+            Inputs::Float8PerTensor => f.write_str(", float8 inputs with a fixed scale"),
+            Inputs::Float8PerGroup(group) => write!(f, ", float8 inputs per {group} of a token"),
+            Inputs::Nvfp4 => f.write_str(", NVFP4 inputs"),
             Inputs::Other(what) => write!(f, ", {what}"),
         }
     }
@@ -212,6 +224,8 @@ impl fmt::Display for Inputs {
         f.write_str(match self {
             Self::AsTheyAre => "16",
             Self::Int8PerToken | Self::Int8PerTensor => "8",
+            Self::Float8PerToken | Self::Float8PerTensor | Self::Float8PerGroup(_) => "8",
+            Self::Nvfp4 => "4",
             Self::Other(what) if what.starts_with('4') => "4",
             Self::Other(what) if what.starts_with('8') => "8",
             Self::Other(_) => "?",

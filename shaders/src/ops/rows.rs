@@ -20,6 +20,14 @@ pub enum Rounding {
     RowInt8,
     /// 8 bit with this scale.
     StaticInt8(f32),
+    /// F8_E4M3 with one scale per row.
+    RowFloat8,
+    /// F8_E4M3 with one scale per block of so many values.
+    BlockFloat8(usize),
+    /// F8_E4M3 with this scale.
+    StaticFloat8(f32),
+    /// E2M1 per block of 16, scales in F8_E4M3 in units of this.
+    Nvfp4(f32),
 }
 
 /// Values of a block where they are rounded one by one.
@@ -35,6 +43,10 @@ impl Rounding {
             Self::Q8K => (3, 0.0, 256),
             Self::RowInt8 => (4, 0.0, width),
             Self::StaticInt8(scale) => (5, scale, SMALL_BLOCK),
+            Self::RowFloat8 => (6, 0.0, width),
+            Self::BlockFloat8(block) => (6, 0.0, block),
+            Self::StaticFloat8(scale) => (7, scale, SMALL_BLOCK),
+            Self::Nvfp4(unit) => (8, unit, 16),
         }
     }
 }
@@ -157,7 +169,7 @@ impl Device {
     /// Out of memory, device lost.
     ///
     /// # Panics
-    /// Rows are not whole blocks of Q8_0 or Q8_K.
+    /// Rows are not whole blocks.
     pub fn round_activation(
         &self,
         input: &Array,
@@ -166,8 +178,8 @@ impl Device {
     ) -> Result<Array> {
         let out = self.uninitialized(input.len())?;
         let (mode, scale, block) = rounding.mode(width);
-        let is_blockwise = matches!(rounding, Rounding::Q8_0 | Rounding::Q8K);
-        assert!(!is_blockwise || width.is_multiple_of(block));
+        // Where values are rounded one by one, blocks may reach into the next row.
+        assert!(block == SMALL_BLOCK || width.is_multiple_of(block));
         let kernel = &kernels::ROUND_ACTIVATION;
         let blocks = input.len().div_ceil(block);
         let groups = groups_of(blocks, kernel.threads);

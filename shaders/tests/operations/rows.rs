@@ -127,6 +127,35 @@ fn biases_and_chosen_rows() {
 }
 
 /// As `nemoconv::backend::activation` defines it.
+/// The nearest of the values that `grid` counts upwards from 0, of two the one with an even number.
+fn nearest(grid: impl Fn(u32) -> f32, count: u32, x: f32) -> f32 {
+    let distance = |code: &u32| (grid(*code) - x.abs()).abs();
+    let order = |a: &u32, b: &u32| {
+        let nearer = distance(a).total_cmp(&distance(b));
+        nearer.then((a % 2).cmp(&(b % 2)))
+    };
+    let code = (0..count).min_by(order).unwrap();
+    grid(code).copysign(x)
+}
+
+fn e4m3(x: f32) -> f32 {
+    let value = |code: u32| match (code >> 3, (code & 7) as f32) {
+        (0, mantissa) => mantissa / 512.0,
+        (exponent, mantissa) => (1.0 + mantissa / 8.0) * f32::powi(2.0, exponent as i32 - 7),
+    };
+    nearest(value, 0x7f, x)
+}
+
+fn e2m1(x: f32) -> f32 {
+    let values = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0];
+    nearest(|code| values[code as usize], 8, x)
+}
+
+fn to_floats(block: &[f32], scale: f32, grid: fn(f32) -> f32) -> Vec<f32> {
+    let inverse = if scale > 0.0 { 1.0 / scale } else { 0.0 };
+    block.iter().map(|x| grid(x * inverse) * scale).collect()
+}
+
 fn rounded(row: &[f32], rounding: Rounding) -> Vec<f32> {
     let largest = |block: &[f32]| block.iter().fold(0.0_f32, |max, x| max.max(x.abs()));
     let codes = |block: &[f32], inverse: f32, step: f32| -> Vec<f32> {
@@ -167,6 +196,16 @@ fn rounded(row: &[f32], rounding: Rounding) -> Vec<f32> {
             let step = largest(row) / 127.0;
             codes(row, or_zero(1.0 / step), step)
         }
+        Rounding::RowFloat8 => to_floats(row, largest(row) / 448.0, e4m3),
+        Rounding::BlockFloat8(block) => row
+            .chunks(block)
+            .flat_map(|block| to_floats(block, largest(block) / 448.0, e4m3))
+            .collect(),
+        Rounding::StaticFloat8(scale) => to_floats(row, scale, e4m3),
+        Rounding::Nvfp4(unit) => row
+            .chunks(16)
+            .flat_map(|block| to_floats(block, e4m3(largest(block) / 6.0 / unit) * unit, e2m1))
+            .collect(),
         Rounding::StaticInt8(scale) => row
             .iter()
             .map(|x| (x * (1.0 / scale)).round_ties_even().clamp(-128.0, 127.0) * scale)
@@ -183,6 +222,10 @@ fn inputs_as_runtimes_take_them() {
         Rounding::Q8K,
         Rounding::RowInt8,
         Rounding::StaticInt8(0.01),
+        Rounding::RowFloat8,
+        Rounding::BlockFloat8(128),
+        Rounding::StaticFloat8(0.01),
+        Rounding::Nvfp4(0.001),
     ];
     for (name, device) in all() {
         for rounding in roundings {

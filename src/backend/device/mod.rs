@@ -111,7 +111,7 @@ fn or_no_room<T>(sent: Result<T>) -> Result<Option<T>> {
     }
 }
 
-/// How the device rounds inputs; `None` where it does not.
+/// How the device rounds inputs; `None` where they stay as they are.
 fn rounding(activation: Activation) -> Option<Rounding> {
     match activation {
         Activation::None => None,
@@ -122,6 +122,10 @@ fn rounding(activation: Activation) -> Option<Rounding> {
         Activation::Q8K => Some(Rounding::Q8K),
         Activation::TokenInt8 => Some(Rounding::RowInt8),
         Activation::StaticInt8(scale) => Some(Rounding::StaticInt8(scale)),
+        Activation::TokenFloat8 => Some(Rounding::RowFloat8),
+        Activation::GroupFloat8(group) => Some(Rounding::BlockFloat8(group)),
+        Activation::StaticFloat8(scale) => Some(Rounding::StaticFloat8(scale)),
+        Activation::Nvfp4(unit) => Some(Rounding::Nvfp4(unit)),
     }
 }
 

@@ -145,7 +145,8 @@ fn group_json(scheme: &Scheme, targets: &[String]) -> Value {
     let inputs = match scheme.inputs {
         Inputs::Int8PerToken => Some(inputs("token", true, None)),
         Inputs::Int8PerTensor => Some(inputs("tensor", false, Some("memoryless_minmax"))),
-        Inputs::AsTheyAre | Inputs::Other(_) => None,
+        // Floats are read, not written.
+        _ => None,
     };
     json!({
         "format": scheme.layout.name(),

@@ -4,6 +4,7 @@
 
 use super::{Method, Quantization, SchemeGroup, in_key};
 use crate::packed::bits::Width;
+use crate::packed::layout::NVFP4_GROUP;
 use crate::packed::pattern::Pattern;
 use crate::packed::scheme::{Group, Inputs, Layout, Nvfp4Names, Scheme};
 use crate::{Error, Result};
@@ -337,8 +338,25 @@ fn group(weights: &Args) -> Result<Group> {
 fn inputs(args: &Args) -> Inputs {
     let is_dynamic = args.dynamic == Dynamic::Flag(true);
     let is_static = args.dynamic == Dynamic::Flag(false);
+    let is_local = args.dynamic == Dynamic::Named("local".to_owned());
+    let group = args
+        .group_size
+        .and_then(|group| usize::try_from(group).ok());
     match (args.ty, args.num_bits, args.strategy, args.symmetric) {
         (NumberType::Int, 8, Some(Strategy::Token), true) => Inputs::Int8PerToken,
+        (NumberType::Float, 8, Some(Strategy::Token), true) if is_dynamic => Inputs::Float8PerToken,
+        (NumberType::Float, 8, Some(Strategy::Tensor) | None, true) if is_static => {
+            Inputs::Float8PerTensor
+        }
+        (NumberType::Float, 8, Some(Strategy::Group), true) if is_dynamic => match group {
+            Some(group @ 1..) => Inputs::Float8PerGroup(group),
+            _ => Inputs::Other("8-bit float inputs in groups of unknown size".to_owned()),
+        },
+        (NumberType::Float, 4, Some(Strategy::TensorGroup), true)
+            if is_local && group == Some(NVFP4_GROUP) =>
+        {
+            Inputs::Nvfp4
+        }
         (NumberType::Int, 8, Some(Strategy::Tensor) | None, true) if is_static => {
             Inputs::Int8PerTensor
         }

@@ -73,15 +73,14 @@ pub fn parse(value: &Value) -> Result<Quantization> {
 }
 
 fn scheme(algorithm: &str) -> Result<Scheme> {
-    let inputs = |what: &str| Inputs::Other(what.to_owned());
-    let float8 = |what| Scheme::float8("weight_scale", inputs(what));
+    let float8 = |inputs| Scheme::float8("weight_scale", inputs);
     Ok(match algorithm {
-        "FP8" => float8("8-bit float inputs, scales fixed"),
-        "FP8_PER_CHANNEL_PER_TOKEN" => float8("8-bit float inputs, scales found at run time"),
-        "FP8_PB_WO" => Scheme::float8("weight_scale", Inputs::AsTheyAre),
+        "FP8" => float8(Inputs::Float8PerTensor),
+        "FP8_PER_CHANNEL_PER_TOKEN" => float8(Inputs::Float8PerToken),
+        "FP8_PB_WO" => float8(Inputs::AsTheyAre),
         "NVFP4" => Scheme {
             layout: Layout::Nvfp4(Nvfp4Names::ModelOpt),
-            inputs: inputs("4-bit float inputs, scales found at run time"),
+            inputs: Inputs::Nvfp4,
         },
         "W4A16_NVFP4" => Scheme {
             layout: Layout::Nvfp4(Nvfp4Names::ModelOpt),

@@ -48,6 +48,47 @@ fn modules_find_their_scheme() {
 }
 
 #[test]
+fn small_float_inputs_are_known() {
+    let check = |bits: u64, inputs: Value, expected: &str| {
+        let mut inputs = inputs;
+        inputs["num_bits"] = bits.into();
+        inputs["type"] = "float".into();
+        let float8 = json!({"num_bits": 8, "type": "float", "strategy": "channel"});
+        let config = json!({
+            "quant_method": "compressed-tensors",
+            "format": "float-quantized",
+            "config_groups": {"group_0": {
+                "targets": ["Linear"], "format": "float-quantized", "weights": float8, "input_activations": inputs,
+            }},
+        });
+        let found = scheme_of(config, "backbone.layers.0.mixer.up_proj").unwrap();
+        assert!(found.ends_with(expected), "{found}");
+    };
+    let dynamic = |strategy: &str| json!({"strategy": strategy, "dynamic": true});
+    check(
+        8,
+        dynamic("token"),
+        "W8A8 float, float-quantized, float8 inputs per token",
+    );
+    check(
+        8,
+        json!({"strategy": "tensor"}),
+        "float8 inputs with a fixed scale",
+    );
+    let groups = json!({"strategy": "group", "group_size": 128, "dynamic": true});
+    check(8, groups, "float8 inputs per 128 of a token");
+    let blocks =
+        |size: u64| json!({"strategy": "tensor_group", "group_size": size, "dynamic": "local"});
+    check(4, blocks(16), "NVFP4 inputs");
+    check(4, blocks(32), "4-bit float inputs, scales fixed");
+    check(
+        8,
+        dynamic("tensor"),
+        "8-bit float inputs, scales found at run time",
+    );
+}
+
+#[test]
 fn gptq_overrides_by_pattern() {
     let config = json!({
         "quant_method": "gptq", "bits": 4, "group_size": 128, "desc_act": false, "sym": true,
@@ -77,8 +118,8 @@ fn modelopt_names_what_is_excluded_or_each_layer() {
         "producer": {"name": "modelopt"},
         "quantization": {"quant_algo": "NVFP4", "exclude_modules": ["lm_head", "backbone.layers.4.*"]},
     });
-    let narrow = "W4A4 float g16, modelopt NVFP4, 4-bit float inputs, scales found at run time";
-    let wide = "W8A8 float, float-quantized, 8-bit float inputs, scales fixed";
+    let narrow = "W4A4 float g16, modelopt NVFP4, NVFP4 inputs";
+    let wide = "W8A8 float, float-quantized, float8 inputs with a fixed scale";
     let check = |config: &Value, module, expected: Option<&str>| {
         assert_eq!(
             scheme_of(config.clone(), module).as_deref(),

@@ -2,8 +2,12 @@
 //!
 //! Enters: f32 rows. Leaves: the same rows as the runtime would see them. Knows no weights.
 
+mod floats;
+
 use half::{bf16, f16};
 use nemoconv_formats::GgmlType;
+
+use floats::{E2M1_MAX, E4M3_MAX, e2m1, e4m3};
 
 /// What becomes of the activations before they are multiplied.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -24,12 +28,22 @@ pub enum Activation {
     TokenInt8,
     /// 8 bit symmetric with this scale for every token: static W8A8.
     StaticInt8(f32),
+    /// F8_E4M3 with one F32 scale per token: dynamic FP8.
+    TokenFloat8,
+    /// F8_E4M3 with this scale for every token: static FP8.
+    StaticFloat8(f32),
+    /// F8_E4M3 with one F32 scale per so many consecutive values: FP8 whose weights have block scales.
+    GroupFloat8(usize),
+    /// E2M1 with an F8_E4M3 scale per 16 values, in units of this: NVFP4.
+    Nvfp4(f32),
 }
 
 /// Elements of a block of [`Activation::Q8_0`] and [`Activation::Q8_1`].
 pub const Q8_0_BLOCK: usize = 32;
 /// Elements of a block of [`Activation::Q8K`].
 pub const Q8_K_BLOCK: usize = 256;
+/// Elements of a block of [`Activation::Nvfp4`].
+pub const NVFP4_BLOCK: usize = 16;
 
 impl Activation {
     /// What llama.cpp's CPU and integer GPU kernels do for a weight type.
@@ -56,6 +70,8 @@ impl Activation {
         match self {
             Self::Q8_0 | Self::Q8_1 => columns.is_multiple_of(Q8_0_BLOCK),
             Self::Q8K => columns.is_multiple_of(Q8_K_BLOCK),
+            Self::GroupFloat8(group) => columns.is_multiple_of(group),
+            Self::Nvfp4(_) => columns.is_multiple_of(NVFP4_BLOCK),
             _ => true,
         }
     }
@@ -96,6 +112,14 @@ impl Activation {
                 round_to_scale(row, scale);
             }
             Self::StaticInt8(scale) => round_to_scale(row, scale),
+            Self::TokenFloat8 => round_to_float8(row, max_magnitude(row) / E4M3_MAX),
+            Self::StaticFloat8(scale) => round_to_float8(row, scale),
+            Self::GroupFloat8(group) => row
+                .chunks_mut(group)
+                .for_each(|block| round_to_float8(block, max_magnitude(block) / E4M3_MAX)),
+            Self::Nvfp4(unit) => row
+                .chunks_mut(NVFP4_BLOCK)
+                .for_each(|block| round_to_nvfp4(block, unit)),
         }
     }
 }
@@ -117,6 +141,23 @@ fn round_to_scale(row: &mut [f32], scale: f32) {
     let inverse = if scale > 0.0 { 1.0 / scale } else { 0.0 };
     row.iter_mut()
         .for_each(|x| *x = (*x * inverse).round_ties_even().clamp(-128.0, 127.0) * scale);
+}
+
+/// Source: `quantize` of compressed-tensors 0.19 (`lifecycle/forward.py`), and of vLLM's FP8 kernels.
+fn round_to_float8(row: &mut [f32], scale: f32) {
+    let inverse = if scale > 0.0 { 1.0 / scale } else { 0.0 };
+    row.iter_mut().for_each(|x| *x = e4m3(*x * inverse) * scale);
+}
+
+/// The scale of a block is its largest magnitude over 6, in units of `unit` rounded to F8_E4M3.
+///
+/// Source: NVIDIA's NVFP4 as vLLM's `scaled_fp4_quant` computes it.
+fn round_to_nvfp4(block: &mut [f32], unit: f32) {
+    let scale = e4m3(max_magnitude(block) / E2M1_MAX / unit) * unit;
+    let inverse = if scale > 0.0 { 1.0 / scale } else { 0.0 };
+    block
+        .iter_mut()
+        .for_each(|x| *x = e2m1(*x * inverse) * scale);
 }
 
 /// Codes and scale of one block of 32.
@@ -209,5 +250,35 @@ mod tests {
         let mut codes = [0; 256];
         let d = quantize_q8_k(&row(), &mut codes);
         assert!(codes.contains(&-127) && !codes.contains(&-128), "{d}");
+    }
+
+    /// Values of compressed-tensors, with the script that made them.
+    #[test]
+    fn small_floats_are_those_of_the_library() {
+        let path = nemoconv_fixtures::reference().join("float_inputs/values.safetensors");
+        let file = std::fs::read(path).unwrap();
+        let tensors = safetensors::SafeTensors::deserialize(&file).unwrap();
+        let values = |name: &str| -> Vec<f32> {
+            let tensor = tensors.tensor(name).unwrap();
+            let bytes = tensor.data().as_chunks().0.iter();
+            bytes.map(|bytes| f32::from_le_bytes(*bytes)).collect()
+        };
+        let global_scale = values("global_scale")[0];
+        for (name, activation) in [
+            ("token", Activation::TokenFloat8),
+            ("group", Activation::GroupFloat8(128)),
+            ("static", Activation::StaticFloat8(0.01)),
+            ("nvfp4", Activation::Nvfp4(1.0 / global_scale)),
+        ] {
+            let mut found = values("input");
+            found
+                .chunks_mut(256)
+                .for_each(|row| activation.round_trip(row));
+            let expected = values(name);
+            let is_other = |(a, b): &(&f32, &f32)| (*a - *b).abs() > 1e-6 * b.abs();
+            let others = found.iter().zip(&expected).filter(is_other).count();
+            // A quotient in another last bit may fall on the other side of a tie.
+            assert!(others <= 1, "{name}: {others} of {} differ", found.len());
+        }
     }
 }
