@@ -17,7 +17,7 @@ use super::stream::Streams;
 use crate::artifact::StoredModel;
 use crate::backend::{Backend, Machine, Machines};
 use crate::error::{Error, Fault, Result};
-use crate::rewrite::{ChannelStatistics, RewriteStatistics, RewrittenModel};
+use crate::rewrite::{ChannelStatistics, Kept, RewriteStatistics, RewrittenModel};
 
 /// Columns that a thread sums up.
 const COLUMNS: usize = 64;
@@ -84,11 +84,54 @@ impl Merge for InputSums {
     }
 }
 
+/// Second moments of the normed residual stream before the norm's weight, at one place.
+#[derive(Debug, Clone, PartialEq)]
+pub struct StreamMoments {
+    /// Channels.
+    pub n: usize,
+    /// Sums of products, rows of the upper triangle: `n (n + 1) / 2`.
+    pub triangle: Kept,
+    /// Tokens seen.
+    pub tokens: u64,
+}
+
+impl StreamMoments {
+    fn keep(moments: &SecondMoments) -> Result<Self> {
+        let n = moments.n;
+        let rows = moments.sums.chunks_exact(n.max(1)).enumerate();
+        let triangle: Vec<f64> = rows.flat_map(|(i, row)| &row[i..]).copied().collect();
+        Ok(Self {
+            n,
+            triangle: Kept::new(triangle)?,
+            tokens: moments.tokens,
+        })
+    }
+
+    /// The whole of the mean, `[n, n]`.
+    fn mean(&self) -> Result<Vec<f64>> {
+        let n = self.n;
+        let per_token = match self.tokens {
+            0 => 0.0,
+            tokens => 1.0 / tokens as f64,
+        };
+        let mut mean = vec![0.0; n * n];
+        let triangle = self.triangle.read()?;
+        let mut sums = triangle.iter();
+        for i in 0..n {
+            for (j, sum) in (i..n).zip(&mut sums) {
+                mean[i * n + j] = sum * per_token;
+                mean[j * n + i] = mean[i * n + j];
+            }
+        }
+        Ok(mean)
+    }
+}
+
 /// What the layers of a network see.
 #[derive(Debug, Clone, PartialEq, Default)]
 pub struct Statistics {
-    /// Second moments of the normed residual stream before the norm's weight, per block and behind the last one.
-    pub residual: Vec<SecondMoments>,
+    /// Of the residual stream before every block and behind the last one.
+    pub residual: Vec<StreamMoments>,
     /// Inputs by GGUF name, one entry per matrix of a stack; `None` where no token came.
     pub inputs: BTreeMap<String, Vec<Option<InputSums>>>,
 }
@@ -122,7 +165,8 @@ impl Statistics {
         for block in 0..model.config().pattern.kinds().len() {
             walk.block(block, &mut statistics, watch)?;
         }
-        statistics.residual.push(walk.residual_moments(watch)?);
+        let last = StreamMoments::keep(&walk.residual_moments(watch)?)?;
+        statistics.residual.push(last);
         if model.tensor("output.weight").is_some() {
             let inputs = walk.head_inputs()?;
             statistics
@@ -155,7 +199,10 @@ impl Statistics {
     }
 
     /// As the choice of rewrites takes them.
-    pub fn into_rewrites(self) -> RewriteStatistics {
+    ///
+    /// # Errors
+    /// A temporary file cannot be written or read.
+    pub fn into_rewrites(self) -> Result<RewriteStatistics> {
         let channels = |matrices: &Vec<Option<InputSums>>| {
             let width = matrices
                 .iter()
@@ -180,19 +227,22 @@ impl Statistics {
             }
             all
         };
-        RewriteStatistics {
-            residual: self.residual.into_iter().map(symmetric_mean).collect(),
+        let streams = self.residual.into_iter();
+        Ok(RewriteStatistics {
+            residual: streams
+                .map(|stream| Kept::new(stream.mean()?))
+                .collect::<Result<_>>()?,
             inputs: self
                 .inputs
                 .iter()
                 .map(|(name, all)| (name.clone(), channels(all)))
                 .collect(),
-        }
+        })
     }
 }
 
-/// Bytes held at most while statistics are collected: second moments of all blocks and those on their way through the
-/// tree, the weights of the largest block, what two cells show of it, residual streams.
+/// Bytes held at most while statistics are collected: second moments on their way through the tree, those of all blocks
+/// where they are small, the weights of the largest block, what two cells show of it, residual streams.
 fn peak_bytes(model: &StoredModel, samples: &Samples, in_file: bool) -> u64 {
     const BASE_BYTES: u64 = 128 << 20;
     let config = model.config();
@@ -218,21 +268,10 @@ fn peak_bytes(model: &StoredModel, samples: &Samples, in_file: bool) -> u64 {
     let embedding = embedding.map_or(0, |tensor| 4 * tensor.weights());
     let largest = (0..blocks).map(block).max().unwrap_or(0).max(embedding);
     let levels = CELLS.ilog2() as u64 + SIDE_BY_SIDE as u64;
-    let moments = (blocks as u64 + 1 + levels) * 8 * hidden * hidden;
+    let kept = Kept::held_bytes(hidden * (hidden + 1) / 2);
+    let moments = levels * 8 * hidden * hidden + (blocks as u64 + 1) * kept;
     let streams = u64::from(!in_file) * 4 * samples.tokens() as u64 * hidden;
     BASE_BYTES + moments + largest + streams
-}
-
-/// The whole of a mean of which one half is meant.
-fn symmetric_mean(moments: SecondMoments) -> Vec<f64> {
-    let n = moments.n;
-    let mut mean = moments.into_mean();
-    for i in 0..n {
-        for j in 0..i {
-            mean[i * n + j] = mean[j * n + i];
-        }
-    }
-    mean
 }
 
 /// Residual streams on their way through the blocks.
@@ -323,7 +362,9 @@ impl<'a> Walk<'a> {
                 }
             }
         }
-        statistics.residual.extend(residual.finish());
+        if let Some(moments) = residual.finish() {
+            statistics.residual.push(StreamMoments::keep(&moments)?);
+        }
         let matrices = |name: &str| {
             tensors
                 .iter()

@@ -22,10 +22,10 @@ use nemoconv_formats::checkpoint::Checkpoint;
 use nemoconv_formats::{Dtype, Error as FormatError};
 
 use super::samples::{SampleSettings, Samples};
-use super::second_moments::SecondMoments;
-use super::statistics::{InputSums, Statistics};
+use super::statistics::{InputSums, Statistics, StreamMoments};
 use crate::artifact::StoredModel;
 use crate::error::{Error, Fault, Result};
+use crate::rewrite::Kept;
 use crate::write::tensor_file::{NewTensor, TensorReader, write_header, write_numbers};
 
 /// What the files say they are.
@@ -151,9 +151,8 @@ impl Statistics {
         let tokens: Vec<u64> = self.residual.iter().map(|stream| stream.tokens).collect();
         write_numbers(out, &tokens, u64::to_le_bytes)?;
         for stream in &self.residual {
-            for (i, row) in stream.sums.chunks_exact(stream.n.max(1)).enumerate() {
-                write_numbers(out, &row[i..], f64::to_le_bytes)?;
-            }
+            let triangle = stream.triangle.read().map_err(io::Error::other)?;
+            write_numbers(out, triangle.iter(), f64::to_le_bytes)?;
         }
         for matrices in self.inputs.values().filter(|all| width_of(all) > 0) {
             write_inputs(out, matrices)?;
@@ -199,7 +198,7 @@ impl Statistics {
         let texts = file.shards().first().map_or(&no_texts, |s| s.metadata());
         let origin = Origin::parse(texts).map_err(named)?;
         let mut reader = TensorReader::new(&file);
-        let statistics = read(&file, &mut reader).map_err(named)?;
+        let statistics = read(&file, &mut reader, &named)?;
         match reader.left_over() {
             None => Ok((statistics, origin)),
             Some(name) => Err(named(
@@ -271,38 +270,48 @@ fn write_inputs(out: &mut dyn Write, matrices: &[Option<InputSums>]) -> io::Resu
     write_numbers(out, all().flat_map(|sums| &sums.max_abs), f32::to_le_bytes)
 }
 
-fn read(file: &Checkpoint, reader: &mut TensorReader) -> Parsed<Statistics> {
+fn read(
+    file: &Checkpoint,
+    reader: &mut TensorReader,
+    named: &impl Fn(FormatError) -> Error,
+) -> Result<Statistics> {
     let shape = reader.shape("residual.tokens");
     let tokens = reader.numbers(
         "residual.tokens",
         Dtype::U64,
         &[shape.first().copied().unwrap_or(0)],
         u64::from_le_bytes,
-    )?;
+    );
+    let tokens = tokens.map_err(named)?;
     let mut statistics = Statistics::default();
     for (index, tokens) in tokens.into_iter().enumerate() {
-        let stream = read_stream(reader, &format!("residual.{index}"), tokens)?;
+        let name = format!("residual.{index}");
+        let (n, triangle) = read_stream(reader, &name).map_err(named)?;
         if statistics
             .residual
             .first()
-            .is_some_and(|first| first.n != stream.n)
+            .is_some_and(|first| first.n != n)
         {
             let error = FormatError::malformed("is of another width than the first stream");
-            return Err(error.in_tensor(format!("residual.{index}")));
+            return Err(named(error.in_tensor(name)));
         }
-        statistics.residual.push(stream);
+        statistics.residual.push(StreamMoments {
+            n,
+            triangle: Kept::new(triangle)?,
+            tokens,
+        });
     }
     for entry in file.tensors() {
         if let Some(name) = entry.name.strip_suffix(SQUARES) {
-            let inputs = read_inputs(reader, name)?;
+            let inputs = read_inputs(reader, name).map_err(named)?;
             statistics.inputs.insert(name.to_owned(), inputs);
         }
     }
     Ok(statistics)
 }
 
-/// The lower triangle, which nobody reads, is zero.
-fn read_stream(reader: &mut TensorReader, name: &str, tokens: u64) -> Parsed<SecondMoments> {
+/// Channels, and the rows of the upper triangle.
+fn read_stream(reader: &mut TensorReader, name: &str) -> Parsed<(usize, Vec<f64>)> {
     let len = reader.shape(name).first().copied().unwrap_or(0);
     let values = reader.f64s(name, &[len])?;
     let refuse = |what: &str| FormatError::malformed(what).in_tensor(name);
@@ -315,21 +324,15 @@ fn read_stream(reader: &mut TensorReader, name: &str, tokens: u64) -> Parsed<Sec
     if values.iter().any(|value| !value.is_finite()) {
         return Err(refuse("values must be finite"));
     }
-    let mut moments = SecondMoments {
-        tokens,
-        weight: tokens as f64,
-        ..SecondMoments::empty(n)
-    };
-    let mut rest = values.as_slice();
-    for (i, row) in moments.sums.chunks_exact_mut(n).enumerate() {
-        let (values, behind) = rest.split_at(n - i);
-        row[i..].copy_from_slice(values);
-        rest = behind;
-        if row[i] < 0.0 {
-            return Err(refuse("sums of squares must not be negative"));
-        }
+    let mut diagonal = (0..n).scan(0, |place, i| {
+        let own = *place;
+        *place += n - i;
+        Some(values[own])
+    });
+    if diagonal.any(|square| square < 0.0) {
+        return Err(refuse("sums of squares must not be negative"));
     }
-    Ok(moments)
+    Ok((n, values))
 }
 
 fn read_inputs(reader: &mut TensorReader, name: &str) -> Parsed<Vec<Option<InputSums>>> {

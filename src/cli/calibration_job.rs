@@ -192,7 +192,7 @@ impl Calibration {
                         Statistics::collect(flags.machines, &stored, &samples, in_file, &watch)?
                     }
                 };
-                let statistics = statistics.into_rewrites();
+                let statistics = statistics.into_rewrites()?;
                 let is_decided = recipe
                     .rewrite
                     .is_none_or(|rewrite| rewrite.rotation.decided().is_some());

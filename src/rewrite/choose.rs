@@ -3,6 +3,7 @@
 //! Enters: a model, settings, statistics. Leaves: [`Rewrites`]. Reads weights in a fixed order, so that the same input
 //! gives the same bits on every machine.
 
+use std::borrow::Cow;
 use std::sync::Arc;
 
 use rayon::prelude::*;
@@ -145,10 +146,10 @@ impl Choice<'_> {
                 .map(|tensor| tensor.rows * self.visited(tensor))
                 .sum();
             let weight = rows as f64;
-            let moments = self.moments(block)?.iter();
+            let moments = self.moments(block)?;
             pooled
                 .iter_mut()
-                .zip(moments)
+                .zip(moments.iter())
                 .for_each(|(sum, m)| *sum += weight * m);
         }
         Ok(SquareMatrix::new(size, pooled))
@@ -165,16 +166,17 @@ impl Choice<'_> {
     }
 
     /// Second moments of the normed stream before a block; the final norm's follow the last block.
-    fn moments(&self, block: usize) -> Result<&[f64]> {
+    fn moments(&self, block: usize) -> Result<Cow<'_, [f64]>> {
         let size = self.config().hidden_size;
         let moments = self.statistics.residual.get(block);
         let moments = moments.filter(|moments| moments.len() == size * size);
-        moments.map(Vec::as_slice).ok_or_else(|| {
+        let missing = || {
             self.fault(
                 "there are no second moments of this block's input",
                 &format!("blk.{block}.attn_norm"),
             )
-        })
+        };
+        moments.ok_or_else(missing)?.read()
     }
 
     /// Statistics of the input of a matrix, one entry per channel of what is `needed` of them.
@@ -409,7 +411,7 @@ impl Choice<'_> {
         };
         let (tensor, norm) = (of(reader)?, of("attn_norm")?);
         let size = self.config().hidden_size;
-        let moments = SquareMatrix::new(size, self.moments(block)?.to_vec());
+        let moments = SquareMatrix::new(size, self.moments(block)?.into_owned());
         let rows: Vec<usize> = (0..tensor.rows).collect();
         let values = self.rewritten().stored_rows(tensor, 0, &rows)?;
         let weight = self.rewritten().stored_rows(norm, 0, &[0])?;
@@ -465,7 +467,7 @@ impl Choice<'_> {
             let diagonal = moments.iter().step_by(size + 1);
             return Ok(diagonal.map(|m| m.max(0.0).sqrt()).collect());
         };
-        let images = product(moments, size, rotation);
+        let images = product(&moments, size, rotation);
         let mut sums = vec![0.0; size];
         let rows = rotation
             .values()

@@ -24,6 +24,7 @@
 mod choose;
 mod eigen;
 mod exact_floats;
+mod kept;
 mod map;
 mod matrix;
 mod model;
@@ -43,6 +44,7 @@ use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 
+pub use kept::Kept;
 pub use matrix::SquareMatrix;
 pub(crate) use matrix::product;
 pub(crate) use model::Rewritten;
@@ -162,7 +164,7 @@ pub struct ChannelStatistics {
 pub struct RewriteStatistics {
     /// Per block `E[rms(x)^T rms(x)]` of the normalized residual before the norm's weight, `[hidden * hidden]`; the last
     /// entry is that of the final norm. Not centred.
-    pub residual: Vec<Vec<f64>>,
+    pub residual: Vec<Kept>,
     /// Inputs of the matrices that do not read the residual stream, by GGUF name: `ssm_out`, `attn_output`, `ffn_down`,
     /// `ffn_down_exps`, `ffn_down_shexp`, `ffn_latent_up`.
     pub inputs: BTreeMap<String, ChannelStatistics>,

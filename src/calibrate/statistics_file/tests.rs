@@ -16,13 +16,18 @@ fn origin() -> Origin {
     }
 }
 
+const TRIANGLE: [f64; 6] = [1.0, 2.0, 3.0, 4.0, -5.0, 6.0];
+
+fn with(place: usize, value: f64) -> Kept {
+    let mut triangle = TRIANGLE.to_vec();
+    triangle[place] = value;
+    triangle.into()
+}
+
 fn some() -> Statistics {
-    let stream = |factor: f64| SecondMoments {
+    let stream = |factor: f64| StreamMoments {
         n: 3,
-        sums: [1.0, 2.0, 3.0, 0.0, 4.0, -5.0, 0.0, 0.0, 6.0]
-            .map(|x| x * factor)
-            .to_vec(),
-        weight: 6.0,
+        triangle: TRIANGLE.map(|x| x * factor).to_vec().into(),
         tokens: 6,
     };
     let sums = |tokens: u64| {
@@ -156,11 +161,11 @@ fn lies_of_the_numbers() {
         bytes(&statistics)
     };
     refused(
-        &broken(|s| s.residual[0].sums[1] = f64::NAN),
+        &broken(|s| s.residual[0].triangle = with(1, f64::NAN)),
         "`residual.0`: values must be finite",
     );
     refused(
-        &broken(|s| s.residual[1].sums[4] = -1.0),
+        &broken(|s| s.residual[1].triangle = with(3, -1.0)),
         "`residual.1`: sums of squares must not be negative",
     );
     fn down(statistics: &mut Statistics) -> &mut InputSums {

@@ -234,7 +234,7 @@ impl Rotated<'_> {
         views: &mut Vec<View>,
     ) -> Result<f64> {
         let weight = self.rewritten.rows(norm, 0, &[0], |value| value)?;
-        let moments = self.moments(block, &weight);
+        let moments = self.moments(block, &weight)?;
         let diagonal = moments.values().iter().step_by(weight.len() + 1);
         let importance: Vec<f32> = diagonal.map(|square| *square as f32).collect();
         let damping = self.trial.rounding.damping();
@@ -271,9 +271,10 @@ impl Rotated<'_> {
     }
 
     /// `G R^T M R G`: second moments of a norm's output, G its weight.
-    fn moments(&self, block: usize, weight: &[f64]) -> SquareMatrix {
+    fn moments(&self, block: usize, weight: &[f64]) -> Result<SquareMatrix> {
         let size = weight.len();
-        let stored = SquareMatrix::new(size, self.trial.statistics.residual[block].clone());
+        let stored = self.trial.statistics.residual[block].read()?.into_owned();
+        let stored = SquareMatrix::new(size, stored);
         let rotated = match self.rewritten.rewrites.rotation() {
             None => stored,
             Some(rotation) => {
@@ -282,10 +283,8 @@ impl Rotated<'_> {
             }
         };
         let value = |(at, value): (usize, &f64)| value * weight[at / size] * weight[at % size];
-        SquareMatrix::new(
-            size,
-            rotated.values().iter().enumerate().map(value).collect(),
-        )
+        let values = rotated.values().iter().enumerate().map(value);
+        Ok(SquareMatrix::new(size, values.collect()))
     }
 
     /// Relative loss of a matrix that writes to the stream, on some of its columns.
@@ -535,7 +534,7 @@ mod tests {
             })
             .collect();
         RewriteStatistics {
-            residual: vec![identity; model.config().pattern.kinds().len() + 1],
+            residual: vec![identity.into(); model.config().pattern.kinds().len() + 1],
             inputs,
         }
     }

@@ -216,7 +216,8 @@ fn a_rotated_stream_is_even_in_the_pool() {
     let statistics = seen.statistics();
     let rewrites = Rewrites::choose(&stored, &rotation(Rotation::Klt), &statistics).unwrap();
     let (_, seen) = Network::new(&stored, &rewrites).run(&TOKENS);
-    let moments = &seen.statistics().residual[0];
+    let statistics = seen.statistics();
+    let moments = statistics.residual[0].read().unwrap();
     let diagonal = moments.iter().step_by(20 + 1);
     for square in diagonal {
         assert!(

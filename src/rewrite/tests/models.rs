@@ -94,7 +94,11 @@ impl Collect {
             }
         }
         RewriteStatistics {
-            residual: self.residual,
+            residual: self
+                .residual
+                .into_iter()
+                .map(crate::rewrite::Kept::from)
+                .collect(),
             inputs,
         }
     }

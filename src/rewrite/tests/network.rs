@@ -134,7 +134,7 @@ impl Seen {
             residual: self
                 .residual
                 .iter()
-                .map(|(sums, count)| mean(sums, *count))
+                .map(|(sums, count)| mean(sums, *count).into())
                 .collect(),
             inputs: self
                 .inputs

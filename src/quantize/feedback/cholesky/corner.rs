@@ -1,9 +1,10 @@
 //! The diagonal block of a factorization, small enough for f64, and what it does to the rest of its rows.
 
+use std::ops::Range;
+
 use super::panels::{Coefficients, Panel};
 use super::{BLOCK, STRIP, subtract_scaled};
 use crate::backend::cpu::kernels::{FLOAT_ROWS, Isa};
-use std::ops::Range;
 
 /// A factored diagonal block.
 pub struct Corner {
@@ -17,40 +18,29 @@ impl Corner {
     /// Gives `None` where it is not positive definite.
     pub fn factor(isa: Isa, panels: &mut [Panel], block: Range<usize>) -> Option<Self> {
         let size = block.len();
-        let place = |i: usize, j: usize| (block.start + i, j / FLOAT_ROWS, j % FLOAT_ROWS);
         let mut l = vec![0.0; size * size];
-        for i in 0..size {
-            for j in 0..=i {
-                let (row, panel, column) = place(i, j);
-                l[i * size + j] = f64::from(panels[panel].at(row, column));
+        for (i, row) in l.chunks_exact_mut(size).enumerate() {
+            for (j, value) in row[..=i].iter_mut().enumerate() {
+                let panel = &panels[j / FLOAT_ROWS];
+                *value = f64::from(panel.at(block.start + i, j % FLOAT_ROWS));
             }
         }
         factor_in_place(isa, &mut l, size)?;
-        for i in 0..size {
-            for j in 0..=i {
-                let (row, panel, column) = place(i, j);
-                panels[panel].set(row, column, l[i * size + j] as f32);
+        for (i, row) in l.chunks_exact(size).enumerate() {
+            for (j, value) in row[..=i].iter().enumerate() {
+                let panel = &mut panels[j / FLOAT_ROWS];
+                panel.set(block.start + i, j % FLOAT_ROWS, *value as f32);
             }
         }
-        let firsts = (0..size).step_by(BLOCK);
+        let firsts = block.clone().step_by(BLOCK);
         let steps = firsts.map(|first| {
-            let own = first..size.min(first + BLOCK);
-            let inverse = inverse(isa, &l, size, own.clone());
-            let of = |matrix: &[f64], width, from: usize, rows: Range<usize>| {
-                let [columns, rows] =
-                    [&own, &rows].map(|range| block.start + range.start..block.start + range.end);
-                Coefficients::new(columns.clone(), rows, |k, j| {
-                    let [k, j] = [k, j].map(|at| at - block.start - from);
-                    let value = |column| matrix[k * width + column] as f32;
-                    let columns = j..columns.end - block.start - from;
-                    let mut eight = [0.0; STRIP];
-                    let values = eight.iter_mut().zip(columns);
-                    values.for_each(|(out, column)| *out = value(column));
-                    eight
-                })
-            };
-            let later = of(&l, size, 0, own.end..size);
-            [later, of(&inverse, own.len(), first, own.clone())]
+            let own = first..block.end.min(first + BLOCK);
+            let inside = own.start - block.start..own.end - block.start;
+            let inverse = inverse(isa, &l, size, inside);
+            [
+                coefficients((&l, size, block.start), &own, own.end..block.end),
+                coefficients((&inverse, own.len(), first), &own, own.clone()),
+            ]
         });
         Some(Self {
             steps: steps.collect(),
@@ -64,6 +54,21 @@ impl Corner {
             panel.multiply(isa, inverse);
         }
     }
+}
+
+/// Of a dense matrix with rows of `width` values, whose first row and column are number `first`.
+fn coefficients(
+    (matrix, width, first): (&[f64], usize, usize),
+    columns: &Range<usize>,
+    rows: Range<usize>,
+) -> Coefficients {
+    Coefficients::new(columns.clone(), rows, |k, j| {
+        let row = &matrix[(k - first) * width..][j - first..columns.end - first];
+        let mut eight = [0.0; STRIP];
+        let values = eight.iter_mut().zip(row);
+        values.for_each(|(out, value)| *out = *value as f32);
+        eight
+    })
 }
 
 /// `M = L^T L` for a lower triangle `[size, size]`, from the last row to the first.

@@ -13,7 +13,7 @@ const _: () = assert!(MAX_TOKENS == STRIP);
 /// Some columns of a lower triangular matrix, from the row of the first of them to the last row.
 pub struct Panel {
     /// The first column, and the first row that is held.
-    pub first: usize,
+    first: usize,
     /// Sixteen columns each, `[row][16]`; zeros beyond the last column.
     halves: [Vec<[f32; LANES]>; 2],
 }
@@ -161,10 +161,7 @@ impl Coefficients {
     fn chunks(&self) -> impl Iterator<Item = (Range<usize>, &[f32])> {
         let strips = self.columns.len().div_ceil(STRIP);
         let mut rest = &self.values[..];
-        let chunks = (0..self.rows.len()).step_by(CHUNK_ROWS).map(|first| {
-            let begin = self.rows.start + first;
-            begin..self.rows.end.min(begin + CHUNK_ROWS)
-        });
+        let chunks = cut(&self.rows).into_iter();
         chunks.map(move |chunk| {
             let values = rest
                 .split_off(..strips * chunk.len() * STRIP)
@@ -175,10 +172,9 @@ impl Coefficients {
 }
 
 /// Chunks of rows, each summed in f32 before it is taken away.
-fn cut(rows: &Range<usize>) -> rayon::vec::IntoIter<Range<usize>> {
+fn cut(rows: &Range<usize>) -> Vec<Range<usize>> {
     let firsts = rows.clone().step_by(CHUNK_ROWS);
-    let chunks: Vec<_> = firsts
+    firsts
         .map(|first| first..rows.end.min(first + CHUNK_ROWS))
-        .collect();
-    chunks.into_par_iter()
+        .collect()
 }
