@@ -94,11 +94,7 @@ impl Collect {
             }
         }
         RewriteStatistics {
-            residual: self
-                .residual
-                .into_iter()
-                .map(crate::rewrite::Kept::from)
-                .collect(),
+            residual: self.residual.into_iter().map(Into::into).collect(),
             inputs,
         }
     }

@@ -19,6 +19,7 @@ use super::*;
 use crate::packed::Quantization;
 use crate::packed::bits::{pack_columns, pack_rows, pack_transposed, to_gptq_v1_zeros};
 use crate::packed::config::compressed_tensors::CompressedTensors;
+use crate::packed::scheme::GptqZeros;
 
 /// Tensors of a file: name, type, shape, bytes.
 type Tensor = (&'static str, Theirs, Vec<usize>, Vec<u8>);
