@@ -4,6 +4,7 @@
 //! bytes. Pieces are independent of each other, so any number of threads gives the same bytes; memory holds one piece per
 //! thread, in GPTQ's layout one matrix.
 
+use std::borrow::Cow;
 use std::collections::HashMap;
 use std::sync::Mutex;
 use std::sync::atomic::AtomicBool;
@@ -15,7 +16,7 @@ use nemoconv_formats::{Dtype, GgmlType};
 use xxhash_rust::xxh3::xxh3_64;
 
 use super::calibrated::workspace::Workspace;
-use super::tile::{Scratch, Tile, nonfinite_in, source_row};
+use super::tile::{Scratch, Tile, grown, nonfinite_in, source_row};
 use super::{Conduct, Counters, Progress, Summary, in_parallel, refuse};
 use crate::error::{Error, Fault, Result};
 use crate::model::nemotron_h::{ValueRule, is_bias_behind_ssm_in};
@@ -93,6 +94,18 @@ struct FloatRows {
     count: usize,
 }
 
+/// Buffers that a worker keeps: fresh ones would be given back to the system and asked for again with every piece.
+#[derive(Debug, Default)]
+struct Buffers {
+    tile: Scratch,
+    /// Weights of a linear's rows.
+    values: Vec<f32>,
+    /// The same as integer rows.
+    integers: Vec<u8>,
+    /// A part of them, as stored.
+    part: Vec<u8>,
+}
+
 /// Where bytes went, and their digest.
 struct Written {
     shard: usize,
@@ -126,7 +139,7 @@ impl PackedJob<'_> {
             conduct.threads,
             pieces.len(),
             self.stop,
-            |scratch, index| writer.piece(scratch, pieces[index]),
+            |buffers, index| writer.piece(buffers, pieces[index]),
         )?;
         self.progress.end();
         let written = writer.written.into_inner().expect("no worker panics");
@@ -287,19 +300,19 @@ struct Writer<'a> {
 }
 
 impl Writer<'_> {
-    fn piece(&self, scratch: &mut Scratch, piece: Piece) -> Result<()> {
+    fn piece(&self, buffers: &mut Buffers, piece: Piece) -> Result<()> {
         match piece {
             Piece::Copy {
                 tensor,
                 first,
                 bytes,
-            } => self.copy(scratch, tensor, first, bytes),
-            Piece::Values(rows) => self.values(scratch, rows),
+            } => self.copy(&mut buffers.tile, tensor, first, bytes),
+            Piece::Values(rows) => self.values(&mut buffers.tile, rows),
             Piece::Linear {
                 linear,
                 first,
                 rows,
-            } => self.linear(scratch, linear, first, rows),
+            } => self.linear(buffers, linear, first, rows),
         }
     }
 
@@ -383,7 +396,7 @@ impl Writer<'_> {
         dequantize(tensor.ty, made.bytes, &mut stored)?;
         self.counters.count(planned, made.nonfinite, 0);
         let Some(rounded) = self.job.rounded else {
-            return Ok((in_checkpoint_order(tensor, &stored), false));
+            return Ok((in_checkpoint_order(tensor, &stored).into_owned(), false));
         };
         let has_absorbed = rounded.bias_absorption && is_bias_behind_ssm_in(&tensor.name);
         let rewritten = match rows.count < tensor.stored.rows {
@@ -400,75 +413,88 @@ impl Writer<'_> {
             false => rounded.weights.matrix(&tensor.name, rows.piece)?,
         };
         let is_changed = rewritten != stored;
-        Ok((in_checkpoint_order(tensor, &rewritten), is_changed))
+        Ok((
+            in_checkpoint_order(tensor, &rewritten).into_owned(),
+            is_changed,
+        ))
     }
 
-    fn linear(&self, scratch: &mut Scratch, index: usize, first: usize, rows: usize) -> Result<()> {
+    fn linear(&self, buffers: &mut Buffers, index: usize, first: usize, rows: usize) -> Result<()> {
         let plan = self.job.plan;
         let Some(scheme) = &plan.schemes[index] else {
             return Ok(());
         };
-        let linear = &plan.linears[index];
-        let integers = match self.job.rounded {
+        let (linear, planned) = (&plan.linears[index], self.job.tensor_of(index));
+        let row_bytes = scheme.grid.row_bytes(linear.columns);
+        match self.job.rounded {
             Some(rounded) => {
-                let row_bytes = scheme.grid.row_bytes(linear.columns);
-                let mut integers = vec![0; rows * row_bytes];
+                let integers = grown(&mut buffers.integers, rows * row_bytes);
                 let at = (linear.piece * linear.rows + first) * row_bytes;
-                let name = &self.job.tensor_of(index).name;
-                rounded.workspace.read_at(name, at as u64, &mut integers)?;
-                integers
+                let name = &planned.name;
+                rounded.workspace.read_at(name, at as u64, integers)?;
             }
-            None => self.nearest(scratch, index, first, rows)?,
-        };
-        let part = Rows {
+            None => self.nearest(buffers, index, first, rows)?,
+        }
+        let Buffers { integers, part, .. } = buffers;
+        let parts = Rows {
             layout: &scheme.scheme.layout,
             grid: &scheme.grid,
             all_rows: linear.rows,
             columns: linear.columns,
             first,
-            rows: &in_checkpoint_order(self.job.tensor_of(index), &integers),
+            rows: &in_checkpoint_order(planned, &integers[..rows * row_bytes]),
         };
         for &(tensor, role) in &self.index.parts[index] {
             let belongs_to_all = matches!(role, Role::Shape | Role::GroupIndex | Role::InputScale);
             if belongs_to_all && first > 0 {
                 continue;
             }
-            let (offset, bytes) = match role {
-                Role::InputScale => (0, self.input_scale(index, &scheme.scheme.inputs)?),
-                role => part.part(role)?,
+            let offset = match role {
+                Role::InputScale => {
+                    part.clear();
+                    part.extend(self.input_scale(index, &scheme.scheme.inputs)?);
+                    0
+                }
+                role => parts.part(role, part)?,
             };
-            self.write(tensor, offset, &bytes)?;
+            self.write(tensor, offset, part)?;
         }
         Ok(())
     }
 
-    /// Integer rows of the checkpoint's weights, nearest codes.
+    /// Integer rows of the checkpoint's weights, nearest codes, in `buffers.integers`.
     fn nearest(
         &self,
-        scratch: &mut Scratch,
+        buffers: &mut Buffers,
         index: usize,
         first: usize,
         rows: usize,
-    ) -> Result<Vec<u8>> {
+    ) -> Result<()> {
         let plan = self.job.plan;
         let (linear, tensor) = (&plan.linears[index], self.job.tensor_of(index));
         let grid = plan.schemes[index]
             .as_ref()
             .expect("the linear is quantized")
             .grid;
-        let tile = Tile::new(linear.tensor, linear.piece, first, rows);
-        let made = tile.make(self.job.checkpoint, tensor, scratch)?;
-        let mut values = vec![0.0; rows * linear.columns];
-        dequantize(tensor.ty, made.bytes, &mut values)?;
-        let mut integers = vec![0; rows * grid.row_bytes(linear.columns)];
-        let nonfinite = made.nonfinite;
-        let overflow = grid.quantize_rows(linear.columns, &values, self.job.nearest, &mut integers);
-        self.counters.count(linear.tensor, nonfinite, overflow.0);
-        Ok(integers)
+        let row_bytes = grid.row_bytes(linear.columns);
+        let integers = grown(&mut buffers.integers, rows * row_bytes);
+        // Where all of a matrix belongs together, its weights still need not lie beside each other as floats.
+        let step = (PIECE_WEIGHTS / linear.columns.max(1)).max(1);
+        for (index, integers) in integers.chunks_mut(step * row_bytes).enumerate() {
+            let (first, rows) = (first + index * step, integers.len() / row_bytes);
+            let tile = Tile::new(linear.tensor, linear.piece, first, rows);
+            let made = tile.make(self.job.checkpoint, tensor, &mut buffers.tile)?;
+            let values = grown(&mut buffers.values, rows * linear.columns);
+            dequantize(tensor.ty, made.bytes, values)?;
+            let nonfinite = made.nonfinite;
+            let overflow = grid.quantize_rows(linear.columns, values, self.job.nearest, integers);
+            self.counters.count(linear.tensor, nonfinite, overflow.0);
+        }
+        Ok(())
     }
 
     /// The scale of static inputs, BF16.
-    fn input_scale(&self, index: usize, inputs: &Inputs) -> Result<Vec<u8>> {
+    fn input_scale(&self, index: usize, inputs: &Inputs) -> Result<[u8; 2]> {
         let name = &self.job.tensor_of(index).name;
         let outcomes = self
             .job
@@ -490,14 +516,17 @@ impl Writer<'_> {
             ));
         };
         let scale = half::bf16::from_f32(largest / INPUT_STEPS as f32);
-        Ok(scale.to_le_bytes().to_vec())
+        Ok(scale.to_le_bytes())
     }
 }
 
 /// Rows of a matrix, those of interleaved heads put back where the checkpoint has them.
-fn in_checkpoint_order<T: Copy + Default>(tensor: &PlannedTensor, rows: &[T]) -> Vec<T> {
+fn in_checkpoint_order<'a, T: Copy + Default>(
+    tensor: &PlannedTensor,
+    rows: &'a [T],
+) -> Cow<'a, [T]> {
     if tensor.rule.value == ValueRule::Copy {
-        return rows.to_vec();
+        return Cow::Borrowed(rows);
     }
     let length = rows.len() / tensor.stored.rows.max(1);
     let mut ordered = vec![T::default(); rows.len()];
@@ -505,5 +534,5 @@ fn in_checkpoint_order<T: Copy + Default>(tensor: &PlannedTensor, rows: &[T]) ->
         let to = source_row(tensor, row) * length;
         ordered[to..to + length].copy_from_slice(from);
     }
-    ordered
+    Cow::Owned(ordered)
 }

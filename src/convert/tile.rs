@@ -89,9 +89,14 @@ impl Scratch {
 
     /// A buffer of `count` bytes with unspecified content: source bytes, then stored bytes.
     pub fn bytes(&mut self, count: usize) -> &mut [u8] {
-        self.out.resize(self.out.len().max(count), 0);
-        &mut self.out[..count]
+        grown(&mut self.out, count)
     }
+}
+
+/// The first `count` elements of a buffer that grows to hold them, their content unspecified.
+pub fn grown<T: Copy + Default>(buffer: &mut Vec<T>, count: usize) -> &mut [T] {
+    buffer.resize(buffer.len().max(count), T::default());
+    &mut buffer[..count]
 }
 
 impl Tile {
@@ -154,16 +159,12 @@ impl Tile {
             return Err(Error::Weights(Fault::new(what).in_tensor(&tensor.name)));
         }
         let count = self.rows * tensor.stored.columns;
-        scratch.values.resize(scratch.values.len().max(count), 0.0);
         let mut values = std::mem::take(&mut scratch.values);
-        let read = self.read(checkpoint, tensor, &mut values[..count], scratch);
+        let read = self.read(checkpoint, tensor, grown(&mut values, count), scratch);
         scratch.values = values;
         read?;
         let values = &mut scratch.values[..count];
-        let nonfinite = values
-            .iter()
-            .map(|value| u64::from(!value.is_finite()))
-            .sum();
+        let nonfinite = nonfinite_in(Dtype::F32, bytemuck::cast_slice(values));
         if tensor.rule.value == ValueRule::NegExp {
             // Not the system's `expf`: each rounds some values in its own way.
             let negated = |value: f32| -(exp_f64(f64::from(value)) as f32);
@@ -173,8 +174,7 @@ impl Tile {
             values.iter_mut().for_each(|value| *value *= tensor.factor);
         }
         let bytes = self.rows * tensor.row_bytes();
-        scratch.out.resize(scratch.out.len().max(bytes), 0);
-        let out = &mut scratch.out[..bytes];
+        let out = grown(&mut scratch.out, bytes);
         let columns = tensor.stored.columns;
         let importance = tensor
             .importance
@@ -215,9 +215,9 @@ impl Tile {
         let columns = linear.columns();
         let row_bytes = tensor.row_bytes();
         let bytes = self.rows * row_bytes;
-        scratch.out.resize(scratch.out.len().max(bytes), 0);
         let mut left = Vec::new();
-        for (index, bytes) in scratch.out[..bytes].chunks_exact_mut(row_bytes).enumerate() {
+        let out = grown(&mut scratch.out, bytes);
+        for (index, bytes) in out.chunks_exact_mut(row_bytes).enumerate() {
             let from = interleaved(self.row + index, head_dim(tensor)) - first;
             let of_row = from * groups..(from + 1) * groups;
             let row = CodedRow {
@@ -414,9 +414,11 @@ fn interleaved(row: usize, head_dim: Option<usize>) -> usize {
 pub fn nonfinite_in(dtype: Dtype, bytes: &[u8]) -> u64 {
     let count16 = |mask: u16| {
         let (halves, _) = bytes.as_chunks::<2>();
+        let is_nonfinite = |b: &[u8; 2]| u16::from(u16::from_le_bytes(*b) & mask == mask);
+        // Sums of u16, in lanes of that width, as long as they hold them.
         halves
-            .iter()
-            .map(|b| u64::from(u16::from_le_bytes(*b) & mask == mask))
+            .chunks(usize::from(u16::MAX))
+            .map(|part| u64::from(part.iter().map(is_nonfinite).sum::<u16>()))
             .sum()
     };
     match dtype {
@@ -425,9 +427,10 @@ pub fn nonfinite_in(dtype: Dtype, bytes: &[u8]) -> u64 {
         _ => {
             let (words, _) = bytes.as_chunks::<4>();
             let mask = 0x7f80_0000;
+            let is_nonfinite = |b: &[u8; 4]| u32::from(u32::from_le_bytes(*b) & mask == mask);
             words
-                .iter()
-                .map(|b| u64::from(u32::from_le_bytes(*b) & mask == mask))
+                .chunks(1 << 31)
+                .map(|part| u64::from(part.iter().map(is_nonfinite).sum::<u32>()))
                 .sum()
         }
     }

@@ -11,6 +11,9 @@ use crate::{Error, Result};
 /// Bytes of a word.
 pub const WORD_BYTES: usize = 4;
 
+/// Rows whose words are written side by side where words of a row lie far apart: a line of the cache.
+const ROWS_TOGETHER: usize = 16;
+
 /// Bits of a code.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Width {
@@ -21,23 +24,31 @@ pub enum Width {
 }
 
 /// How the codes of one width lie in a word.
-struct Digits<const N: usize> {
+struct Digits<const N: usize, const HALVINGS: usize> {
     shifts: [u32; N],
     mask: u32,
-    /// What is added to a code to make it unsigned.
+    /// What is added to a code to make it unsigned: its highest bit, which is flipped.
     offset: u8,
+    /// How bytes that hold a code each move together: shift, then bits that stay.
+    halvings: [(u32, u64); HALVINGS],
 }
 
-const FOUR: Digits<8> = Digits {
+const FOUR: Digits<8, 3> = Digits {
     shifts: [0, 4, 8, 12, 16, 20, 24, 28],
     mask: 0xf,
     offset: 8,
+    halvings: [
+        (4, 0x00ff_00ff_00ff_00ff),
+        (8, 0x0000_ffff_0000_ffff),
+        (16, 0x0000_0000_ffff_ffff),
+    ],
 };
 
-const EIGHT: Digits<4> = Digits {
+const EIGHT: Digits<4, 0> = Digits {
     shifts: [0, 8, 16, 24],
     mask: 0xff,
     offset: 128,
+    halvings: [],
 };
 
 /// Calls a method of the digits of `$width`.
@@ -149,13 +160,22 @@ pub fn unpack_columns(width: Width, columns: usize, bytes: &[u8], codes: &mut [i
 /// Packs rows of codes into columns of words: word `[w, r]` holds codes `per_word * w` and following of row `r`. So lies
 /// the `qweight` of GPTQ.
 ///
-/// `codes`: `[rows, columns]`, `columns` a multiple of `per_word`; `bytes`: words `[columns / per_word, rows]`.
+/// `rows`: `columns` codes each, `columns` a multiple of `per_word`; `bytes`: words `[columns / per_word, rows]`.
 ///
 /// # Errors
-/// The two slices do not hold the same rows, or rows do not fill whole words.
-pub fn pack_transposed(width: Width, columns: usize, codes: &[i8], bytes: &mut [u8]) -> Result<()> {
-    check_transposed(width, columns, codes.len(), bytes.len())?;
-    with_digits!(width, pack_transposed(columns, codes, bytes));
+/// `bytes` is not as long as these rows take, or rows do not fill whole words.
+pub fn pack_transposed(
+    width: Width,
+    columns: usize,
+    rows: &[&[i8]],
+    bytes: &mut [u8],
+) -> Result<()> {
+    let codes = rows.iter().map(|row| row.len()).sum();
+    check_transposed(width, columns, codes, bytes.len())?;
+    if rows.iter().any(|row| row.len() != columns) {
+        return Err(mismatch(width, codes, bytes.len()));
+    }
+    with_digits!(width, pack_transposed(rows, bytes));
     Ok(())
 }
 
@@ -230,14 +250,21 @@ fn mismatch(width: Width, codes: usize, bytes: usize) -> Error {
     ))
 }
 
-impl<const N: usize> Digits<N> {
+impl<const N: usize, const HALVINGS: usize> Digits<N, HALVINGS> {
     fn join(&self, codes: [i8; N]) -> [u8; WORD_BYTES] {
-        let mut word = 0;
-        for (code, shift) in codes.into_iter().zip(self.shifts) {
-            let unsigned = u32::from(code.cast_unsigned().wrapping_add(self.offset)) & self.mask;
-            word |= unsigned.wrapping_shl(shift);
-        }
-        word.to_le_bytes()
+        let mut bytes = [0; 8];
+        bytes
+            .iter_mut()
+            .zip(codes)
+            .for_each(|(to, code)| *to = (code.cast_unsigned() ^ self.offset) & self.mask as u8);
+        let joined = self
+            .halvings
+            .iter()
+            .fold(u64::from_le_bytes(bytes), |digits, (shift, stay)| {
+                (digits | digits.wrapping_shr(*shift)) & stay
+            });
+        let [a, b, c, d, ..] = joined.to_le_bytes();
+        [a, b, c, d]
     }
 
     fn split(&self, word: [u8; WORD_BYTES]) -> [i8; N] {
@@ -298,13 +325,17 @@ impl<const N: usize> Digits<N> {
         }
     }
 
-    fn pack_transposed(&self, columns: usize, codes: &[i8], bytes: &mut [u8]) {
-        let rows = codes.len().checked_div(columns).unwrap_or_default().max(1);
-        let (words, _) = bytes.as_chunks_mut();
-        for (row, codes) in codes.chunks(columns.max(1)).enumerate() {
-            let places = words.iter_mut().skip(row).step_by(rows);
-            for (word, codes) in places.zip(codes.as_chunks::<N>().0) {
-                *word = self.join(*codes);
+    fn pack_transposed(&self, rows: &[&[i8]], bytes: &mut [u8]) {
+        let row_of_words = rows.len().saturating_mul(WORD_BYTES).max(1);
+        for (index, together) in rows.chunks(ROWS_TOGETHER).enumerate() {
+            let first = index.saturating_mul(ROWS_TOGETHER);
+            for (word, words) in bytes.chunks_mut(row_of_words).enumerate() {
+                let words = words.as_chunks_mut().0.iter_mut().skip(first);
+                for (row, to) in together.iter().zip(words) {
+                    if let Some(codes) = row.as_chunks::<N>().0.get(word) {
+                        *to = self.join(*codes);
+                    }
+                }
             }
         }
     }
@@ -357,7 +388,29 @@ mod tests {
 
     const ROWS: (Pack, Unpack) = (pack_rows, unpack_rows);
     const COLUMNS: (Pack, Unpack) = (pack_columns, unpack_columns);
-    const TRANSPOSED: (Pack, Unpack) = (pack_transposed, unpack_transposed);
+    const TRANSPOSED: (Pack, Unpack) = (rows_transposed, unpack_transposed);
+
+    fn rows_transposed(width: Width, columns: usize, codes: &[i8], bytes: &mut [u8]) -> Result<()> {
+        let rows: Vec<_> = codes.chunks(columns.max(1)).collect();
+        pack_transposed(width, columns, &rows, bytes)
+    }
+
+    #[test]
+    fn words_of_many_rows_lie_side_by_side() {
+        let rows = 2 * ROWS_TOGETHER + 5;
+        let code = |row: usize, column: usize| ((3 * row + column) % 16) as i8 - 8;
+        let codes: Vec<i8> = (0..rows)
+            .flat_map(|row| (0..16).map(move |column| code(row, column)))
+            .collect();
+        let word = |at: usize| {
+            let (first, row) = (at / rows * 8, at % rows);
+            (0..8).fold(0, |word, k| {
+                word | ((code(row, first + k) + 8) as u32) << (4 * k)
+            })
+        };
+        let expected: Vec<u32> = (0..2 * rows).map(word).collect();
+        check(TRANSPOSED, Width::Four, 16, &codes, &expected);
+    }
 
     #[test]
     fn the_first_code_has_the_lowest_bits() {
@@ -457,7 +510,7 @@ mod tests {
                 let refused = [
                     pack_rows(width, columns, &codes, &mut [0; 11]).is_err(),
                     pack_columns(width, columns, &codes, &mut [0; 11]).is_err(),
-                    pack_transposed(width, columns, &codes, &mut [0; 11]).is_err(),
+                    rows_transposed(width, columns, &codes, &mut [0; 11]).is_err(),
                     unpack_rows(width, columns, &[0; 11], &mut codes).is_err(),
                     unpack_columns(width, columns, &[0; 11], &mut codes).is_err(),
                     unpack_transposed(width, columns, &[0; 11], &mut codes).is_err(),
@@ -467,6 +520,8 @@ mod tests {
             pack_rows(width, 0, &[], &mut []).unwrap();
             unpack_columns(width, 3, &[], &mut []).unwrap();
         }
-        assert!(pack_transposed(Width::Four, 4, &[0; 8], &mut [0; 8]).is_err());
+        assert!(rows_transposed(Width::Four, 4, &[0; 8], &mut [0; 8]).is_err());
+        let uneven: [&[i8]; 2] = [&[0; 4], &[0; 12]];
+        assert!(pack_transposed(Width::Four, 8, &uneven, &mut [0; 8]).is_err());
     }
 }

@@ -61,13 +61,36 @@ fn extremes(weights: &[f32]) -> (f32, f32) {
     let (whole, rest) = weights.as_chunks::<LANES>();
     for block in whole {
         for (i, x) in block.iter().enumerate() {
-            low[i] = if *x < low[i] { *x } else { low[i] };
-            high[i] = if *x > high[i] { *x } else { high[i] };
+            low[i] = lesser(low[i], *x);
+            high[i] = greater(high[i], *x);
         }
     }
-    let lows = low.iter().chain(rest).copied();
-    let highs = high.iter().chain(rest).copied();
-    (lows.fold(0.0, f32::min), highs.fold(0.0, f32::max))
+    for (i, x) in rest.iter().enumerate() {
+        low[i] = lesser(low[i], *x);
+        high[i] = greater(high[i], *x);
+    }
+    // Halves onto each other, in lanes: one after the other would take longer than the group itself.
+    let mut half = LANES / 2;
+    while half > 0 {
+        for i in 0..half {
+            low[i] = lesser(low[i], low[i + half]);
+            high[i] = greater(high[i], high[i + half]);
+        }
+        half /= 2;
+    }
+    (low[0], high[0])
+}
+
+/// `x` where it is less; NaN never is.
+#[inline(always)]
+fn lesser(least: f32, x: f32) -> f32 {
+    if x < least { x } else { least }
+}
+
+/// `x` where it is greater; NaN never is.
+#[inline(always)]
+fn greater(greatest: f32, x: f32) -> f32 {
+    if x > greatest { x } else { greatest }
 }
 
 #[inline(always)]

@@ -1,11 +1,12 @@
 """KL divergence from the original beside llama-imatrix + llama-quantize: same text, same types, same bytes.
 
 python3 tests/bench/quality/run.py NEMOCONV LLAMA_BIN_FOLDER TEXT_FOLDER SCRATCH_FOLDER MODEL_FOLDER...
-    [--types q4_k_m,q4_0,...] [--chunks 16] [--flags "..."] [--label NAME] [--free]
+    [--types q4_k_m,q4_0,...] [--chunks 16] [--flags "..."] [--label NAME] [--free] [--tensor-type REGEX=TYPE]
 
 Both sides calibrate on TEXT_FOLDER/calib.txt and are measured by llama-perplexity on TEXT_FOLDER/eval.txt against the F32
 file. Embedding and head are Q8_0 on both sides, since in small models they drown the rest; `--free` leaves all types to the
-mix and gives nemoconv `--target-size` of the peer's file. What was made before is kept in the scratch folder.
+mix and gives nemoconv `--target-size` of the peer's file; `--tensor-type` is given to both in place of those two types. What
+was made before is kept in the scratch folder.
 """
 import argparse
 import os
@@ -29,6 +30,7 @@ parser.add_argument("--chunks", type=int, default=16)
 parser.add_argument("--flags", default="")
 parser.add_argument("--label", default="ours")
 parser.add_argument("--free", action="store_true")
+parser.add_argument("--tensor-type", default="")
 arguments = parser.parse_args()
 os.makedirs(arguments.scratch, exist_ok=True)
 calibration, evaluation = (os.path.join(arguments.text, name) for name in ["calib.txt", "eval.txt"])
@@ -75,6 +77,9 @@ for model in arguments.models:
     for name in arguments.types.split(","):
         pins = [] if arguments.free else PINNED
         kind = "free" if arguments.free else "pinned"
+        if arguments.tensor_type:
+            pins = ["--tensor-type", arguments.tensor_type]
+            kind = re.sub(r"\W+", "_", arguments.tensor_type)
         peer = once(f"{stem}-{name}-{kind}-peer.gguf", lambda: tool(
             "llama-quantize", "--imatrix", imatrix, *pins, f32, f"{stem}-{name}-{kind}-peer.gguf", name.upper()))
         cache = f"{peer}.{arguments.chunks}.kl"

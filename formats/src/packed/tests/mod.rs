@@ -141,7 +141,8 @@ impl Sample {
         let (rows, columns, groups) = (self.rows, self.columns, self.groups());
         let words = width.words(columns);
         let mut codes = vec![0; words * rows * 4];
-        pack_transposed(width, columns, &self.codes, &mut codes).unwrap();
+        let of_rows: Vec<_> = self.codes.chunks(columns).collect();
+        pack_transposed(width, columns, &of_rows, &mut codes).unwrap();
         let by_group = |at: usize| (at % rows) * groups + at / rows;
         let zeros: Vec<i8> = (0..rows * groups)
             .map(|at| self.zeros[by_group(at)])
