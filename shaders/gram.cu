@@ -18,14 +18,6 @@ struct Parameters {
 #define TILE 32u
 #define DEPTH 16u
 
-// Knuth: the sum of two floats and what its rounding loses.
-static __device__ inline float2 add_exactly(float2 sum, float x) {
-    const float high = sum.x + x;
-    const float part = high - sum.x;
-    const float lost = (sum.x - (high - part)) + (x - part);
-    return {high, sum.y + lost};
-}
-
 // DEPTH rows of TILE columns; zeros from column `end` on and beyond the last row.
 static __device__ inline void load_block(
     float (*block)[TILE],

@@ -19,19 +19,6 @@ struct Parameters {
 @group(0) @binding(1) var<storage, read_write> sums: array<vec2<f32>>;
 @group(0) @binding(2) var<uniform> p: Parameters;
 
-// The same number: compilers that reorder sums as if they were exact cannot look through it.
-fn as_it_is(x: f32) -> f32 {
-    return bitcast<f32>(bitcast<u32>(x) ^ p.zero);
-}
-
-// Knuth: the sum of two floats and what its rounding loses.
-fn add_exactly(sum: vec2<f32>, x: f32) -> vec2<f32> {
-    let high = as_it_is(sum.x + x);
-    let part = as_it_is(high - sum.x);
-    let lost = (sum.x - as_it_is(high - part)) + (x - part);
-    return vec2(high, sum.y + lost);
-}
-
 @compute @workgroup_size(64)
 fn gram(
     @builtin(workgroup_id) group: vec3<u32>,
@@ -65,7 +52,7 @@ fn gram(
     for (var r = 0u; r < min(4u, p.count_i - i); r++) {
         for (var c = 0u; c < min(4u, p.n - j); c++) {
             let at = (i + r) * p.n + j + c;
-            sums[at] = add_exactly(sums[at], all[r][c]);
+            sums[at] = add_exactly(sums[at], all[r][c], p.zero);
         }
     }
 }

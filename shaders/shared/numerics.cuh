@@ -79,3 +79,11 @@ static __device__ inline u32 f16_bits(float x) {
     }
     return sign | ((magnitude >> 13) - (112u << 10));
 }
+
+// Knuth: the sum of two floats and what its rounding loses.
+static __device__ inline float2 add_exactly(float2 sum, float x) {
+    const float high = sum.x + x;
+    const float part = high - sum.x;
+    const float lost = (sum.x - (high - part)) + (x - part);
+    return {high, sum.y + lost};
+}

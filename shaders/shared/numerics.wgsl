@@ -76,3 +76,16 @@ fn f16_bits(x: f32) -> u32 {
     }
     return sign | ((magnitude >> 13u) - (112u << 10u));
 }
+
+// The same number: compilers that reorder sums as if they were exact cannot look through a zero that they do not know.
+fn as_it_is(x: f32, zero: u32) -> f32 {
+    return bitcast<f32>(bitcast<u32>(x) ^ zero);
+}
+
+// Knuth: the sum of two floats and what its rounding loses.
+fn add_exactly(sum: vec2<f32>, x: f32, zero: u32) -> vec2<f32> {
+    let high = as_it_is(sum.x + x, zero);
+    let part = as_it_is(high - sum.x, zero);
+    let lost = (sum.x - as_it_is(high - part, zero)) + (x - part);
+    return vec2(high, sum.y + lost);
+}

@@ -176,6 +176,8 @@ kernels! {
     ADD_BIAS = "add_bias", 256 threads, 2 views;
     /// Views: sum (in place), values.
     ADD = "add", 256 threads, 2 views;
+    /// The same with sums in two floats. Views: sums (in place), values.
+    ACCUMULATE = "accumulate", 256 threads, 2 views;
     /// Sets a word where a value is NaN or infinite. Views: values, word.
     IS_FINITE = "is_finite", 256 threads, 2 views;
     /// Views: input, row indices, out.

@@ -62,6 +62,31 @@ impl Device {
         Ok(())
     }
 
+    /// `sums += values` without loss: `sums` are pairs of floats, the large and the small part of each sum.
+    ///
+    /// # Errors
+    /// Device lost.
+    ///
+    /// # Panics
+    /// The lengths do not belong together.
+    pub fn accumulate(&self, sums: &mut Array, values: &Array) -> Result<()> {
+        assert_eq!(sums.len(), 2 * values.len());
+        let kernel = &kernels::ACCUMULATE;
+        let step = self.part_values() / 2;
+        for first in (0..values.len()).step_by(step) {
+            let part = first..values.len().min(first + step);
+            let views = [
+                sums.part(2 * part.start..2 * part.end).0,
+                values.part(part.clone()).0,
+            ];
+            // The last one is a zero that compilers must not know.
+            let parameters = [word(part.len()), 0];
+            let groups = groups_of(part.len(), kernel.threads);
+            self.launch(kernel, groups, &views, &parameters)?;
+        }
+        Ok(())
+    }
+
     /// Whether no value is NaN or infinite; waits for the device.
     ///
     /// # Errors

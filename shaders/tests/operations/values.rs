@@ -68,6 +68,34 @@ fn compare(device: &str, found: &[f32], expected: impl Iterator<Item = f32>) {
 }
 
 #[test]
+fn accumulated_sums_lose_nothing() {
+    for (name, device) in all() {
+        for len in LENGTHS {
+            let (large, small) = (numbers(len, 1), numbers(len, 2));
+            let [first, then] = [&large, &small].map(|values| device.upload(values).unwrap());
+            let mut sums = device.zeros(2 * len).unwrap();
+            let calls = 300;
+            for _ in 0..calls {
+                device.accumulate(&mut sums, &first).unwrap();
+                device.accumulate(&mut sums, &then).unwrap();
+            }
+            let found = device.download(&sums, 0..2 * len).unwrap();
+            for (index, pair) in found.chunks_exact(2).enumerate() {
+                let terms = [large[index], small[index]].map(f64::from);
+                let sum = f64::from(calls) * (terms[0] + terms[1]);
+                let deviation = (f64::from(pair[0]) + f64::from(pair[1]) - sum).abs();
+                let magnitude = f64::from(calls) * (terms[0].abs() + terms[1].abs());
+                // Sums in f32 would be off by 1e-6 and more.
+                assert!(
+                    deviation <= 1e-11 * magnitude,
+                    "{name}: {pair:?} at {index}, expected {sum}"
+                );
+            }
+        }
+    }
+}
+
+#[test]
 fn finite_or_not() {
     for (name, device) in all() {
         for len in [1, 300, 70_001] {

@@ -156,6 +156,23 @@ fn gram() {
 }
 
 #[test]
+fn accumulate() {
+    let (sums, x) = (values(600, 1), values(300, 2));
+    let views = [bits(&sums), bits(&x)];
+    let found = floats(&run(&kernels::ACCUMULATE, 2, &views, &[299, 0])[0]);
+    for (i, pair) in found.chunks_exact(2).take(299).enumerate() {
+        let before = f64::from(sums[2 * i]) + f64::from(sums[2 * i + 1]);
+        let sum = before + f64::from(x[i]);
+        let deviation = (f64::from(pair[0]) + f64::from(pair[1]) - sum).abs();
+        assert!(
+            deviation < 1e-6 * sums[2 * i + 1].abs().max(1e-6) as f64,
+            "{i}: {pair:?}, expected {sum}"
+        );
+    }
+    assert_eq!(found[598..], sums[598..]);
+}
+
+#[test]
 fn rms_norm() {
     for (rows, width) in [(1, 1), (3, 64), (5, 200)] {
         let x = values(rows * width, 1);
