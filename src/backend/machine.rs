@@ -18,7 +18,7 @@ use super::{
 use crate::artifact::{StoredModel, StoredTensor};
 use crate::error::Result;
 use crate::model::config::NemotronHConfig;
-use crate::quantize::feedback::ErrorProducts;
+use crate::quantize::feedback::RowProducts;
 
 /// Where networks are run.
 #[derive(Clone, Default)]
@@ -517,7 +517,7 @@ impl Backend for Machine {
         either!(self, cpu => cpu.cross_gram_sums(width, n), device => device.cross_gram_sums(width, n))
     }
 
-    fn error_products(&self) -> Option<&dyn ErrorProducts> {
-        either!(self, cpu => cpu.error_products(), device => device.error_products())
+    fn row_products(&self) -> Option<&dyn RowProducts> {
+        either!(self, cpu => cpu.row_products(), device => device.row_products())
     }
 }

@@ -18,7 +18,7 @@ use std::ops::Range;
 
 use crate::artifact::StoredTensor;
 use crate::error::Result;
-use crate::quantize::feedback::ErrorProducts;
+use crate::quantize::feedback::RowProducts;
 use activation::Activation;
 use cpu::{Cpu, CpuWeight};
 
@@ -452,7 +452,7 @@ pub trait Backend: Sync {
     }
 
     /// Who multiplies errors while matrices are rounded, if not the CPU.
-    fn error_products(&self) -> Option<&dyn ErrorProducts> {
+    fn row_products(&self) -> Option<&dyn RowProducts> {
         None
     }
 }

@@ -5,7 +5,7 @@
 
 use std::fmt;
 
-use super::feedback::{self, ErrorProducts, Feedback, Rounded};
+use super::feedback::{self, Feedback, Rounded, RowProducts};
 use super::integer::{IntegerGrid, Nearest};
 use super::{ScaleOverflow, is_searched, quantize_rows};
 use crate::backend::cpu::kernels::Isa;
@@ -88,7 +88,7 @@ impl Form {
     /// The machine fails.
     pub fn feed_back_on(
         &self,
-        machine: &dyn ErrorProducts,
+        machine: &dyn RowProducts,
         rows: &[f32],
         how: Feedback,
     ) -> crate::error::Result<(Vec<u8>, Rounded)> {

@@ -8,12 +8,13 @@ use nemoconv::backend::cpu::Residence;
 use nemoconv::backend::cpu::kernels::Isa;
 use nemoconv::backend::device::OpenDevice;
 use nemoconv::backend::{Backend, Machine, Machines};
+use nemoconv::calibrate::second_moments::{CrossMoments, SecondMoments};
 use nemoconv::formats::GgmlType;
 use nemoconv::forward::network::{Network, Sequence};
 use nemoconv::forward::numerics::Numerics;
 use nemoconv::forward::observer::Silent;
 use nemoconv::forward::state::State;
-use nemoconv::quantize::feedback::{Damping, Feedback, InputMoments};
+use nemoconv::quantize::feedback::{Correction, Damping, Feedback, InputMoments};
 use nemoconv::quantize::form::Form;
 use nemoconv_cuda_emu::{Emulator, Order};
 use nemoconv_device::{Device, DeviceName, Found, devices, open};
@@ -198,6 +199,8 @@ fn blocks_on_several_devices_give_what_one_gives() {
 const TIES: f64 = 0.01;
 /// Relative difference of losses.
 const LOSS: f64 = 1e-6;
+/// Largest difference of targets that make up for inputs, as a share of the largest change.
+const TARGETS: f32 = 1e-5;
 
 #[test]
 fn a_matrix_is_rounded_to_the_codes_of_the_cpu() {
@@ -206,13 +209,24 @@ fn a_matrix_is_rounded_to_the_codes_of_the_cpu() {
     // Neighbouring inputs have half in common.
     let inputs: Vec<f64> = (0..n * 2 * n).map(noise).collect();
     let mixed = |row: usize, j: usize| inputs[row * n + j] + inputs[row * n + j / 2];
-    let mut moments = vec![0.0; n * n];
+    let mut seen = SecondMoments::empty(n);
     for i in 0..n {
         for j in i..n {
-            moments[i * n + j] = (0..2 * n).map(|row| mixed(row, i) * mixed(row, j)).sum();
+            seen.sums[i * n + j] = (0..2 * n).map(|row| mixed(row, i) * mixed(row, j)).sum();
         }
     }
-    let moments = InputMoments::new(Isa::detect(), n, &moments, Damping::default()).unwrap();
+    (seen.weight, seen.tokens) = (1.0, 1);
+    let moments = InputMoments::new(Isa::detect(), n, &seen.sums, Damping::default()).unwrap();
+    let cross = CrossMoments {
+        n,
+        sums: (0..n * n).map(|at| 30.0 * noise(at + 5)).collect(),
+        tokens: 1,
+    };
+    let correction = Correction {
+        cross: &cross,
+        seen: &seen,
+        share: 1.0,
+    };
     let weights: Vec<f32> = (0..count * n).map(|at| noise(at + 77) as f32).collect();
     let path = nemoconv_fixtures::nano();
     let model = StoredModel::open(path.to_str().unwrap()).unwrap();
@@ -223,7 +237,7 @@ fn a_matrix_is_rounded_to_the_codes_of_the_cpu() {
     ];
     for (name, machines) in machines() {
         let machine = machines.without_weights(0, model.config());
-        let products = machine.error_products().unwrap();
+        let products = machine.row_products().unwrap();
         for form in forms {
             for passes in [0, 3] {
                 let how = Feedback::of_inputs(&moments, passes);
@@ -237,6 +251,26 @@ fn a_matrix_is_rounded_to_the_codes_of_the_cpu() {
                 assert!(change <= LOSS, "{name} {form}: {change}");
             }
         }
+
+        let corrected = correction.apply(Isa::detect(), &weights, &moments);
+        let found = correction.apply_on(products, &weights, &moments).unwrap();
+        let [change, deviation] = [&weights, &found].map(|rows| {
+            let pairs = corrected.iter().zip(rows);
+            pairs.map(|(a, b)| (a - b).abs()).fold(0.0, f32::max)
+        });
+        println!("{name}, targets: {deviation:.1e} beside changes of {change:.1e}");
+        assert!(deviation <= TARGETS * change, "{name}: {deviation}");
+
+        let factored = InputMoments::on(products, n, &seen.sums, Damping::default());
+        let factored = factored.unwrap().unwrap();
+        let [here, there] = [&moments, &factored].map(|moments| {
+            let how = Feedback::of_inputs(moments, 0);
+            forms[0].feed_back(Isa::detect(), &weights, how).0
+        });
+        let differing = here.iter().zip(&there).filter(|(a, b)| a != b).count();
+        let share = differing as f64 / here.len() as f64;
+        println!("{name}, factor: {share:.5} of codes differ");
+        assert!(share <= TIES, "{name}: {share}");
     }
 }
 

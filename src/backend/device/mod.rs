@@ -18,7 +18,7 @@ use super::{
 use crate::artifact::StoredTensor;
 use crate::backend::ExpertRows;
 use crate::error::{Error, Result};
-use crate::quantize::feedback::ErrorProducts;
+use crate::quantize::feedback::RowProducts;
 use nemoconv_device::{
     Array, AttentionLayout, Bytes, ConvLayout, Device, DeviceError, Family, IntegerLayout,
     MatmulLayout, Packing, Rounding, ScanLayout, can_dequantize,
@@ -578,7 +578,7 @@ impl Backend for OnDevice {
         Ok(sums.map(|sums| Box::new(sums) as _))
     }
 
-    fn error_products(&self) -> Option<&dyn ErrorProducts> {
+    fn row_products(&self) -> Option<&dyn RowProducts> {
         Some(self)
     }
 }

@@ -1,6 +1,6 @@
-//! What stays on a device while a matrix is calibrated and rounded: sums of products of inputs, errors.
+//! What stays on a device while a matrix is calibrated and rounded: sums of products of inputs, rows that are multiplied.
 //!
-//! Enters: rows of inputs, errors of columns. Leaves: sums in f64, products of errors. Knows no weights.
+//! Enters: rows of inputs, columns of rows to hold. Leaves: sums in f64, products. Knows no weights.
 
 use std::ops::Range;
 
@@ -10,7 +10,7 @@ use rayon::prelude::*;
 use super::{OnDevice, TILE_BYTES};
 use crate::backend::ProductSums;
 use crate::error::Result;
-use crate::quantize::feedback::{ErrorProducts, Errors};
+use crate::quantize::feedback::{HeldRows, RowProducts, SUMMED_COLUMNS};
 
 /// Sums that a thread of this computer takes at a time.
 const SUMMED: usize = 1 << 16;
@@ -117,9 +117,9 @@ impl ProductSums for CrossGramOnDevice<'_> {
     }
 }
 
-impl ErrorProducts for OnDevice {
-    fn begin(&self, rows: usize, columns: usize) -> Result<Box<dyn Errors + '_>> {
-        Ok(Box::new(ErrorsOnDevice {
+impl RowProducts for OnDevice {
+    fn hold(&self, rows: usize, columns: usize) -> Result<Box<dyn HeldRows + '_>> {
+        Ok(Box::new(RowsOnDevice {
             on: self,
             rows,
             values: self.device().zeros(rows * columns)?,
@@ -127,37 +127,76 @@ impl ErrorProducts for OnDevice {
     }
 }
 
-/// Errors of a matrix while it is rounded, `[column, row]`: a chunk of columns is one piece.
-struct ErrorsOnDevice<'a> {
+/// Rows that are multiplied where they are, `[column, row]`: a chunk of columns is one piece.
+struct RowsOnDevice<'a> {
     on: &'a OnDevice,
     rows: usize,
     values: Array,
 }
 
-impl Errors for ErrorsOnDevice<'_> {
-    fn set(&mut self, first: usize, errors: &[f32]) -> Result<()> {
+impl RowsOnDevice<'_> {
+    /// As many columns as one view may span.
+    fn columns_in_a_view(&self) -> usize {
+        let limits = self.on.device().description().limits;
+        let values = (limits.view_bytes - limits.view_alignment) / 4;
+        (values as usize / self.rows.max(1)).max(1)
+    }
+
+    /// Columns `columns` times rows of `part` from `first_row` on, `[width, row]`.
+    fn product(
+        &self,
+        columns: Range<usize>,
+        (part, first_row): (&Array, usize),
+        beta: f32,
+        out: &mut Array,
+    ) -> Result<()> {
+        let width = out.len() / self.rows.max(1);
+        let layout = MatmulLayout {
+            a: [first_row * width, 1, width],
+            b: [columns.start * self.rows, self.rows, 1],
+            beta,
+            ..MatmulLayout::linear(width, columns.len(), self.rows, 0, self.rows)
+        };
+        Ok(self.on.device().matmul(&layout, part, &self.values, out)?)
+    }
+}
+
+impl HeldRows for RowsOnDevice<'_> {
+    fn set(&mut self, first: usize, columns: &[f32]) -> Result<()> {
         let at = first * self.rows;
-        Ok(self.on.device().write(&mut self.values, at, errors)?)
+        Ok(self.on.device().write(&mut self.values, at, columns)?)
     }
 
     fn times(&mut self, inputs: Range<usize>, part: &[f32], width: usize) -> Result<Vec<f32>> {
-        let device = self.on.counted("error_products");
+        let device = self.on.counted("row_products");
         let part = device.upload(part)?;
         let mut out = device.zeros(width * self.rows)?;
-        // As many columns of errors as one view may span.
-        let limits = device.description().limits;
-        let values = (limits.view_bytes - limits.view_alignment) / 4;
-        let step = (values as usize / self.rows).max(1);
+        let step = self.columns_in_a_view();
         for first in inputs.clone().step_by(step) {
-            let count = step.min(inputs.end - first);
-            let layout = MatmulLayout {
-                a: [(first - inputs.start) * width, 1, width],
-                b: [first * self.rows, self.rows, 1],
-                beta: 1.0,
-                ..MatmulLayout::linear(width, count, self.rows, 0, self.rows)
-            };
-            device.matmul(&layout, &part, &self.values, &mut out)?;
+            let columns = first..inputs.end.min(first + step);
+            self.product(columns, (&part, first - inputs.start), 1.0, &mut out)?;
         }
         Ok(device.download_all(&out)?)
+    }
+
+    fn times_exactly(
+        &mut self,
+        inputs: Range<usize>,
+        part: &[f32],
+        width: usize,
+    ) -> Result<Vec<f64>> {
+        let device = self.on.counted("exact_row_products");
+        let part = device.upload(part)?;
+        let mut sums = device.zeros(2 * width * self.rows)?;
+        let mut product = device.uninitialized(width * self.rows)?;
+        let step = self.columns_in_a_view().min(SUMMED_COLUMNS);
+        for first in inputs.clone().step_by(step) {
+            let columns = first..inputs.end.min(first + step);
+            self.product(columns, (&part, first - inputs.start), 0.0, &mut product)?;
+            device.accumulate(&mut sums, &product)?;
+        }
+        let found = device.download_all(&sums)?;
+        let sum = |pair: &[f32]| f64::from(pair[0]) + f64::from(pair[1]);
+        Ok(found.par_chunks_exact(2).map(sum).collect())
     }
 }

@@ -361,8 +361,12 @@ impl Rows<'_> {
         };
         let matrix = shrunk(&seen.moments, prior);
         let damping = self.job.rounding.damping();
-        let Some(moments) = InputMoments::new(self.job.isa(), self.columns, &matrix, damping)
-        else {
+        let moments = match self.machine.row_products() {
+            Some(machine) => InputMoments::on(machine, self.columns, &matrix, damping)?,
+            None => InputMoments::new(self.job.isa(), self.columns, &matrix, damping),
+        };
+        drop(matrix);
+        let Some(moments) = moments else {
             return Ok(unknown(rtn, Treatment::Fallback, rtn_overflows));
         };
         let (bytes, treatment, overflows) = match self.job.rounding.method {
@@ -394,21 +398,29 @@ impl Rows<'_> {
 
     fn feed_back(&self, seen: &Seen, moments: &InputMoments) -> Result<(Vec<u8>, u64)> {
         let beta = self.job.rounding.target_correction;
-        let corrected = seen.cross.as_ref().filter(|_| beta > 0.0).map(|cross| {
-            let correction = Correction {
-                cross,
-                seen: &seen.moments,
-                share: beta,
-            };
-            correction.apply(self.job.isa(), self.values, moments)
+        let cross = seen.cross.as_ref().filter(|_| beta > 0.0);
+        let correction = cross.map(|cross| Correction {
+            cross,
+            seen: &seen.moments,
+            share: beta,
         });
+        let machine = self.machine.row_products();
+        let corrected = match (correction, machine) {
+            (None, _) => None,
+            (Some(correction), Some(machine)) => {
+                Some(correction.apply_on(machine, self.values, moments)?)
+            }
+            (Some(correction), None) => {
+                Some(correction.apply(self.job.isa(), self.values, moments))
+            }
+        };
         let rows = corrected.as_deref().unwrap_or(self.values);
         let how = Feedback {
             moments,
             outputs: self.outputs,
             passes: self.job.rounding.passes,
         };
-        let (bytes, rounded) = match self.machine.error_products() {
+        let (bytes, rounded) = match machine {
             Some(machine) => self.form.feed_back_on(machine, rows, how)?,
             None => self.form.feed_back(self.job.isa(), rows, how),
         };
@@ -429,7 +441,7 @@ impl Rows<'_> {
     }
 
     fn loss_of(&self, errors: &[f32], moments: &InputMoments) -> Result<f64> {
-        let loss = match self.machine.error_products() {
+        let loss = match self.machine.row_products() {
             Some(machine) => feedback::loss_on(machine, errors, moments)?,
             None => feedback::loss(self.job.isa(), errors, moments),
         };

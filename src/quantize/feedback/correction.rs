@@ -9,10 +9,12 @@
 
 use rayon::prelude::*;
 
-use super::{InputMoments, triangular};
+use super::held::RowProducts;
+use super::{InputMoments, chunks, triangular};
 use crate::backend::cpu::gram::{CHUNK_ROWS, Columns, products};
 use crate::backend::cpu::kernels::Isa;
 use crate::calibrate::second_moments::{CrossMoments, SecondMoments};
+use crate::error::Result;
 
 /// What is known of a layer's inputs in both networks.
 #[derive(Debug, Clone, Copy)]
@@ -28,17 +30,41 @@ pub struct Correction<'a> {
 impl Correction<'_> {
     /// The corrected rows, `[n, in_features]`; `moments` are those of [`Self::seen`], made ready for rounding.
     pub fn apply(&self, isa: Isa, rows: &[f32], moments: &InputMoments) -> Vec<f32> {
-        let n = moments.in_features();
-        let count = rows.len() / n;
-        if count == 0 {
+        if rows.is_empty() {
             return Vec::new();
         }
         let differences = differences(self.cross, self.seen, moments.unit);
-        let mut pulls = pulls(isa, rows, &differences, n);
+        let mut pulls = pulls(isa, rows, &differences, moments.in_features());
         drop(differences);
         triangular::solve(isa, &moments.factor, &mut pulls);
+        self.corrected(rows, &pulls, moments.in_features())
+    }
+
+    /// The same, with products on another machine.
+    ///
+    /// # Errors
+    /// The machine fails.
+    pub fn apply_on(
+        &self,
+        machine: &dyn RowProducts,
+        rows: &[f32],
+        moments: &InputMoments,
+    ) -> Result<Vec<f32>> {
+        if rows.is_empty() {
+            return Ok(Vec::new());
+        }
+        let differences = differences(self.cross, self.seen, moments.unit);
+        let mut pulls = pulls_on(machine, rows, &differences, moments.in_features())?;
+        drop(differences);
+        triangular::solve_on(machine, &moments.factor, &mut pulls)?;
+        Ok(self.corrected(rows, &pulls, moments.in_features()))
+    }
+
+    /// `pulls`: `[in_features, n]`.
+    fn corrected(&self, rows: &[f32], pulls: &[f64], in_features: usize) -> Vec<f32> {
+        let count = rows.len() / in_features;
         let mut corrected = rows.to_vec();
-        let lines = corrected.par_chunks_exact_mut(n).enumerate();
+        let lines = corrected.par_chunks_exact_mut(in_features).enumerate();
         lines.for_each(|(i, row)| {
             let pulls = pulls[i..].iter().step_by(count);
             row.iter_mut()
@@ -64,14 +90,7 @@ fn differences(cross: &CrossMoments, seen: &SecondMoments, unit: f64) -> Vec<f32
 /// `W (C - M)`, transposed: `[in_features, n]`.
 fn pulls(isa: Isa, rows: &[f32], differences: &[f32], n: usize) -> Vec<f64> {
     let count = rows.len() / n;
-    let mut transposed = vec![0.0; rows.len()];
-    let lines = transposed.par_chunks_exact_mut(count).enumerate();
-    lines.for_each(|(k, line)| {
-        let column = rows[k..].iter().step_by(n);
-        line.iter_mut()
-            .zip(column)
-            .for_each(|(out, value)| *out = *value);
-    });
+    let transposed = transposed(rows, n);
     let columns = |values, stride| Columns {
         values,
         stride,
@@ -94,4 +113,38 @@ fn pulls(isa: Isa, rows: &[f32], differences: &[f32], n: usize) -> Vec<f64> {
         );
     }
     out
+}
+
+/// The same, on another machine.
+fn pulls_on(
+    machine: &dyn RowProducts,
+    rows: &[f32],
+    differences: &[f32],
+    n: usize,
+) -> Result<Vec<f64>> {
+    let mut weights = machine.hold(rows.len() / n, n)?;
+    weights.set(0, &transposed(rows, n))?;
+    let mut out = Vec::with_capacity(rows.len());
+    for columns in chunks(n) {
+        let lines = differences.par_chunks_exact(n);
+        let part: Vec<f32> = lines
+            .flat_map_iter(|line| line[columns.clone()].iter().copied())
+            .collect();
+        out.extend(weights.times_exactly(0..n, &part, columns.len())?);
+    }
+    Ok(out)
+}
+
+/// `[count, n]` to `[n, count]`.
+fn transposed(rows: &[f32], n: usize) -> Vec<f32> {
+    let count = rows.len() / n;
+    let mut transposed = vec![0.0; rows.len()];
+    let lines = transposed.par_chunks_exact_mut(count).enumerate();
+    lines.for_each(|(k, line)| {
+        let column = rows[k..].iter().step_by(n);
+        line.iter_mut()
+            .zip(column)
+            .for_each(|(out, value)| *out = *value);
+    });
+    transposed
 }

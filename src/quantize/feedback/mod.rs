@@ -11,6 +11,7 @@ pub mod cholesky;
 mod correction;
 mod descent;
 mod grid;
+mod held;
 mod integer_grid;
 mod moments;
 mod outputs;
@@ -35,9 +36,10 @@ use cholesky::{STRIP, Strips};
 pub use correction::Correction;
 use descent::Pass;
 use grid::{FeedbackGrid, RoundedRow};
+pub use held::{HeldRows, RowProducts, SUMMED_COLUMNS};
 pub use moments::{Damping, InputMoments};
 pub use outputs::OutputFactor;
-pub use remote::{ErrorProducts, Errors};
+
 use sweep::{FirstPass, Half, ROWS, Row};
 
 /// Columns that are rounded between two products with everything before them: a multiple of every block.
@@ -115,7 +117,7 @@ pub fn quantize_rows(
 /// # Panics
 /// As [`quantize_rows`].
 pub fn quantize_rows_on(
-    machine: &dyn ErrorProducts,
+    machine: &dyn RowProducts,
     ty: GgmlType,
     rows: &[f32],
     how: Feedback,
@@ -156,7 +158,7 @@ pub fn quantize_integers(
 /// # Panics
 /// As [`quantize_integers`].
 pub fn quantize_integers_on(
-    machine: &dyn ErrorProducts,
+    machine: &dyn RowProducts,
     grid: IntegerGrid,
     rows: &[f32],
     how: Feedback,
@@ -169,7 +171,7 @@ pub fn quantize_integers_on(
 ///
 /// # Errors
 /// The machine fails.
-pub fn loss_on(machine: &dyn ErrorProducts, errors: &[f32], moments: &InputMoments) -> Result<f64> {
+pub fn loss_on(machine: &dyn RowProducts, errors: &[f32], moments: &InputMoments) -> Result<f64> {
     remote::loss(machine, errors, &moments.matrix)
 }
 
@@ -214,7 +216,7 @@ struct Job<'a> {
     isa: Isa,
     how: Feedback<'a>,
     /// Who multiplies errors, if not this computer.
-    machine: Option<&'a dyn ErrorProducts>,
+    machine: Option<&'a dyn RowProducts>,
 }
 
 /// Why rounding on this computer's threads gives a result.
@@ -260,7 +262,7 @@ impl<'a> Job<'a> {
         }
     }
 
-    fn on(machine: &'a dyn ErrorProducts, how: Feedback<'a>) -> Self {
+    fn on(machine: &'a dyn RowProducts, how: Feedback<'a>) -> Self {
         Self {
             isa: Isa::detect(),
             how,

@@ -4,8 +4,11 @@
 
 use rayon::prelude::*;
 
-use super::cholesky::{Factor, Strips, factor};
+use super::HERE;
+use super::cholesky::{Factor, Strips, factor, factor_on};
+use super::held::RowProducts;
 use crate::backend::cpu::kernels::Isa;
+use crate::error::Result;
 
 /// What is added to the diagonal of M, as a share of its mean.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -44,44 +47,87 @@ impl InputMoments {
     ///
     /// Gives `None` where it holds values that are no numbers, is zero, or is not positive definite with any damping.
     pub fn new(isa: Isa, n: usize, matrix: &[f64], damping: Damping) -> Option<Self> {
+        let matrix = Moments::new(n, matrix)?;
+        let factor = |damping| Ok(factor(isa, n, |i, j| matrix.upper(i, j, damping)));
+        matrix.factored(damping, factor).expect(HERE)
+    }
+
+    /// The same, with products on another machine.
+    ///
+    /// # Errors
+    /// The machine fails.
+    pub fn on(
+        machine: &dyn RowProducts,
+        n: usize,
+        matrix: &[f64],
+        damping: Damping,
+    ) -> Result<Option<Self>> {
+        let Some(matrix) = Moments::new(n, matrix) else {
+            return Ok(None);
+        };
+        let factor = |damping| factor_on(machine, n, |i, j| matrix.upper(i, j, damping));
+        matrix.factored(damping, factor)
+    }
+
+    /// `in_features`.
+    pub fn in_features(&self) -> usize {
+        self.matrix.n()
+    }
+}
+
+/// Second moments that could be factored.
+struct Moments<'a> {
+    n: usize,
+    matrix: &'a [f64],
+    /// The mean of the diagonal.
+    unit: f64,
+}
+
+impl<'a> Moments<'a> {
+    fn new(n: usize, matrix: &'a [f64]) -> Option<Self> {
         assert_eq!(matrix.len(), n * n);
         let diagonal = || (0..n).map(|j| matrix[j * n + j]);
         let unit = diagonal().sum::<f64>() / n as f64;
         if !(unit.is_finite() && unit > 0.0) || diagonal().any(|x| x < 0.0) {
             return None;
         }
-        // Row i, column j with i <= j.
-        let upper = |i: usize, j: usize, damping: f64| {
-            let stored = matrix[i * n + j] / unit;
-            match i == j {
-                true => ((if stored == 0.0 { 1.0 } else { stored }) + damping) as f32,
-                false => stored as f32,
-            }
-        };
-        let is_number = |i: usize| (i..n).all(|j| upper(i, j, 0.0).is_finite());
-        if !(0..n).into_par_iter().all(is_number) {
-            return None;
-        }
-        let mut tried = damping.first;
-        loop {
-            if let Some(factor) = factor(isa, n, |i, j| upper(i, j, tried)) {
-                return Some(Self {
-                    matrix: Strips::new(n, |i, j| upper(i.min(j), i.max(j), tried)),
-                    factor,
-                    unit,
-                    damping: tried,
-                    dead_inputs: diagonal().filter(|x| *x == 0.0).count(),
-                });
-            }
-            if tried >= damping.last {
-                return None;
-            }
-            tried = (tried * 10.0).max(1e-6);
+        let moments = Self { n, matrix, unit };
+        let is_number = |i: usize| (i..n).all(|j| moments.upper(i, j, 0.0).is_finite());
+        (0..n).into_par_iter().all(is_number).then_some(moments)
+    }
+
+    /// Row i, column j with i <= j, in units of the mean diagonal.
+    #[inline(always)]
+    fn upper(&self, i: usize, j: usize, damping: f64) -> f32 {
+        let stored = self.matrix[i * self.n + j] / self.unit;
+        match i == j {
+            true => ((if stored == 0.0 { 1.0 } else { stored }) + damping) as f32,
+            false => stored as f32,
         }
     }
 
-    /// `in_features`.
-    pub fn in_features(&self) -> usize {
-        self.matrix.n()
+    /// With as little damping as `factor` needs.
+    fn factored(
+        &self,
+        damping: Damping,
+        factor: impl Fn(f64) -> Result<Option<Factor>>,
+    ) -> Result<Option<InputMoments>> {
+        let n = self.n;
+        let mut tried = damping.first;
+        loop {
+            if let Some(factor) = factor(tried)? {
+                return Ok(Some(InputMoments {
+                    matrix: Strips::new(n, |i, j| self.upper(i.min(j), i.max(j), tried)),
+                    factor,
+                    unit: self.unit,
+                    damping: tried,
+                    dead_inputs: (0..n).filter(|j| self.matrix[j * n + j] == 0.0).count(),
+                }));
+            }
+            if tried >= damping.last {
+                return Ok(None);
+            }
+            tried = (tried * 10.0).max(1e-6);
+        }
     }
 }

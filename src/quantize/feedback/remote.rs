@@ -9,44 +9,21 @@ use rayon::prelude::*;
 
 use super::cholesky::Strips;
 use super::grid::FeedbackGrid;
+use super::held::{HeldRows, RowProducts};
 use super::sweep::{Half, ROWS, Row};
 use super::{Job, Rounded, chunks, halves_of, loss_in, pack_panel};
 use crate::backend::cpu::kernels::FLOAT_ROWS;
 use crate::error::Result;
 
-/// A machine that multiplies errors with matrices.
-pub trait ErrorProducts: Sync {
-    /// Errors of `rows` rows and `columns` columns, all zero.
-    ///
-    /// # Errors
-    /// The machine fails.
-    fn begin(&self, rows: usize, columns: usize) -> Result<Box<dyn Errors + '_>>;
-}
-
-/// Errors on a machine.
-pub trait Errors {
-    /// Errors of columns from `first` on are these now, `[column, row]`.
-    ///
-    /// # Errors
-    /// The machine fails.
-    fn set(&mut self, first: usize, errors: &[f32]) -> Result<()>;
-
-    /// `sum over k of errors[row][k] part[k][j]` for the columns k of `inputs`: `part [inputs, width]` gives `[width, row]`.
-    ///
-    /// # Errors
-    /// The machine fails.
-    fn times(&mut self, inputs: Range<usize>, part: &[f32], width: usize) -> Result<Vec<f32>>;
-}
-
 /// Rows that are rounded together, and their errors on the machine.
 struct Panels<'m> {
     halves: Vec<[Half; 2]>,
-    errors: Box<dyn Errors + 'm>,
+    errors: Box<dyn HeldRows + 'm>,
 }
 
 impl<'m> Panels<'m> {
     fn new(
-        machine: &'m dyn ErrorProducts,
+        machine: &'m dyn RowProducts,
         rows: &[f32],
         columns: usize,
         half: impl Fn(&[&[f32]]) -> Half + Sync,
@@ -58,7 +35,7 @@ impl<'m> Panels<'m> {
                 halves_of(&rows).map(&half)
             })
             .collect();
-        let errors = machine.begin(halves.len() * FLOAT_ROWS, columns)?;
+        let errors = machine.hold(halves.len() * FLOAT_ROWS, columns)?;
         Ok(Self { halves, errors })
     }
 
@@ -117,7 +94,7 @@ impl Job<'_> {
     /// Rows that are rounded without regard to each other.
     pub(super) fn panels_on<G: FeedbackGrid, const SUB: usize>(
         &self,
-        machine: &dyn ErrorProducts,
+        machine: &dyn RowProducts,
         grid: &G,
         rows: &[f32],
         out: &mut [u8],
@@ -162,7 +139,7 @@ impl Job<'_> {
 }
 
 /// `tr(E M E^T)` for errors of whole rows, `[n, in_features]`.
-pub(super) fn loss(machine: &dyn ErrorProducts, errors: &[f32], matrix: &Strips) -> Result<f64> {
+pub(super) fn loss(machine: &dyn RowProducts, errors: &[f32], matrix: &Strips) -> Result<f64> {
     let columns = matrix.n();
     let of_errors = |rows: &[&[f32]]| Half::of_errors(rows, columns);
     let mut panels = Panels::new(machine, errors, columns, of_errors)?;

@@ -1,6 +1,7 @@
 use super::super::form::Form;
 use super::super::integer::ScaleFloat;
 use super::*;
+use crate::calibrate::second_moments::{CrossMoments, SecondMoments};
 
 /// Numbers that look like noise.
 struct Noise(u64);
@@ -374,19 +375,19 @@ fn outputs_that_have_nothing_in_common_change_nothing() {
 /// Multiplies errors in f64, so that sums are rounded otherwise than here.
 struct Twin;
 
-struct TwinErrors {
+struct TwinRows {
     rows: usize,
     values: Vec<f32>,
 }
 
-impl ErrorProducts for Twin {
-    fn begin(&self, rows: usize, columns: usize) -> Result<Box<dyn Errors + '_>> {
+impl RowProducts for Twin {
+    fn hold(&self, rows: usize, columns: usize) -> Result<Box<dyn HeldRows + '_>> {
         let values = vec![0.0; rows * columns];
-        Ok(Box::new(TwinErrors { rows, values }))
+        Ok(Box::new(TwinRows { rows, values }))
     }
 }
 
-impl Errors for TwinErrors {
+impl HeldRows for TwinRows {
     fn set(&mut self, first: usize, errors: &[f32]) -> Result<()> {
         self.values[first * self.rows..][..errors.len()].copy_from_slice(errors);
         Ok(())
@@ -432,4 +433,91 @@ fn products_of_another_machine_give_the_same_codes_but_for_ties() {
             assert!((loss - expected).abs() < 1e-6 * expected);
         }
     }
+}
+
+/// Second moments of a walk that forgets, `[n, n]`.
+fn of_neighbours(n: usize, kept: f64) -> Vec<f64> {
+    let size = |i: usize| 1.0 + (i % 7) as f64;
+    let places = (0..n).flat_map(|i| (0..n).map(move |j| (i, j)));
+    places
+        .map(|(i, j)| size(i) * size(j) * kept.powi(i.abs_diff(j) as i32))
+        .collect()
+}
+
+#[test]
+fn another_machine_factors_as_this_one() {
+    // More than is summed at a time, and no whole number of blocks.
+    let n = SUMMED_COLUMNS + 301;
+    let matrix = of_neighbours(n, 0.9);
+    let here = InputMoments::new(Isa::detect(), n, &matrix, Damping::default()).unwrap();
+    let there = InputMoments::on(&Twin, n, &matrix, Damping::default());
+    let there = there.unwrap().unwrap();
+    for j in 0..n {
+        let pivots = [&here, &there].map(|moments| moments.factor.pivots[j]);
+        assert!(
+            (pivots[0] / pivots[1] - 1.0).abs() < 1e-5,
+            "{j}: {pivots:?}"
+        );
+        for i in 0..n {
+            let shares = [&here, &there].map(|moments| moments.factor.feedback.at(i, j));
+            assert!((shares[0] - shares[1]).abs() < 1e-5, "{i} {j}: {shares:?}");
+        }
+    }
+    assert_eq!((here.unit, here.damping), (there.unit, there.damping));
+
+    let mut broken = matrix;
+    broken[(n / 2) * (n + 1)] *= 1e-3;
+    assert!(
+        InputMoments::on(&Twin, n, &broken, NO_DAMPING)
+            .unwrap()
+            .is_none()
+    );
+    broken[3] = f64::NAN;
+    assert!(
+        InputMoments::on(&Twin, n, &broken, NO_DAMPING)
+            .unwrap()
+            .is_none()
+    );
+}
+
+const NO_DAMPING: Damping = Damping {
+    first: 0.0,
+    last: 0.0,
+};
+
+#[test]
+fn another_machine_finds_the_same_targets() {
+    let (n, count) = (SUMMED_COLUMNS + 301, 45);
+    let (matrix, crossed) = (of_neighbours(n, 0.9), of_neighbours(n, 0.8));
+    let moments = InputMoments::new(Isa::detect(), n, &matrix, Damping::default()).unwrap();
+    let rows = weights(count, n);
+    let correction = Correction {
+        cross: &CrossMoments {
+            n,
+            sums: crossed,
+            tokens: 1,
+        },
+        seen: &SecondMoments {
+            n,
+            sums: matrix,
+            weight: 1.0,
+            tokens: 1,
+        },
+        share: 1.0,
+    };
+    let here = correction.apply(Isa::detect(), &rows, &moments);
+    let there = correction.apply_on(&Twin, &rows, &moments).unwrap();
+    let differences = |other: &[f32]| {
+        let pairs = here.iter().zip(other);
+        pairs.map(|(a, b)| (a - b).abs()).fold(0.0, f32::max)
+    };
+    assert!(differences(&there) < 1e-5 * differences(&rows));
+    assert!(differences(&rows) > 1e-3);
+    assert!(
+        correction
+            .apply_on(&Twin, &[], &moments)
+            .unwrap()
+            .is_empty()
+    );
+    assert!(correction.apply(Isa::detect(), &[], &moments).is_empty());
 }

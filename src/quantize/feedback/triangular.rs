@@ -8,10 +8,13 @@ use std::ops::Range;
 
 use rayon::prelude::*;
 
+use super::HERE;
 use super::cholesky::{Factor, subtract_scaled};
+use super::held::{HeldRows, RowProducts};
 use crate::backend::cpu::gram::{Columns, products};
 use crate::backend::cpu::kernels::Isa;
 use crate::backend::cpu::shared_rows::SharedRows;
+use crate::error::Result;
 
 /// Rows that take what others explain together.
 const BLOCK: usize = 128;
@@ -22,22 +25,38 @@ const SOLVED_COLUMNS: usize = 64;
 
 /// Replaces `x [n, count]` by `M^-1 x`.
 pub fn solve(isa: Isa, factor: &Factor, x: &mut [f64]) {
+    let count = x.len() / factor.pivots.len();
+    let values = vec![0.0; x.len()];
+    solve_with(isa, factor, x, &mut Here { isa, values, count }).expect(HERE);
+}
+
+/// The same, with products on another machine.
+///
+/// # Errors
+/// The machine fails.
+pub fn solve_on(machine: &dyn RowProducts, factor: &Factor, x: &mut [f64]) -> Result<()> {
+    let n = factor.pivots.len();
+    let mut held = There(machine.hold(x.len() / n, n)?);
+    solve_with(Isa::detect(), factor, x, &mut held)
+}
+
+fn solve_with(
+    isa: Isa,
+    factor: &Factor,
+    x: &mut [f64],
+    solved: &mut impl SolvedRows,
+) -> Result<()> {
     let n = factor.pivots.len();
     let count = x.len() / n;
-    if count == 0 {
-        return;
-    }
-    let mut solved = vec![0.0f32; x.len()];
     // T z = a, from the last row to the first.
     for block in blocks(n).rev() {
         let rows = &mut x[block.start * count..block.end * count];
-        let below = &solved[block.end * count..];
         let coefficient = |j: usize, k: usize| factor.feedback.at(j, k);
-        subtract(isa, (below, block.end), (rows, &block), count, coefficient);
+        subtract(solved, block.end..n, rows, &block, coefficient)?;
         let needs = |j: usize| j + 1..block.end;
         let order = block.clone().rev();
         within(isa, rows, &block, count, order, needs, coefficient);
-        keep(rows, &mut solved[block.start * count..]);
+        solved.keep(block.start, rows)?;
     }
     let rows = x.par_chunks_exact_mut(count).zip(&factor.pivots);
     rows.for_each(|(row, pivot)| {
@@ -46,20 +65,14 @@ pub fn solve(isa: Isa, factor: &Factor, x: &mut [f64]) {
     // T^T y = z, from the first to the last.
     for block in blocks(n) {
         let rows = &mut x[block.start * count..block.end * count];
-        let before = &solved[..block.start * count];
         let coefficient = |j: usize, k: usize| factor.feedback.at(k, j);
-        subtract(isa, (before, 0), (rows, &block), count, coefficient);
+        subtract(solved, 0..block.start, rows, &block, coefficient)?;
         let needs = |j: usize| block.start..j;
         let order = block.clone();
         within(isa, rows, &block, count, order, needs, coefficient);
-        keep(rows, &mut solved[block.start * count..]);
+        solved.keep(block.start, rows)?;
     }
-}
-
-/// Solved rows, for products.
-fn keep(rows: &[f64], solved: &mut [f32]) {
-    let pairs = solved.iter_mut().zip(rows);
-    pairs.for_each(|(solved, x)| *solved = *x as f32);
+    Ok(())
 }
 
 fn blocks(n: usize) -> impl DoubleEndedIterator<Item = Range<usize>> {
@@ -67,31 +80,107 @@ fn blocks(n: usize) -> impl DoubleEndedIterator<Item = Range<usize>> {
     begins.map(move |begin| begin..n.min(begin + BLOCK))
 }
 
-/// Takes from the rows of a block what solved rows explain, which begin with row `first`.
+/// Takes from the rows of a block what solved rows explain.
 fn subtract(
-    isa: Isa,
-    (solved, first): (&[f32], usize),
-    (rows, block): (&mut [f64], &Range<usize>),
-    count: usize,
+    solved: &mut impl SolvedRows,
+    explaining: Range<usize>,
+    rows: &mut [f64],
+    block: &Range<usize>,
     coefficient: impl Fn(usize, usize) -> f32 + Sync,
-) {
-    let height = solved.len() / count;
-    let mut coefficients = vec![0.0; height * block.len()];
+) -> Result<()> {
+    if explaining.is_empty() {
+        return Ok(());
+    }
+    let mut coefficients = vec![0.0; explaining.len() * block.len()];
     let lines = coefficients.par_chunks_exact_mut(block.len()).enumerate();
     lines.for_each(|(k, line)| {
         let line = line.iter_mut().zip(block.clone());
-        line.for_each(|(value, j)| *value = coefficient(j, first + k));
+        line.for_each(|(value, j)| *value = coefficient(j, explaining.start + k));
     });
-    let columns = |values, stride| Columns {
-        values,
-        stride,
-        range: 0..stride,
-    };
-    let (solved, coefficients) = (columns(solved, count), columns(&coefficients, block.len()));
-    let take = |out: &mut f64, sum: f32| *out -= f64::from(sum);
-    for begin in (0..height).step_by(CHUNK) {
-        let chunk = begin..height.min(begin + CHUNK);
-        products(isa, chunk, &solved, &coefficients, false, rows, count, take);
+    solved.subtract(explaining, &coefficients, block.len(), rows)
+}
+
+/// Solved rows, for products.
+trait SolvedRows {
+    /// Takes `sum over k of coefficients[k][j] solved[k]` from row j: `coefficients [explaining, width]`, `rows [width, count]`.
+    fn subtract(
+        &mut self,
+        explaining: Range<usize>,
+        coefficients: &[f32],
+        width: usize,
+        rows: &mut [f64],
+    ) -> Result<()>;
+
+    /// Rows from `first` on are these.
+    fn keep(&mut self, first: usize, rows: &[f64]) -> Result<()>;
+}
+
+/// On this computer: `[n, count]`.
+struct Here {
+    isa: Isa,
+    values: Vec<f32>,
+    count: usize,
+}
+
+impl SolvedRows for Here {
+    fn subtract(
+        &mut self,
+        explaining: Range<usize>,
+        coefficients: &[f32],
+        width: usize,
+        rows: &mut [f64],
+    ) -> Result<()> {
+        let columns = |values, stride| Columns {
+            values,
+            stride,
+            range: 0..stride,
+        };
+        let solved = &self.values[explaining.start * self.count..explaining.end * self.count];
+        let (solved, coefficients) = (columns(solved, self.count), columns(coefficients, width));
+        let take = |out: &mut f64, sum: f32| *out -= f64::from(sum);
+        for begin in (0..explaining.len()).step_by(CHUNK) {
+            let chunk = begin..explaining.len().min(begin + CHUNK);
+            products(
+                self.isa,
+                chunk,
+                &solved,
+                &coefficients,
+                false,
+                rows,
+                self.count,
+                take,
+            );
+        }
+        Ok(())
+    }
+
+    fn keep(&mut self, first: usize, rows: &[f64]) -> Result<()> {
+        let pairs = self.values[first * self.count..].iter_mut().zip(rows);
+        pairs.for_each(|(solved, x)| *solved = *x as f32);
+        Ok(())
+    }
+}
+
+/// On another machine, which holds a row per right-hand side.
+struct There<'m>(Box<dyn HeldRows + 'm>);
+
+impl SolvedRows for There<'_> {
+    fn subtract(
+        &mut self,
+        explaining: Range<usize>,
+        coefficients: &[f32],
+        width: usize,
+        rows: &mut [f64],
+    ) -> Result<()> {
+        let sums = self.0.times_exactly(explaining, coefficients, width)?;
+        let pairs = rows.par_iter_mut().zip(sums);
+        pairs.for_each(|(x, sum)| *x -= sum);
+        Ok(())
+    }
+
+    fn keep(&mut self, first: usize, rows: &[f64]) -> Result<()> {
+        let rows: Vec<f32> = rows.iter().map(|x| *x as f32).collect();
+        self.0.set(first, &rows)
     }
 }
 

@@ -7,10 +7,14 @@ mod corner;
 mod panels;
 mod strips;
 
+use std::ops::Range;
+
 use rayon::prelude::*;
 
+use super::held::RowProducts;
 use crate::backend::cpu::kernels::{FLOAT_ROWS, Isa, LANES};
 use crate::backend::cpu::multiversion::multiversion;
+use crate::error::Result;
 use corner::Corner;
 use panels::{Coefficients, Panel, panels};
 pub use strips::{STRIP, Strips};
@@ -19,6 +23,8 @@ pub use strips::{STRIP, Strips};
 const BLOCK: usize = 64;
 /// Rows that take what those below explain together.
 const OUTER_BLOCK: usize = 128;
+/// Rows that are factored here where another machine multiplies: whole outer blocks.
+const ROWS_HERE: usize = 256;
 
 /// `M = L^T L` with L lower triangular: `T[i][j] = L[j][i] / L[j][j]` for `i < j` is how much of an error in input i input
 /// j repairs, and `D[j] = L[j][j]^2` what of input j no later one can.
@@ -37,9 +43,43 @@ pub struct Factor {
 /// Gives `None` where it is not positive definite to the precision of f32, or holds values that are no numbers.
 pub fn factor(isa: Isa, n: usize, upper: impl Fn(usize, usize) -> f32 + Sync) -> Option<Factor> {
     let mut panels = panels(n, upper);
-    for begin in (0..n).step_by(OUTER_BLOCK).rev() {
-        let block = begin..n.min(begin + OUTER_BLOCK);
-        let behind = Coefficients::behind(&panels, n, block.clone());
+    factor_rows(isa, &mut panels, 0..n)?;
+    Some(unit_factor(n, &panels))
+}
+
+/// The same, with products on another machine.
+///
+/// # Errors
+/// The machine fails.
+pub fn factor_on(
+    machine: &dyn RowProducts,
+    n: usize,
+    upper: impl Fn(usize, usize) -> f32 + Sync,
+) -> Result<Option<Factor>> {
+    let isa = Isa::detect();
+    let mut panels = panels(n, upper);
+    let mut done = machine.hold(n, n)?;
+    for begin in (0..n).step_by(ROWS_HERE).rev() {
+        let rows = begin..n.min(begin + ROWS_HERE);
+        if rows.end < n {
+            let part = dense(&panels, rows.end..n, rows.clone());
+            let sums = done.times_exactly(rows.end..n, &part, rows.len())?;
+            let subtract = |panel: &mut Panel| panel.subtract_sums(&rows, &sums, n);
+            panels.par_iter_mut().for_each(subtract);
+        }
+        if factor_rows(isa, &mut panels, rows.clone()).is_none() {
+            return Ok(None);
+        }
+        done.set(begin, &dense(&panels, rows, 0..n))?;
+    }
+    Ok(Some(unit_factor(n, &panels)))
+}
+
+/// Factors rows from which everything behind them is taken already.
+fn factor_rows(isa: Isa, panels: &mut [Panel], rows: Range<usize>) -> Option<()> {
+    for begin in rows.clone().step_by(OUTER_BLOCK).rev() {
+        let block = begin..rows.end.min(begin + OUTER_BLOCK);
+        let behind = Coefficients::behind(panels, block.end..rows.end, block.clone());
         let (left, own) = panels.split_at_mut(begin / FLOAT_ROWS);
         let own = &mut own[..block.len().div_ceil(FLOAT_ROWS)];
         let subtract = |panel: &mut Panel| panel.subtract(isa, &behind);
@@ -50,7 +90,19 @@ pub fn factor(isa: Isa, n: usize, upper: impl Fn(usize, usize) -> f32 + Sync) ->
         left.par_iter_mut()
             .for_each(|panel| corner.solve(isa, panel));
     }
-    Some(unit_factor(n, &panels))
+    Some(())
+}
+
+/// Rows of L in some columns, row-major, zero behind the diagonal.
+fn dense(panels: &[Panel], rows: Range<usize>, columns: Range<usize>) -> Vec<f32> {
+    let mut values = vec![0.0; rows.len() * columns.len()];
+    let lines = values.par_chunks_exact_mut(columns.len()).zip(rows);
+    lines.for_each(|(line, row)| {
+        for (value, j) in line.iter_mut().zip(columns.start..columns.end.min(row + 1)) {
+            *value = panels[j / FLOAT_ROWS].at(row, j % FLOAT_ROWS);
+        }
+    });
+    values
 }
 
 multiversion! {

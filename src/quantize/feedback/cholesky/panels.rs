@@ -86,6 +86,19 @@ impl Panel {
         }
     }
 
+    /// Takes `sums`, `[rows, n]`, from those of its rows.
+    pub fn subtract_sums(&mut self, rows: &Range<usize>, sums: &[f64], n: usize) {
+        for row in rows.start.max(self.first)..rows.end {
+            let sums = &sums[(row - rows.start) * n + self.first..(row - rows.start + 1) * n];
+            let [low, high] = self
+                .halves
+                .each_mut()
+                .map(|half| &mut half[row - self.first]);
+            let own = low.iter_mut().chain(high).zip(sums);
+            own.for_each(|(x, sum)| *x = (f64::from(*x) - sum) as f32);
+        }
+    }
+
     /// Turns rows of a block into `inverse^T rows`, with a lower triangular inverse.
     pub fn multiply(&mut self, isa: Isa, inverse: &Coefficients) {
         let mut tile = FloatTile::default();
@@ -148,9 +161,9 @@ impl Coefficients {
         }
     }
 
-    /// What rows behind a block explain of it: the block's own columns of theirs.
-    pub fn behind(panels: &[Panel], n: usize, block: Range<usize>) -> Self {
-        Self::new(block.clone(), block.end..n, |k, j| {
+    /// What `rows` behind a block explain of it: the block's own columns of theirs.
+    pub fn behind(panels: &[Panel], rows: Range<usize>, block: Range<usize>) -> Self {
+        Self::new(block, rows, |k, j| {
             let lanes = panels[j / FLOAT_ROWS].lanes(k, j % FLOAT_ROWS / LANES);
             *lanes[j % LANES..]
                 .first_chunk()
