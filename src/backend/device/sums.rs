@@ -7,9 +7,9 @@ use std::ops::Range;
 use nemoconv_device::{Array, MatmulLayout};
 use rayon::prelude::*;
 
-use super::{OnDevice, TILE_BYTES};
+use super::{OnDevice, TILE_BYTES, or_no_room};
 use crate::backend::ProductSums;
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::quantize::feedback::{HeldRows, RowProducts, SUMMED_COLUMNS};
 
 /// Sums that a thread of this computer takes at a time.
@@ -118,12 +118,17 @@ impl ProductSums for CrossGramOnDevice<'_> {
 }
 
 impl RowProducts for OnDevice {
-    fn hold(&self, rows: usize, columns: usize) -> Result<Box<dyn HeldRows + '_>> {
-        Ok(Box::new(RowsOnDevice {
+    fn hold(&self, rows: usize, columns: usize) -> Result<Option<Box<dyn HeldRows + '_>>> {
+        let zeros = self.device().zeros(rows * columns).map_err(Error::from);
+        let Some(values) = or_no_room(zeros)? else {
+            self.open.tally.host("row_products");
+            return Ok(None);
+        };
+        Ok(Some(Box::new(RowsOnDevice {
             on: self,
             rows,
-            values: self.device().zeros(rows * columns)?,
-        }))
+            values,
+        })))
     }
 }
 

@@ -122,7 +122,9 @@ fn pulls_on(
     differences: &[f32],
     n: usize,
 ) -> Result<Vec<f64>> {
-    let mut weights = machine.hold(rows.len() / n, n)?;
+    let Some(mut weights) = machine.hold(rows.len() / n, n)? else {
+        return Ok(pulls(Isa::detect(), rows, differences, n));
+    };
     weights.set(0, &transposed(rows, n))?;
     let mut out = Vec::with_capacity(rows.len());
     for columns in chunks(n) {

@@ -12,11 +12,11 @@ pub const SUMMED_COLUMNS: usize = 512;
 
 /// A machine that multiplies rows that it holds.
 pub trait RowProducts: Sync {
-    /// Rows of so many columns, all zero.
+    /// Rows of so many columns, all zero; nothing where there is no room for them, and this computer multiplies.
     ///
     /// # Errors
     /// The machine fails.
-    fn hold(&self, rows: usize, columns: usize) -> Result<Box<dyn HeldRows + '_>>;
+    fn hold(&self, rows: usize, columns: usize) -> Result<Option<Box<dyn HeldRows + '_>>>;
 }
 
 /// Rows on a machine.

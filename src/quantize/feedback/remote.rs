@@ -27,7 +27,11 @@ impl<'m> Panels<'m> {
         rows: &[f32],
         columns: usize,
         half: impl Fn(&[&[f32]]) -> Half + Sync,
-    ) -> Result<Self> {
+    ) -> Result<Option<Self>> {
+        let panels = rows.len().div_ceil(FLOAT_ROWS * columns);
+        let Some(errors) = machine.hold(panels * FLOAT_ROWS, columns)? else {
+            return Ok(None);
+        };
         let panels = rows.par_chunks(FLOAT_ROWS * columns);
         let halves: Vec<[Half; 2]> = panels
             .map(|rows| {
@@ -35,8 +39,7 @@ impl<'m> Panels<'m> {
                 halves_of(&rows).map(&half)
             })
             .collect();
-        let errors = machine.hold(halves.len() * FLOAT_ROWS, columns)?;
-        Ok(Self { halves, errors })
+        Ok(Some(Self { halves, errors }))
     }
 
     /// Products of errors in `inputs` with columns `chunk` of a matrix, by panel.
@@ -101,11 +104,14 @@ impl Job<'_> {
     ) -> Result<Rounded> {
         let columns = self.how.moments.in_features();
         let (matrix, factor) = (&self.how.moments.matrix, &self.how.moments.factor);
-        let mut panels = Panels::new(machine, rows, columns, |rows| {
+        let panels = Panels::new(machine, rows, columns, |rows| {
             let mut half = Half::new(rows, columns, SUB);
             grid.preset(&mut half, &factor.pivots);
             half
         })?;
+        let Some(mut panels) = panels else {
+            return Ok(self.panels::<G, SUB>(grid, rows, out, None));
+        };
         for chunk in chunks(columns) {
             let repairs = panels.products(&factor.feedback, 0..chunk.start, &chunk)?;
             let work = panels.halves.par_iter_mut().zip(repairs);
@@ -138,13 +144,19 @@ impl Job<'_> {
     }
 }
 
-/// `tr(E M E^T)` for errors of whole rows, `[n, in_features]`.
-pub(super) fn loss(machine: &dyn RowProducts, errors: &[f32], matrix: &Strips) -> Result<f64> {
+/// `tr(E M E^T)` for errors of whole rows, `[n, in_features]`; nothing where the machine has no room.
+pub(super) fn loss(
+    machine: &dyn RowProducts,
+    errors: &[f32],
+    matrix: &Strips,
+) -> Result<Option<f64>> {
     let columns = matrix.n();
     let of_errors = |rows: &[&[f32]]| Half::of_errors(rows, columns);
-    let mut panels = Panels::new(machine, errors, columns, of_errors)?;
+    let Some(mut panels) = Panels::new(machine, errors, columns, of_errors)? else {
+        return Ok(None);
+    };
     for chunk in chunks(columns) {
         panels.send(chunk)?;
     }
-    panels.loss(matrix)
+    panels.loss(matrix).map(Some)
 }

@@ -381,9 +381,9 @@ struct TwinRows {
 }
 
 impl RowProducts for Twin {
-    fn hold(&self, rows: usize, columns: usize) -> Result<Box<dyn HeldRows + '_>> {
+    fn hold(&self, rows: usize, columns: usize) -> Result<Option<Box<dyn HeldRows + '_>>> {
         let values = vec![0.0; rows * columns];
-        Ok(Box::new(TwinRows { rows, values }))
+        Ok(Some(Box::new(TwinRows { rows, values })))
     }
 }
 
@@ -491,18 +491,16 @@ fn another_machine_finds_the_same_targets() {
     let (matrix, crossed) = (of_neighbours(n, 0.9), of_neighbours(n, 0.8));
     let moments = InputMoments::new(Isa::detect(), n, &matrix, Damping::default()).unwrap();
     let rows = weights(count, n);
+    let mut seen = SecondMoments::empty(n);
+    (seen.sums, seen.weight, seen.tokens) = (matrix, 1.0, 1);
+    let cross = CrossMoments {
+        n,
+        sums: crossed,
+        tokens: 1,
+    };
     let correction = Correction {
-        cross: &CrossMoments {
-            n,
-            sums: crossed,
-            tokens: 1,
-        },
-        seen: &SecondMoments {
-            n,
-            sums: matrix,
-            weight: 1.0,
-            tokens: 1,
-        },
+        cross: &cross,
+        seen: &seen,
         share: 1.0,
     };
     let here = correction.apply(Isa::detect(), &rows, &moments);
@@ -520,4 +518,49 @@ fn another_machine_finds_the_same_targets() {
             .is_empty()
     );
     assert!(correction.apply(Isa::detect(), &[], &moments).is_empty());
+}
+
+/// A machine with all its memory taken.
+struct Full;
+
+impl RowProducts for Full {
+    fn hold(&self, _: usize, _: usize) -> Result<Option<Box<dyn HeldRows + '_>>> {
+        Ok(None)
+    }
+}
+
+#[test]
+fn where_another_machine_has_no_room_all_is_done_here() {
+    let (isa, n, count) = (Isa::detect(), 320, 37);
+    let (matrix, rows) = (of_neighbours(n, 0.9), weights(count, n));
+    let moments = InputMoments::new(isa, n, &matrix, Damping::default()).unwrap();
+    let there = InputMoments::on(&Full, n, &matrix, Damping::default());
+    assert_eq!(there.unwrap().unwrap().factor.pivots, moments.factor.pivots);
+
+    let mut seen = SecondMoments::empty(n);
+    (seen.sums, seen.weight, seen.tokens) = (matrix, 1.0, 1);
+    let cross = CrossMoments {
+        n,
+        sums: of_neighbours(n, 0.8),
+        tokens: 1,
+    };
+    let correction = Correction {
+        cross: &cross,
+        seen: &seen,
+        share: 1.0,
+    };
+    let corrected = correction.apply_on(&Full, &rows, &moments).unwrap();
+    assert_eq!(corrected, correction.apply(isa, &rows, &moments));
+
+    let how = Feedback::of_inputs(&moments, 1);
+    let mut bytes = [(); 2].map(|()| vec![0; rows.len() / 32 * 18]);
+    let [here, there] = &mut bytes;
+    let rounded = quantize_rows(isa, GgmlType::Q4_0, &rows, how, here);
+    let found = quantize_rows_on(&Full, GgmlType::Q4_0, &rows, how, there).unwrap();
+    assert_eq!((rounded, here), (found, there));
+    let losses = [
+        loss_on(&Full, &rows, &moments).unwrap(),
+        loss(isa, &rows, &moments),
+    ];
+    assert_eq!(losses[0], losses[1]);
 }

@@ -36,8 +36,14 @@ pub fn solve(isa: Isa, factor: &Factor, x: &mut [f64]) {
 /// The machine fails.
 pub fn solve_on(machine: &dyn RowProducts, factor: &Factor, x: &mut [f64]) -> Result<()> {
     let n = factor.pivots.len();
-    let mut held = There(machine.hold(x.len() / n, n)?);
-    solve_with(Isa::detect(), factor, x, &mut held)
+    let isa = Isa::detect();
+    match machine.hold(x.len() / n, n)? {
+        Some(held) => solve_with(isa, factor, x, &mut There(held)),
+        None => {
+            solve(isa, factor, x);
+            Ok(())
+        }
+    }
 }
 
 fn solve_with(

@@ -57,8 +57,10 @@ pub fn factor_on(
     upper: impl Fn(usize, usize) -> f32 + Sync,
 ) -> Result<Option<Factor>> {
     let isa = Isa::detect();
+    let Some(mut done) = machine.hold(n, n)? else {
+        return Ok(factor(isa, n, upper));
+    };
     let mut panels = panels(n, upper);
-    let mut done = machine.hold(n, n)?;
     for begin in (0..n).step_by(ROWS_HERE).rev() {
         let rows = begin..n.min(begin + ROWS_HERE);
         if rows.end < n {
