@@ -26,7 +26,7 @@ pub enum Width {
 /// How the codes of one width lie in a word.
 struct Digits<const N: usize, const HALVINGS: usize> {
     shifts: [u32; N],
-    mask: u32,
+    mask: u8,
     /// What is added to a code to make it unsigned: its highest bit, which is flipped.
     offset: u8,
     /// How bytes that hold a code each move together: shift, then bits that stay.
@@ -256,7 +256,7 @@ impl<const N: usize, const HALVINGS: usize> Digits<N, HALVINGS> {
         bytes
             .iter_mut()
             .zip(codes)
-            .for_each(|(to, code)| *to = (code.cast_unsigned() ^ self.offset) & self.mask as u8);
+            .for_each(|(to, code)| *to = (code.cast_unsigned() ^ self.offset) & self.mask);
         let joined = self
             .halvings
             .iter()
@@ -270,7 +270,7 @@ impl<const N: usize, const HALVINGS: usize> Digits<N, HALVINGS> {
     fn split(&self, word: [u8; WORD_BYTES]) -> [i8; N] {
         let word = u32::from_le_bytes(word);
         self.shifts.map(|shift| {
-            let [unsigned, ..] = (word.wrapping_shr(shift) & self.mask).to_le_bytes();
+            let [unsigned, ..] = (word.wrapping_shr(shift) & u32::from(self.mask)).to_le_bytes();
             unsigned.wrapping_sub(self.offset).cast_signed()
         })
     }
