@@ -216,7 +216,7 @@ fn a_matrix_is_rounded_to_the_codes_of_the_cpu() {
             seen.sums[i * n + j] = (0..2 * n).map(|row| mixed(row, i) * mixed(row, j)).sum();
         }
     }
-    (seen.weight, seen.tokens) = (1.0, 1);
+    (seen.weight, seen.tokens) = (1.0, 1 << 40);
     let moments = InputMoments::new(Isa::detect(), n, &seen.sums, Damping::default()).unwrap();
     let cross = CrossMoments {
         n,

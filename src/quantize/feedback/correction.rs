@@ -4,6 +4,9 @@
 //! v. Leaves: `W + share W (C - M) (M + damping)^-1`: with share 1 the weights that, unrounded, come closest to the original
 //! outputs on present inputs.
 //!
+//! Few tokens leave `C - M` to chance, and the inverse makes much of that: with T tokens the share is times `T / (T + 8 n)`.
+//! On a model of widths 256 to 1024 that takes a seventh off the KL divergence with 4096 tokens, and with 65536 changes nothing.
+//!
 //! Source: GPTAQ (ICML 2025), which applies a share of it column by column; here it is solved for at once. Writers that
 //! also make up for what the residual stream lacks where it enters their block were tried and gained nothing.
 
@@ -16,6 +19,9 @@ use crate::backend::cpu::kernels::Isa;
 use crate::calibrate::second_moments::{CrossMoments, SecondMoments};
 use crate::error::Result;
 
+/// Tokens for each input with which half of the correction is applied.
+const TOKENS_PER_INPUT: f64 = 8.0;
+
 /// What is known of a layer's inputs in both networks.
 #[derive(Debug, Clone, Copy)]
 pub struct Correction<'a> {
@@ -23,7 +29,7 @@ pub struct Correction<'a> {
     pub cross: &'a CrossMoments,
     /// M.
     pub seen: &'a SecondMoments,
-    /// How much of the correction is applied (beta).
+    /// How much of the correction is applied (beta) where tokens are plenty.
     pub share: f64,
 }
 
@@ -63,13 +69,15 @@ impl Correction<'_> {
     /// `pulls`: `[in_features, n]`.
     fn corrected(&self, rows: &[f32], pulls: &[f64], in_features: usize) -> Vec<f32> {
         let count = rows.len() / in_features;
+        let tokens = self.seen.tokens as f64;
+        let share = self.share * tokens / (tokens + TOKENS_PER_INPUT * in_features as f64);
         let mut corrected = rows.to_vec();
         let lines = corrected.par_chunks_exact_mut(in_features).enumerate();
         lines.for_each(|(i, row)| {
             let pulls = pulls[i..].iter().step_by(count);
             row.iter_mut()
                 .zip(pulls)
-                .for_each(|(value, pull)| *value = (f64::from(*value) + self.share * pull) as f32);
+                .for_each(|(value, pull)| *value = (f64::from(*value) + share * pull) as f32);
         });
         corrected
     }

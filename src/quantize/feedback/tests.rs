@@ -492,7 +492,7 @@ fn another_machine_finds_the_same_targets() {
     let moments = InputMoments::new(Isa::detect(), n, &matrix, Damping::default()).unwrap();
     let rows = weights(count, n);
     let mut seen = SecondMoments::empty(n);
-    (seen.sums, seen.weight, seen.tokens) = (matrix, 1.0, 1);
+    (seen.sums, seen.weight, seen.tokens) = (matrix, 1.0, 1 << 40);
     let cross = CrossMoments {
         n,
         sums: crossed,
@@ -538,7 +538,7 @@ fn where_another_machine_has_no_room_all_is_done_here() {
     assert_eq!(there.unwrap().unwrap().factor.pivots, moments.factor.pivots);
 
     let mut seen = SecondMoments::empty(n);
-    (seen.sums, seen.weight, seen.tokens) = (matrix, 1.0, 1);
+    (seen.sums, seen.weight, seen.tokens) = (matrix, 1.0, 1 << 40);
     let cross = CrossMoments {
         n,
         sums: of_neighbours(n, 0.8),
@@ -563,4 +563,31 @@ fn where_another_machine_has_no_room_all_is_done_here() {
         loss(isa, &rows, &moments),
     ];
     assert_eq!(losses[0], losses[1]);
+}
+
+#[test]
+fn few_tokens_correct_less() {
+    let (n, count) = (64, 3);
+    let matrix = of_neighbours(n, 0.9);
+    let moments = InputMoments::new(Isa::detect(), n, &matrix, Damping::default()).unwrap();
+    let rows = weights(count, n);
+    let cross = CrossMoments {
+        n,
+        sums: of_neighbours(n, 0.8),
+        tokens: 1,
+    };
+    let change = |tokens: u64| {
+        let mut seen = SecondMoments::empty(n);
+        (seen.sums, seen.weight, seen.tokens) = (matrix.clone(), 1.0, tokens);
+        let correction = Correction {
+            cross: &cross,
+            seen: &seen,
+            share: 1.0,
+        };
+        let corrected = correction.apply(Isa::detect(), &rows, &moments);
+        let pairs = corrected.iter().zip(&rows);
+        pairs.map(|(a, b)| (a - b).abs()).fold(0.0, f32::max)
+    };
+    let (few, many) = (change(8 * n as u64), change(1 << 50));
+    assert!((few / many - 0.5).abs() < 1e-4, "{few} of {many}");
 }
