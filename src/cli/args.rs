@@ -34,7 +34,8 @@ Exit codes:
   73   the device is too old; 74 out of device memory; 75 device lost; 76 its limits are too small
   130  interrupted; nothing is left under a final name";
 
-/// Converts NVIDIA Nemotron-H hybrids (Mamba-2 + attention + MLP/MoE) into quantized GGUF files.
+/// Converts NVIDIA Nemotron-H hybrids (Mamba-2 + attention + MLP/MoE) into quantized GGUF files and packed
+/// safetensors.
 #[derive(Debug, Parser)]
 #[command(version, after_help = EXIT_CODES, arg_required_else_help = true)]
 pub struct Cli {

@@ -20,6 +20,7 @@ use serde_json::{Value, json};
 
 use super::calibrate_args::Calibrate;
 use super::eval_model::{files_of, name_of, open_encoder};
+use super::inputs;
 use super::memory;
 use super::output::{Talk, human_bytes, print_stdout, table};
 use super::progress::Report;
@@ -32,6 +33,13 @@ pub fn calibrate(
     talk: &Talk,
     stop: &AtomicBool,
 ) -> Result<()> {
+    let outfile = args.outfile(&name_of(&args.model));
+    let read = [
+        Some(Path::new(&args.model)),
+        args.text.as_deref(),
+        args.dataset.as_deref(),
+    ];
+    inputs::spare(&read, &[outfile.as_deref(), args.imatrix.as_deref()])?;
     let stored = Arc::new(StoredModel::open(&args.model)?);
     let settings = args.samples();
     let (encoder, templates) = open_tokenizer(&stored)?;
@@ -40,7 +48,6 @@ pub fn calibrate(
         None => Samples::read_documents(&encoder, &templates, args.source(), settings)?,
     };
     samples.check_vocabulary(stored.config().vocab_size)?;
-    let outfile = args.outfile(&name_of(&args.model));
     let outputs = Outputs {
         statistics: outfile.as_deref().map(WholeFile::create).transpose()?,
         imatrix: args.imatrix.as_deref().map(WholeFile::create).transpose()?,

@@ -28,6 +28,7 @@ use super::also_job::Also;
 use super::args::ToGguf;
 use super::calibration_job::{Calibration, CalibrationFlags, Source, ToRound};
 use super::effort::Effort;
+use super::inputs;
 use super::memory;
 use super::output::{Talk, human_bytes, print_stdout, shape, table};
 use super::progress::Report;
@@ -261,6 +262,15 @@ pub fn prepare(
         ty: tensor.ty,
     });
     let outfile = outfile(args, &description, &chosen.name);
+    let calibration = &args.calibration;
+    let read = [
+        Some(checkpoint.folder()),
+        args.imatrix.as_deref(),
+        args.recipe.as_deref(),
+        calibration.calibration.as_deref(),
+        calibration.statistics.as_deref(),
+    ];
+    inputs::spare(&read, &[Some(&outfile)])?;
     let parts = Parts::new(&outfile, &metadata, tensors.collect(), args.split_limits())?;
     let fixed = parts
         .parts

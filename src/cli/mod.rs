@@ -13,6 +13,7 @@ mod eval_model;
 mod eval_progress;
 mod eval_report;
 mod gguf_job;
+mod inputs;
 mod inspect;
 mod memory;
 mod output;

@@ -26,6 +26,7 @@ use nemoconv::write::gguf::artifact::create_sibling;
 use super::args::{Act, Validate};
 use super::eval_model::open_encoder;
 use super::exit;
+use super::inputs;
 use super::output::{Talk, print_error, print_stdout};
 
 /// Chunks on which the noise floor is measured.
@@ -51,6 +52,7 @@ pub fn validate(
         Some(path) => args.gates().or(Gates::open(path)?),
         None => args.gates(),
     };
+    args.spare_inputs()?;
     let job = Job {
         args,
         machines,
@@ -67,6 +69,19 @@ pub fn validate(
     report.judge(&gates);
     job.write(&report)?;
     Ok(report.exit_code())
+}
+
+impl Validate {
+    fn spare_inputs(&self) -> Result<()> {
+        let read = [
+            Some(Path::new(&self.artifact)),
+            self.reference.as_deref().map(Path::new),
+            self.text.as_deref(),
+            self.gates.as_deref(),
+        ];
+        let written = [&self.junit, &self.sarif, &self.html, &self.save_reference];
+        inputs::spare(&read, &written.map(Option::as_deref))
+    }
 }
 
 struct Job<'a> {

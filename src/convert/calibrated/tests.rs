@@ -137,3 +137,22 @@ fn less_memory_means_files_then_passes_then_an_error() {
     assert!(error.to_string().contains(&format!("{enough}")), "{error}");
     assert!(error.hint().unwrap().contains("--max-ram"), "{error}");
 }
+
+#[test]
+fn a_folder_with_other_files_is_no_workspace() {
+    let folder = tempfile::tempdir().unwrap();
+    let note = folder.path().join("mine.txt");
+    std::fs::write(&note, "mine").unwrap();
+    let error = Workspace::open(folder.path(), "key")
+        .unwrap_err()
+        .to_string();
+    assert!(
+        error.contains("holds files that no conversion left there"),
+        "{error}"
+    );
+    assert!(note.exists());
+    std::fs::remove_file(note).unwrap();
+    let workspace = Workspace::open(folder.path(), "key").unwrap();
+    workspace.remove().unwrap();
+    assert!(!folder.path().exists());
+}

@@ -44,6 +44,13 @@ impl Workspace {
         let failed = |source| write_error("cannot use the workspace", folder, source);
         fs::create_dir_all(folder).map_err(failed)?;
         let path = folder.join(JOURNAL);
+        // The folder is removed in the end.
+        if !path.exists() && fs::read_dir(folder).map_err(failed)?.next().is_some() {
+            let fault = Fault::new("holds files that no conversion left there").in_file(folder);
+            return Err(Error::Plan(
+                fault.hint("move the folder, or give this run another `--outfile`"),
+            ));
+        }
         let mut options = OpenOptions::new();
         let journal = options
             .create(true)

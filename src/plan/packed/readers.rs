@@ -10,9 +10,9 @@ use std::str::FromStr;
 
 use nemoconv_formats::Dtype;
 
-use super::PackedTensor;
 use super::linears::{Kind, Linear};
 use super::scheme::{LinearScheme, NamedScheme};
+use super::{Content, PackedTensor};
 use crate::error::{Error, Fault, Result};
 
 /// A program that loads packed folders.
@@ -207,6 +207,8 @@ pub fn casts(linears: &[Linear], tensors: &[PackedTensor], own: Option<Dtype>) -
     let own = own?;
     let kept: HashMap<&str, Dtype> = tensors
         .iter()
+        // Codes of 8 bits have the name of the matrix.
+        .filter(|tensor| !matches!(tensor.content, Content::Packed { .. }))
         .filter_map(|tensor| Some((tensor.name.strip_suffix(".weight")?, tensor.dtype)))
         .collect();
     let others: Vec<(&Linear, Dtype)> = linears

@@ -126,6 +126,15 @@ fn ceilings(rounding: Rounding, nearest: [f64; 4], steered: [f64; 2]) -> Ceiling
     }
 }
 
+/// From which relative error on a row is another row. Rows of elsewhere are about sqrt(2) away; feedback with few samples
+/// moves weights of inputs that were hardly seen nearly as far.
+fn bad_row(typical: f64, rounding: Rounding) -> f64 {
+    match rounding {
+        Rounding::Nearest | Rounding::Steered => (4.0 * typical).clamp(0.05, 1.2),
+        Rounding::FedBack => 1.2,
+    }
+}
+
 /// How far error feedback moves units and tensors of fine types, whose own steps say nothing of what they make up for:
 /// about 1.6 times the largest on trained models, with full correction of targets.
 const MOVED: [f64; 2] = [0.15, 0.06];
@@ -240,7 +249,7 @@ pub fn of(ty: GgmlType, rounding: Rounding) -> Option<Expectation> {
         typical,
         unit_ceiling: ceilings.unit,
         tensor_ceiling: ceilings.tensor,
-        bad_row: (4.0 * typical).clamp(0.05, 1.2),
+        bad_row: bad_row(typical, rounding),
         ends_ceiling,
         unit_gain: ceilings.unit_gain,
         block_gain: ceilings.block_gain,
@@ -282,7 +291,7 @@ pub fn packed(scheme: &Scheme, columns: usize, rounding: Rounding) -> Expectatio
         typical,
         unit_ceiling: ceilings.unit,
         tensor_ceiling: ceilings.tensor,
-        bad_row: (4.0 * typical).clamp(0.05, 1.2),
+        bad_row: bad_row(typical, rounding),
         // Codes are not looked at.
         ends_ceiling: 1.0,
         unit_gain: ceilings.unit_gain,

@@ -1,0 +1,61 @@
+//! What a command reads must outlive what it writes: outputs that are inputs are refused before the work.
+
+use std::fs::{self, Metadata};
+use std::os::unix::fs::MetadataExt;
+use std::path::Path;
+
+use nemoconv::error::{Error, Fault, Result};
+
+/// What is read of a model's folder, by its ending: artifacts and reports may lie there and be made anew.
+const OF_MODELS: [&str; 5] = ["safetensors", "json", "txt", "jinja", "model"];
+
+/// Refuses an output that is one of the inputs, which are files or folders of models.
+pub fn spare(inputs: &[Option<&Path>], outputs: &[Option<&Path>]) -> Result<()> {
+    for output in outputs.iter().flatten() {
+        let Ok(found) = fs::metadata(output) else {
+            continue;
+        };
+        if inputs.iter().flatten().any(|input| holds(input, &found)) {
+            let fault = Fault::new("is an input of this command").in_file(output);
+            return Err(Error::Plan(fault.hint("name another file to write")));
+        }
+    }
+    Ok(())
+}
+
+fn holds(input: &Path, file: &Metadata) -> bool {
+    let is_it = |path: &Path| {
+        fs::metadata(path).is_ok_and(|own| own.dev() == file.dev() && own.ino() == file.ino())
+    };
+    let entries = fs::read_dir(input).into_iter().flatten().flatten();
+    let mut paths = entries.map(|entry| entry.path());
+    is_it(input) || paths.any(|path| is_read(&path) && is_it(&path))
+}
+
+fn is_read(path: &Path) -> bool {
+    let ending = path.extension().and_then(|ending| ending.to_str());
+    ending.is_some_and(|ending| OF_MODELS.contains(&ending))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn files_and_folders_of_models_are_spared() {
+        let folder = tempfile::tempdir().unwrap();
+        let [model, text] = ["model", "text.txt"].map(|name| folder.path().join(name));
+        fs::create_dir(&model).unwrap();
+        let weights = model.join("model.safetensors");
+        fs::write(&weights, "weights").unwrap();
+        fs::write(&text, "text").unwrap();
+        let inputs = [Some(model.as_path()), None, Some(text.as_path())];
+        let spares = |output: &Path| spare(&inputs, &[None, Some(output)]).is_ok();
+        assert!(!spares(&weights) && !spares(&text));
+        assert!(!spares(&model.join("../model/./model.safetensors")));
+        let artifact = model.join("model.gguf");
+        assert!(spares(&artifact));
+        fs::write(&artifact, "of an earlier run").unwrap();
+        assert!(spares(&artifact) && spares(folder.path()));
+    }
+}
