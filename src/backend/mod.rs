@@ -451,7 +451,7 @@ pub trait Backend: Sync {
         Ok(None)
     }
 
-    /// Who multiplies errors while matrices are rounded, if not the CPU.
+    /// Who multiplies errors, factors and targets while matrices are rounded, if not the CPU.
     fn row_products(&self) -> Option<&dyn RowProducts> {
         None
     }

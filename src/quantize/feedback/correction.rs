@@ -1,7 +1,7 @@
 //! Targets that make up for what the rounded network feeds a layer instead of its original inputs.
 //!
 //! Enters: weights W, moments `M = E[u^T u]` of present inputs u, their cross moments `C = E[v^T u]` with original inputs
-//! v. Leaves: `W + share W (C - M) (M + damping)^-1`: with share 1 the weights that, unrounded, come closest to the original
+//! v. Leaves: `W + share W (C - M) (M + damping)^-1`: with all of it the weights that, unrounded, come closest to the original
 //! outputs on present inputs.
 //!
 //! Few tokens leave `C - M` to chance, and the inverse makes much of that: with T tokens the share is times `T / (T + 8 n)`.

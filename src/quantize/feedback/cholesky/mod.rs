@@ -72,7 +72,10 @@ pub fn factor_on(
         if factor_rows(isa, &mut panels, rows.clone()).is_none() {
             return Ok(None);
         }
-        done.set(begin, &dense(&panels, rows, 0..n))?;
+        // Nothing comes before the first rows.
+        if begin > 0 {
+            done.set(begin, &dense(&panels, rows, 0..n))?;
+        }
     }
     Ok(Some(unit_factor(n, &panels)))
 }
