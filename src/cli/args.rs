@@ -438,10 +438,11 @@ pub struct CalibrationArgs {
     /// Leave scales out
     #[arg(long)]
     pub no_smoothing: bool,
-    /// Keep the order of hidden units and head channels; by default they are sorted by their mean square for error feedback
+    /// Sort hidden units and head channels by their mean square
     #[arg(long)]
-    pub no_sort: bool,
-    /// Quarters of a channel's size that go to its activation. Default: 2
+    pub sort: bool,
+    /// Quarters of a channel's size that go to its activation, the rest to its weights. Default: 1, in folders whose
+    /// inputs are not rounded 0
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u8).range(..=4))]
     pub balance: Option<u8>,
     /// Added to the diagonal of second moments, as a share of its mean. Default: 0.01
@@ -568,7 +569,7 @@ impl CalibrationArgs {
                 rotation: self.rotate.map(WantedRotation::from),
                 smoothing: self.no_smoothing.then_some(false),
                 balance: self.balance,
-                sort: self.no_sort.then_some(false),
+                sort: self.sort.then_some(true),
             },
             ..RecipeEntries::default()
         }

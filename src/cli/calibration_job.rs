@@ -22,7 +22,8 @@ use nemoconv::plan::Plan;
 use nemoconv::plan::recipe::Recipe;
 use nemoconv::quantize::integer::IntegerGrid;
 use nemoconv::rewrite::{
-    RewriteSettings, Rewrites, RewrittenModel, Rotation, SHA256_KEY, SUMMARY_KEY, sidecar_of,
+    Balance, RewriteSettings, Rewrites, RewrittenModel, Rotation, SHA256_KEY, SUMMARY_KEY,
+    sidecar_of,
 };
 use nemoconv::write::whole_file::sha256_of;
 use serde_json::json;
@@ -74,6 +75,8 @@ pub struct CalibrationFlags<'a> {
     pub calibration: &'a CalibrationArgs,
     /// Tensors that stay floats of the checkpoint's type, where rewrites must not round them.
     pub floats: Option<Vec<String>>,
+    /// How sizes of channels are shared, where the recipe does not say.
+    pub balance: Balance,
 }
 
 /// An artifact whose tensors are to be rounded.
@@ -108,6 +111,7 @@ impl ToGguf {
             threads: self.threads,
             calibration: &self.calibration,
             floats: None,
+            balance: Balance::default(),
         }
     }
 }
@@ -171,7 +175,7 @@ impl Calibration {
         let (statistics, given) = given.map(|given| (given.statistics, given.sha256)).unzip();
         let memory_bytes = memory::limit(flags.calibration.max_ram);
         let mut peak_bytes = 0;
-        let settings = recipe.rewrites(stored.config().nextn_predict_layers > 0);
+        let settings = recipe.rewrites(flags.balance, stored.config().nextn_predict_layers > 0);
         let settings = settings.map(|settings| RewriteSettings {
             floats: flags.floats,
             ..settings

@@ -8,10 +8,11 @@ use nemoconv::convert::calibrated::workspace::Workspace;
 use nemoconv::convert::packed::{PackedJob, Rounded};
 use nemoconv::error::Result;
 use nemoconv::formats::checkpoint::Checkpoint;
+use nemoconv::formats::packed::Inputs;
 use nemoconv::plan::packed::PackedPlan;
 use nemoconv::plan::packed::linears::Kind;
 use nemoconv::plan::recipe::Recipe;
-use nemoconv::rewrite::SIDECAR_IN_FOLDER;
+use nemoconv::rewrite::{Balance, SIDECAR_IN_FOLDER};
 use nemoconv::write::packed::folder::PackedFolder;
 use serde_json::Value;
 
@@ -98,4 +99,13 @@ pub fn floats(plan: &PackedPlan) -> Vec<String> {
         .collect();
     names.dedup();
     names
+}
+
+/// How sizes of channels are shared between weights and activations: all to the weights where nothing else is rounded.
+pub fn balance(plan: &PackedPlan) -> Balance {
+    let mut schemes = plan.schemes.iter().flatten();
+    match schemes.all(|scheme| scheme.scheme.inputs == Inputs::AsTheyAre) {
+        true => Balance::WEIGHTS,
+        false => Balance::default(),
+    }
 }

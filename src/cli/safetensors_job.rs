@@ -18,7 +18,7 @@ use super::calibration_job::{Calibration, CalibrationFlags, Source, ToRound};
 use super::gguf_job::model_id;
 use super::memory;
 use super::output::{Talk, human_bytes, print_stdout, table};
-use super::packed_folder::{Folder, floats};
+use super::packed_folder::{Folder, balance, floats};
 use super::packed_receipt;
 use super::safetensors_args::ToSafetensors;
 
@@ -54,6 +54,7 @@ pub fn to_safetensors(
                 threads: args.threads,
                 calibration: &args.calibration,
                 floats: Some(floats(&plan)),
+                balance: balance(&plan),
             };
             let source = Source {
                 checkpoint: &checkpoint,

@@ -58,7 +58,7 @@ impl Rewrites {
         choice.smooth_norms()?;
         let mut rewrites = choice.rewrites;
         if let Some(floats) = &settings.floats {
-            rewrites.spare_floats(floats);
+            rewrites.spare_floats(model, floats)?;
         }
         Ok(rewrites)
     }

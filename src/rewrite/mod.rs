@@ -95,7 +95,12 @@ pub enum Magnitude {
 pub struct Balance(u8);
 
 impl Balance {
-    /// Half to each.
+    /// All to the weights: every column of a matrix becomes as large as any other.
+    pub const WEIGHTS: Self = Self(0);
+    /// A quarter to the activations. A step follows the largest of its group, so that what else lies in the group hardly
+    /// counts: less than half for the side that is rounded more finely.
+    pub const MOSTLY_WEIGHTS: Self = Self(1);
+    /// Half to each, as SmoothQuant has it.
     pub const EVEN: Self = Self(2);
 
     /// 0 (all activations equally large) is `s = 1 / w`, 4 is `s = a`.
@@ -106,7 +111,7 @@ impl Balance {
 
 impl Default for Balance {
     fn default() -> Self {
-        Self::EVEN
+        Self::MOSTLY_WEIGHTS
     }
 }
 
@@ -141,8 +146,8 @@ pub struct RewriteSettings {
     pub sort: bool,
     /// Of signs and of random matrices.
     pub seed: u64,
-    /// Tensors that will not be quantized, where floats must hold what they held: they are left alone, and scales are
-    /// powers of two.
+    /// Tensors that will not be quantized, where floats must hold what they held: they are left alone, and scales are such
+    /// that norms become short floats.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub floats: Option<Vec<String>>,
     /// The artifact will hold the multi-token-prediction head, which reads the normed stream once more: then the stream

@@ -134,13 +134,12 @@ impl RewriteEntries {
         }
     }
 
-    /// Order helps error feedback and harms rounding without it.
-    fn resolve(self, method: Method) -> Option<RewriteRecipe> {
+    fn resolve(self) -> Option<RewriteRecipe> {
         let rewrite = RewriteRecipe {
             rotation: self.rotation.unwrap_or_default(),
             smoothing: self.smoothing.unwrap_or(true),
-            balance: self.balance.and_then(Balance::quarters).unwrap_or_default(),
-            sort: self.sort.unwrap_or(method == Method::Gptq),
+            balance: self.balance.and_then(Balance::quarters),
+            sort: self.sort.unwrap_or(false),
         };
         self.apply.unwrap_or(true).then_some(rewrite)
     }
@@ -254,7 +253,7 @@ impl RecipeEntries {
                 max_sequences: count(self.calibration.sequences, samples.max_sequences),
                 seed: self.calibration.seed.unwrap_or(samples.seed),
             },
-            rewrite: self.rewrite.resolve(method),
+            rewrite: self.rewrite.resolve(),
             packed: self.packed.resolve(),
         })
     }

@@ -104,8 +104,8 @@ pub struct RewriteRecipe {
     pub rotation: WantedRotation,
     /// Scales of every space.
     pub smoothing: bool,
-    /// How they share.
-    pub balance: Balance,
+    /// How they share, where that is said.
+    pub balance: Option<Balance>,
     /// Channels by their mean square.
     pub sort: bool,
 }
@@ -128,13 +128,13 @@ impl Recipe {
         }
     }
 
-    /// How the network is rewritten, without a rotation where that is still to be chosen; `has_mtp`: the model has a
-    /// multi-token-prediction head.
-    pub fn rewrites(&self, has_mtp: bool) -> Option<RewriteSettings> {
+    /// How the network is rewritten, without a rotation where that is still to be chosen; `usual` balance where none is
+    /// said; `has_mtp`: the model has a multi-token-prediction head.
+    pub fn rewrites(&self, usual: Balance, has_mtp: bool) -> Option<RewriteSettings> {
         self.rewrite.map(|rewrite| RewriteSettings {
             rotation: rewrite.rotation.decided().unwrap_or_default(),
             smoothing: rewrite.smoothing,
-            balance: rewrite.balance,
+            balance: rewrite.balance.unwrap_or(usual),
             magnitude: Magnitude::RootMeanSquare,
             sort: rewrite.sort,
             seed: self.samples.seed,

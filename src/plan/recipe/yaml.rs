@@ -58,11 +58,12 @@ fn push_rewrite(yaml: &mut String, rewrite: Option<RewriteRecipe>) {
         WantedRotation::Klt => "klt",
     };
     yaml.push_str(&format!(
-        "rewrite:\n  rotation: {rotation}\n  smoothing: {}\n  balance: {}\n  sort: {}\n",
-        rewrite.smoothing,
-        u8::from(rewrite.balance),
-        rewrite.sort,
+        "rewrite:\n  rotation: {rotation}\n  smoothing: {}\n  sort: {}\n",
+        rewrite.smoothing, rewrite.sort,
     ));
+    if let Some(balance) = rewrite.balance {
+        yaml.push_str(&format!("  balance: {}\n", u8::from(balance)));
+    }
 }
 
 fn push_rules(yaml: &mut String, rules: &[TensorTypeRule]) {

@@ -237,15 +237,26 @@ fn run<G: FeedbackGrid, const SUB: usize>(
         };
     }
     let row_bytes = grid.row_bytes(columns);
-    let (mut rows, mut out, mut sum) = (rows, out, Rounded::default());
+    let (mut rows, mut out, mut parts) = (rows, out, Vec::new());
     for outputs in job.how.outputs {
         let (part, rest) = rows.split_at(outputs.rows() * columns);
         let (part_out, rest_out) = out.split_at_mut(outputs.rows() * row_bytes);
-        sum += job.row_after_row::<G, SUB>(&grid, part, outputs, part_out);
+        parts.push((outputs, part, part_out));
         (rows, out) = (rest, rest_out);
     }
     assert!(rows.is_empty(), "factors of all rows");
-    Ok(sum)
+    let parts = parts.into_par_iter();
+    let rounded: Vec<Rounded> = parts
+        .map(|(outputs, rows, out)| job.row_after_row::<G, SUB>(&grid, rows, outputs, out))
+        .collect();
+    Ok(in_order(rounded))
+}
+
+/// The sum, the same whoever was first.
+fn in_order(rounded: Vec<Rounded>) -> Rounded {
+    let mut sum = Rounded::default();
+    rounded.into_iter().for_each(|part| sum += part);
+    sum
 }
 
 /// The first sixteen rows and the rest.
@@ -315,10 +326,7 @@ impl<'a> Job<'a> {
         let rounded: Vec<Rounded> = panels
             .map(|((rows, out), errors)| self.panel::<G, SUB>(grid, rows, out, errors))
             .collect();
-        // In the order of rows, whoever was first.
-        let mut sum = Rounded::default();
-        rounded.into_iter().for_each(|panel| sum += panel);
-        sum
+        in_order(rounded)
     }
 
     /// Blocks of rows, each with the repairs of those before it.

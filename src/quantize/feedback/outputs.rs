@@ -14,7 +14,7 @@ use crate::backend::cpu::gram::{CHUNK_ROWS, Columns, products};
 use crate::backend::cpu::kernels::Isa;
 
 /// Blocks that a matrix is cut into at least, if its rows are many enough.
-const BLOCKS: usize = 16;
+const BLOCKS: usize = 64;
 /// Most rows of a block: what there is for threads to share.
 const MAX_BLOCK_ROWS: usize = 256;
 

@@ -195,6 +195,76 @@ fn all_together_are_exact() {
         .for_each(|model| check(model, &everything()));
 }
 
+/// Whether BF16 holds a value.
+fn is_short(value: f64) -> bool {
+    (value as f32).to_bits() & 0xffff == 0
+}
+
+#[test]
+fn norms_beside_floats_that_stay_are_short_and_all_is_exact() {
+    for model in models() {
+        let settings = RewriteSettings {
+            floats: Some(vec!["output.weight".into()]),
+            sort: true,
+            ..smoothing()
+        };
+        check(model, &settings);
+        let (_, rewrites) = compare(model, &settings);
+        assert_eq!(rewrites.space("output_norm"), None);
+        let network = Network::new(&model.stored(), &rewrites);
+        for (name, tensor) in &network.tensors {
+            let is_rewritten = |norm| rewrites.space(norm).is_some();
+            let norm = name.strip_suffix(".weight");
+            if norm.is_some_and(|norm| norm.ends_with("norm") && is_rewritten(norm)) {
+                let values = tensor.iter().flatten().flatten();
+                assert!(values.copied().all(is_short), "{} {name}", model.pattern);
+            }
+        }
+    }
+}
+
+#[test]
+fn a_router_and_biases_change_by_powers_of_two() {
+    let settings = RewriteSettings {
+        floats: Some(vec![]),
+        ..smoothing()
+    };
+    let biased = Model {
+        biases: true,
+        ..Model::of("*-")
+    };
+    let are_powers = |model: Model, producer: &str| {
+        let (_, rewrites) = compare(model, &settings);
+        let space = rewrites.space(producer).unwrap();
+        let scales = space.scale.as_ref().unwrap();
+        scales.iter().all(|scale| scale.to_bits() << 12 == 0)
+    };
+    for producer in ["blk.0.attn_k", "blk.0.attn_v", "blk.1.ffn_up"] {
+        assert!(are_powers(biased, producer), "{producer}");
+        assert!(!are_powers(Model::of("*-"), producer), "{producer}");
+    }
+    assert!(are_powers(Model::of("E"), "blk.0.attn_norm"));
+}
+
+#[test]
+fn matrices_that_stay_floats_are_left_alone() {
+    let floats = ["blk.0.ssm_in.weight", "blk.1.ffn_down.weight"];
+    let settings = RewriteSettings {
+        floats: Some(floats.map(String::from).to_vec()),
+        ..smoothing()
+    };
+    let (_, rewrites) = compare(Model::of("M-*"), &settings);
+    for (producer, is_left) in [
+        ("blk.0.attn_norm", true),
+        ("blk.0.ssm_norm", false),
+        ("blk.1.attn_norm", false),
+        ("blk.1.ffn_up", true),
+        ("blk.2.attn_v", false),
+    ] {
+        assert_eq!(rewrites.space(producer).is_none(), is_left, "{producer}");
+    }
+}
+
 #[test]
 fn folded_norms_are_exactly_one() {
     let (_, rewrites) = compare(Model::of("M-"), &rotation(Rotation::Hadamard));

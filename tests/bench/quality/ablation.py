@@ -17,7 +17,7 @@ INGREDIENTS = [
     ("rotation hadamard", "--rotate hadamard"),
     ("rotation klt", "--rotate klt"),
     ("no smoothing", "--no-smoothing"),
-    ("no sorting", "--no-sort"),
+    ("sorting", "--sort"),
     ("no rewrites at all", "--no-rewrites --rotate none"),
     ("no target correction", "--target-correction 0"),
     ("no coordinate descent", "--passes 0"),
