@@ -53,10 +53,14 @@ impl<const SUB: usize> FeedbackGrid for Groups<SUB> {
         }
         let (lowest, highest) = (lowest(Width::Four), highest(Width::Four));
         if !self.0.has_zero_point {
-            let reach = (high * zero.like(1.0 / highest)).max(low * zero.like(1.0 / lowest));
-            for k in 0..STEPS.tries {
-                let d = self.0.scale.nearest(reach * zero.like(STEPS.at(k)));
-                out.push(Scales::of_block(d, zero));
+            let positive = (high * zero.like(1.0 / highest)).max(low * zero.like(1.0 / lowest));
+            // The side of -8 has one code more: the larger of the two, whichever it is.
+            let negative = (low * zero.like(1.0 / highest)).min(high * zero.like(1.0 / lowest));
+            for reach in [positive, negative] {
+                for k in 0..STEPS.tries {
+                    let d = self.0.scale.nearest(reach * zero.like(STEPS.at(k)));
+                    out.push(Scales::of_block(d, zero));
+                }
             }
             return;
         }

@@ -591,3 +591,20 @@ fn few_tokens_correct_less() {
     let (few, many) = (change(8 * n as u64), change(1 << 50));
     assert!((few / many - 0.5).abs() < 1e-4, "{few} of {many}");
 }
+
+/// Signed groups have a code more on one side, and a scale of either sign.
+#[test]
+fn groups_reach_their_larger_side_with_either_sign() {
+    let (n, step) = (64, 0.5_f32);
+    let moments = prepared(n);
+    let grid = grids().find(|grid| grid.group_size == Some(64) && !grid.has_zero_point);
+    let grid = grid.unwrap();
+    for sign in [1.0, -1.0] {
+        let value = |at: usize| sign * step * ((at % 16) as f32 - 8.0);
+        let rows: Vec<f32> = (0..n).map(value).collect();
+        let how = Feedback::of_inputs(&moments, 0);
+        let mut out = vec![0; grid.row_bytes(n)];
+        let rounded = quantize_integers(Isa::detect(), grid, &rows, how, &mut out);
+        assert_eq!(rounded.loss, 0.0, "{sign}");
+    }
+}

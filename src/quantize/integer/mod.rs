@@ -75,7 +75,7 @@ impl ScaleFloat {
 
     /// Whether a scale is as large as the float can hold, and so may have been cut.
     pub fn is_saturated(self, scale: f32) -> bool {
-        self == Self::F16 && scale >= F16_MAX
+        self == Self::F16 && scale.abs() >= F16_MAX
     }
 }
 
