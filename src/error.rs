@@ -92,12 +92,20 @@ pub enum Error {
     /// What was written does not read back as it was sent.
     #[error("{0}")]
     Verify(Fault),
-    /// The model cannot be run on what it was given, or computes something that is not a number.
+    /// The model cannot be run on what it was given.
     #[error("{0}")]
     Run(Fault),
     /// Benchmark data, or results to compare with, cannot be used.
     #[error("{0}")]
     Data(Fault),
+    /// A network computes a value that is not finite.
+    #[error("{fault}")]
+    NotFinite {
+        /// The block whose output it is; `None` of the head.
+        block: Option<usize>,
+        /// What computes it.
+        fault: Fault,
+    },
     /// The device cannot be used, or no longer.
     #[cfg(feature = "device")]
     #[error("{0}")]
@@ -118,7 +126,7 @@ impl Error {
             | Self::Verify(fault)
             | Self::Run(fault)
             | Self::Data(fault) => Some(&fault.place),
-            Self::Write { fault, .. } => Some(&fault.place),
+            Self::Write { fault, .. } | Self::NotFinite { fault, .. } => Some(&fault.place),
             #[cfg(feature = "device")]
             Self::Device(_) => None,
             Self::Interrupted => None,
@@ -135,7 +143,7 @@ impl Error {
             | Self::Verify(fault)
             | Self::Run(fault)
             | Self::Data(fault) => fault.hint.as_deref(),
-            Self::Write { fault, .. } => fault.hint.as_deref(),
+            Self::Write { fault, .. } | Self::NotFinite { fault, .. } => fault.hint.as_deref(),
             #[cfg(feature = "device")]
             Self::Device(error) => Some(error.hint()),
             Self::Interrupted => None,

@@ -83,9 +83,11 @@ impl Layer {
             self.index,
             self.block.kind()
         );
-        Err(Error::Run(Fault::new(what).hint(
-            "`nemoconv validate` names weights that are NaN or out of range",
-        )))
+        let hint = "`nemoconv validate` names weights that are NaN or out of range";
+        Err(Error::NotFinite {
+            block: Some(self.index),
+            fault: Fault::new(what).hint(hint),
+        })
     }
 
     /// Shows the inputs of matrices that read the normed stream, without running the block: `routing` says which rows

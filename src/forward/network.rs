@@ -241,7 +241,10 @@ impl<B: Backend> Network<B> {
         let backend = self.places.of(index);
         match block.run(backend, residual, rows, turns, observer)? {
             true => Ok(()),
-            false => Err(not_finite(&format!("block {index} ({:?})", block.kind()))),
+            false => {
+                let place = format!("block {index} ({:?})", block.kind());
+                Err(not_finite(Some(index), &place))
+            }
         }
     }
 
@@ -260,7 +263,7 @@ impl<B: Backend> Network<B> {
         let chosen = backend.gather(normed, self.config.hidden_size, rows)?;
         let logits = head.apply(backend, &chosen, rows.len(), observer)?;
         if !backend.is_finite(&logits)? {
-            return Err(not_finite("the output head"));
+            return Err(not_finite(None, "the output head"));
         }
         backend.download_all(logits)
     }
@@ -299,7 +302,8 @@ fn turns_of<'a, B: Backend>(sequences: &'a mut [Sequence<'_, B>]) -> Vec<Turn<'a
         .collect()
 }
 
-fn not_finite(place: &str) -> Error {
+fn not_finite(block: Option<usize>, place: &str) -> Error {
     let fault = Fault::new(format!("{place} produced a value that is not finite"));
-    Error::Run(fault.hint("`nemoconv validate` names weights that are NaN or out of range"))
+    let fault = fault.hint("`nemoconv validate` names weights that are NaN or out of range");
+    Error::NotFinite { block, fault }
 }

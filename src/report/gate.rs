@@ -123,7 +123,12 @@ impl Gate {
 
     fn measured(self, report: &ValidationReport) -> Option<f64> {
         let logits = report.logits.as_ref().filter(|logits| logits.positions > 0);
-        let layers = report.layers.iter();
+        // The rest of a layer says nothing where some of it is not a number.
+        let is_sound = report
+            .layers
+            .iter()
+            .all(|layer| layer.non_finite_tokens == 0);
+        let layers = report.layers.iter().filter(|_| is_sound);
         match self {
             Self::MaxKld => Some(logits?.kl_divergence.mean.value),
             Self::MaxKldP99 => Some(logits?.kl_divergence.p99),

@@ -14,7 +14,7 @@ use super::logits::drift::{DriftAccumulator, ScoredPosition};
 use super::logits::kl_divergence::compare_log_probs;
 use super::logits::kld_base::{KldBaseReader, KldBaseWriter};
 use super::logits::perplexity::ChunkedText;
-use super::side_by_side::{Watch, for_each_scored_row};
+use super::side_by_side::{Watch, for_each_scored_row, score_chunk};
 use crate::backend::Backend;
 use crate::error::{Error, Fault, Result};
 use crate::forward::network::Network;
@@ -103,10 +103,11 @@ impl ReferenceFile {
         Some(finding.in_file(self.path.display().to_string()))
     }
 
-    /// How far the predictions of `artifact` on `text`, which is [`Self::text`], are from those in the file.
+    /// How far the predictions of `artifact` on `text`, which is [`Self::text`], are from those in the file. Positions
+    /// without finite logits are counted as such.
     ///
     /// # Errors
-    /// The artifact has another vocabulary, the file ends early, and as [`for_each_scored_row`].
+    /// The artifact has another vocabulary, the file ends early or cannot be read, `watch` says stop.
     pub fn measure<B: Backend>(
         mut self,
         artifact: &Network<B>,
@@ -116,28 +117,62 @@ impl ReferenceFile {
         let vocabulary = self.vocab_size();
         self.check_vocabulary(artifact.config().vocab_size)?;
         let mut drift = DriftAccumulator::new(text.context_tokens(), vocabulary);
-        let mut row = Vec::new();
-        for_each_scored_row(artifact, text, watch, |position, target, logits| {
-            let logits = &logits[..vocabulary];
-            drift.push(match &mut self.rows {
-                Rows::Compact(reader) => {
-                    let row = reader.read_row()?.ok_or_else(|| ends_early(&self.path))?;
-                    let compared = row.compare(logits, target);
-                    ScoredPosition {
-                        kl_interval: compared.map(|(_, interval)| interval),
-                        ..ScoredPosition::new(position, compared.map(|(drift, _)| drift))
-                    }
-                }
-                Rows::KldBase(reader) => {
-                    if !reader.read_row(&mut row)? {
-                        return Err(ends_early(&self.path));
-                    }
-                    ScoredPosition::new(position, compare_log_probs(&row, logits, target))
-                }
+        let total = text.chunks().len();
+        for (done, chunk) in text.chunks().enumerate() {
+            watch(done, total)?;
+            let mut compared = 0;
+            let scored = score_chunk(artifact, &chunk, |position, target, logits| {
+                compared += 1;
+                drift.push(self.compare_next(position, target, &logits[..vocabulary])?);
+                Ok(())
             });
-            Ok(())
-        })?;
+            match scored {
+                Err(Error::NotFinite { .. }) => {
+                    for (position, _) in chunk.scored().skip(compared) {
+                        self.skip_next()?;
+                        drift.push(ScoredPosition::new(position, None));
+                    }
+                }
+                scored => scored?,
+            }
+        }
+        watch(total, total)?;
         Ok(drift.finish())
+    }
+
+    /// Compares the next row.
+    fn compare_next(
+        &mut self,
+        position: usize,
+        target: u32,
+        logits: &[f32],
+    ) -> Result<ScoredPosition> {
+        Ok(match &mut self.rows {
+            Rows::Compact(reader) => {
+                let row = reader.read_row()?.ok_or_else(|| ends_early(&self.path))?;
+                let compared = row.compare(logits, target);
+                ScoredPosition {
+                    kl_interval: compared.map(|(_, interval)| interval),
+                    ..ScoredPosition::new(position, compared.map(|(drift, _)| drift))
+                }
+            }
+            Rows::KldBase(reader) => {
+                let mut row = Vec::new();
+                if !reader.read_row(&mut row)? {
+                    return Err(ends_early(&self.path));
+                }
+                ScoredPosition::new(position, compare_log_probs(&row, logits, target))
+            }
+        })
+    }
+
+    /// Leaves the next row out.
+    fn skip_next(&mut self) -> Result<()> {
+        let is_there = match &mut self.rows {
+            Rows::Compact(reader) => reader.read_row()?.is_some(),
+            Rows::KldBase(reader) => reader.read_row(&mut Vec::new())?,
+        };
+        is_there.then_some(()).ok_or_else(|| ends_early(&self.path))
     }
 
     fn check_vocabulary(&self, own: usize) -> Result<()> {

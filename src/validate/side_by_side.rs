@@ -42,8 +42,10 @@ const LOGITS_AT_ONCE: usize = 1 << 22;
 /// Compares `artifact` with `reference` on every chunk of `text`. Hidden values are compared in the reference's terms:
 /// `rewrites` are those that the artifact underwent.
 ///
+/// Positions where the artifact computes no numbers are counted as such, with all that are run together with them.
+///
 /// # Errors
-/// The networks are of different models, a value is not finite, a file cannot be read, `watch` says stop.
+/// The networks are of different models, the reference computes no numbers, a file cannot be read, `watch` says stop.
 pub fn side_by_side<B: Backend>(
     reference: &Network<B>,
     artifact: &Network<B>,
@@ -221,8 +223,19 @@ impl<B: Backend> Pair<'_, B> {
         let mut begin = 0;
         for (time, end) in self.layers.state_times().to_vec().into_iter().enumerate() {
             let piece = begin..end;
-            let reference = self.reference.advance(&inputs, &piece)?;
-            let artifact = self.artifact.advance(&inputs, &piece)?;
+            let reference = self
+                .reference
+                .advance(&inputs, &piece)
+                .map_err(of_reference)?;
+            let artifact = match self.artifact.advance(&inputs, &piece) {
+                Err(Error::NotFinite { block, .. }) => {
+                    let rows = sampled_rows(inputs.len(), piece.len()).len();
+                    let rest = begin..inputs.first().map_or(begin, Vec::len);
+                    self.give_up(block, rows, &scored_in(chunks, &rest));
+                    return Ok(());
+                }
+                advanced => advanced?,
+            };
             let routing = self.compare_blocks(&reference, &artifact);
             self.compare_states(time, chunks.len())?;
             let scored = scored_in(chunks, &piece);
@@ -230,6 +243,16 @@ impl<B: Backend> Pair<'_, B> {
             begin = end;
         }
         Ok(())
+    }
+
+    /// Counts what can no longer be compared: a state that is not finite stays so.
+    fn give_up(&mut self, block: Option<usize>, rows: usize, scored: &[Scored]) {
+        if let Some(block) = block {
+            self.layers.push_non_finite(block, rows);
+        }
+        for scored in scored {
+            self.drift.push(ScoredPosition::new(scored.position, None));
+        }
     }
 
     /// Which rows of the piece changed an expert set in any block; empty for dense models.
@@ -283,8 +306,15 @@ impl<B: Backend> Pair<'_, B> {
         let vocabulary = theirs.config().vocab_size.min(ours.config().vocab_size);
         for scored in scored.chunks((LOGITS_AT_ONCE / ours.config().vocab_size).max(1)) {
             let rows: Vec<u32> = scored.iter().map(|scored| scored.row).collect();
-            let reference = theirs.logits(reference, &rows, &mut Silent)?;
-            let artifact = ours.logits(artifact, &rows, &mut Silent)?;
+            let reference = theirs.logits(reference, &rows, &mut Silent);
+            let reference = reference.map_err(of_reference)?;
+            let artifact = match ours.logits(artifact, &rows, &mut Silent) {
+                Err(Error::NotFinite { block, .. }) => {
+                    self.give_up(block, 0, scored);
+                    continue;
+                }
+                logits => logits?,
+            };
             let drifts: Vec<_> = reference
                 .par_chunks_exact(theirs.config().vocab_size)
                 .zip(artifact.par_chunks_exact(ours.config().vocab_size))
@@ -302,6 +332,17 @@ impl<B: Backend> Pair<'_, B> {
         }
         Ok(())
     }
+}
+
+/// Without a reference there is nothing to compare with.
+fn of_reference(error: Error) -> Error {
+    let Error::NotFinite { block, mut fault } = error else {
+        return error;
+    };
+    fault.what = format!("the reference computes no numbers: {}", fault.what);
+    let fault =
+        fault.hint("`nemoconv validate` of the reference alone names its weights that are NaN");
+    Error::NotFinite { block, fault }
 }
 
 /// A scored position of a batch.
@@ -331,37 +372,50 @@ fn scored_in(chunks: &[Chunk], piece: &Range<usize>) -> Vec<Scored> {
 /// Runs one network over a text and hands out the logits of every scored position, in order.
 ///
 /// # Errors
-/// As [`side_by_side`], and whatever `take` returns.
+/// A value is not finite, a file cannot be read, `watch` says stop, and whatever `take` returns.
 pub fn for_each_scored_row<B: Backend>(
     network: &Network<B>,
     text: &ChunkedText,
     watch: Watch,
     mut take: impl FnMut(usize, u32, &[f32]) -> Result<()>,
 ) -> Result<()> {
-    let vocabulary = network.config().vocab_size;
     let total = text.chunks().len();
     for (done, chunk) in text.chunks().enumerate() {
         watch(done, total)?;
-        let tokens = chunk.input();
-        let mut state = network.empty_state()?;
-        let sequence = Sequence {
-            tokens: &tokens,
-            state: &mut state,
-        };
-        let normed = network.run(&mut [sequence], &mut Silent)?;
-        let scored: Vec<(usize, u32)> = chunk.scored().collect();
-        for scored in scored.chunks((LOGITS_AT_ONCE / vocabulary).max(1)) {
-            let rows: Vec<u32> = scored
-                .iter()
-                .map(|(position, _)| *position as u32)
-                .collect();
-            let logits = network.logits(&normed, &rows, &mut Silent)?;
-            for ((position, target), logits) in scored.iter().zip(logits.chunks_exact(vocabulary)) {
-                take(*position, *target, logits)?;
-            }
-        }
+        score_chunk(network, &chunk, &mut take)?;
     }
     watch(total, total)
+}
+
+/// The same of one chunk.
+///
+/// # Errors
+/// A value is not finite, a file cannot be read, and whatever `take` returns.
+pub fn score_chunk<B: Backend>(
+    network: &Network<B>,
+    chunk: &Chunk,
+    mut take: impl FnMut(usize, u32, &[f32]) -> Result<()>,
+) -> Result<()> {
+    let vocabulary = network.config().vocab_size;
+    let tokens = chunk.input();
+    let mut state = network.empty_state()?;
+    let sequence = Sequence {
+        tokens: &tokens,
+        state: &mut state,
+    };
+    let normed = network.run(&mut [sequence], &mut Silent)?;
+    let scored: Vec<(usize, u32)> = chunk.scored().collect();
+    for scored in scored.chunks((LOGITS_AT_ONCE / vocabulary).max(1)) {
+        let rows: Vec<u32> = scored
+            .iter()
+            .map(|(position, _)| *position as u32)
+            .collect();
+        let logits = network.logits(&normed, &rows, &mut Silent)?;
+        for ((position, target), logits) in scored.iter().zip(logits.chunks_exact(vocabulary)) {
+            take(*position, *target, logits)?;
+        }
+    }
+    Ok(())
 }
 
 /// Largest magnitude of every matrix input over some chunks, divided by 127: the scales of static 8-bit activations.

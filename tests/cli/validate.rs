@@ -64,6 +64,49 @@ fn a_gate_decides_the_exit_code_and_every_report_is_written() {
 }
 
 #[test]
+fn an_artifact_that_computes_no_numbers_has_a_report() {
+    let place = place();
+    let artifact = place.artifact("bf16");
+    let saved = ["reference.nref", "base.kld"].map(|name| place.file(name));
+    for path in &saved {
+        let flags = ["--save-reference", path.to_str().unwrap()];
+        let made = place.validate(&nano(), &nano(), &flags);
+        assert!(made.status.success(), "{}", stderr(&made));
+    }
+    let mut bytes = std::fs::read(&artifact).unwrap();
+    let last = bytes.len() - 1000;
+    bytes[last..].fill(0xff);
+    std::fs::write(&artifact, bytes).unwrap();
+    let html = place.file("r.html");
+    let flags = ["--json", "--max-kld", "1", "--html", html.to_str().unwrap()];
+    for reference in [nano()].iter().chain(&saved) {
+        let output = place.validate(&artifact, reference, &flags);
+        assert_eq!(output.status.code(), Some(2), "{}", stderr(&output));
+        let found = report(&output);
+        let findings = found["findings"].as_array().unwrap();
+        let ids: Vec<_> = findings.iter().map(|f| f["id"].as_str().unwrap()).collect();
+        assert!(ids.contains(&"weights/not-finite"), "{ids:?}");
+        assert!(ids.contains(&"logits/not-finite"), "{ids:?}");
+        assert_eq!(found["logits"]["positions"], 0);
+        assert!(found["logits"]["non_finite_positions"].as_u64() > Some(60));
+        assert_eq!(found["gates"][0]["outcome"], "not-measured");
+        assert!(
+            std::fs::read_to_string(&html)
+                .unwrap()
+                .contains("logits/not-finite")
+        );
+    }
+    // Nothing can be compared with a reference like that.
+    let output = place.validate(&nano(), &artifact, &[]);
+    assert_eq!(output.status.code(), Some(1), "{}", stderr(&output));
+    assert!(
+        stderr(&output).contains("the reference computes no numbers"),
+        "{}",
+        stderr(&output)
+    );
+}
+
+#[test]
 fn the_same_function_has_no_drift() {
     let place = place();
     let found = report(&place.validate(

@@ -20,20 +20,25 @@ pub fn findings(
     noise_floor: Option<&NoiseFloor>,
 ) -> Vec<Finding> {
     let floor = noise_floor.map_or(&[][..], |floor| &floor.layers);
+    // From the first block that computes no number on, errors are those of few tokens or of none.
+    let broken = layers.iter().position(|layer| layer.non_finite_tokens > 0);
+    let sound = &layers[..broken.unwrap_or(layers.len())];
     let mut findings: Vec<_> = logits
         .and_then(|drift| not_finite(drift, layers))
         .into_iter()
         .collect();
-    findings.extend(outliers(layers, floor));
-    findings.extend(layers.iter().filter_map(growing_state));
-    findings.extend(layers.iter().filter_map(|layer| routing(layer, floor)));
+    findings.extend(outliers(sound, floor));
+    findings.extend(sound.iter().filter_map(growing_state));
+    findings.extend(sound.iter().filter_map(|layer| routing(layer, floor)));
     findings
 }
 
 fn not_finite(logits: &LogitsDrift, layers: &[LayerDrift]) -> Option<Finding> {
     let count = logits.non_finite_positions;
     let of = count + logits.positions;
-    let message = format!("{count} of {of} positions have a logit that is not a number");
+    let message = format!(
+        "{count} of {of} positions have a logit that is not a number, or were run together with one that has"
+    );
     let finding = (count > 0).then(|| Finding::new(Rule::NonFiniteLogits, message))?;
     match layers.iter().find(|layer| layer.non_finite_tokens > 0) {
         Some(layer) => Some(finding.in_layer(layer.layer)),
@@ -172,5 +177,9 @@ mod tests {
         assert_eq!(found[0].rule, Rule::NonFiniteLogits);
         assert_eq!(found[0].place.layer, Some(1));
         assert!(found[0].message.starts_with("1 of 1 positions"));
+        // What its followers say is of few tokens or of none.
+        let mut broken = self::layers(&[0.05, 0.051, 0.052, 0.053, 0.054, 0.055, 0.0, 2.0]);
+        broken[6].non_finite_tokens = 3;
+        assert_eq!(self::found(&broken), []);
     }
 }

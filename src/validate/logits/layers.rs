@@ -131,6 +131,14 @@ impl LayerAccumulator {
         }
     }
 
+    /// Counts tokens whose output a block cannot give.
+    ///
+    /// # Panics
+    /// If there is no such layer.
+    pub fn push_non_finite(&mut self, layer: usize, tokens: usize) {
+        self.layers[layer].non_finite_tokens += tokens as u64;
+    }
+
     /// Adds the SSM state of a block after `state_times()[time]` tokens of a chunk: `[heads, elements]`, row-major.
     /// Heads that are not finite are left out.
     ///
