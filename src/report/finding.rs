@@ -203,7 +203,7 @@ rules! {
         "The artifact records that biases took back the mean rounding errors of the matrix before them (`--bias-absorption`). A change of half the bias or more is a warning.";
     RewritesMissing: Weights, Warning, "weights/rewrites-missing",
         "the rewrites that the artifact records cannot be had",
-        "Its weights are those of a rewritten network and can only be compared through the sidecar `NAME.rewrites.safetensors` that was written with it. Put it beside the artifact.";
+        "Its weights are those of a rewritten network and can only be compared through the sidecar that was written with it: `NAME.rewrites.safetensors` beside a GGUF file, `rewrites.nemoconv` with `receipt.json` in a packed folder. Put back what is missing.";
     NotComparable: Weights, Note, "weights/not-comparable",
         "a tensor has no counterpart in the reference",
         "It was merged, rewritten, or is absent on one side, so its error cannot be measured.";

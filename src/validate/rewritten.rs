@@ -48,23 +48,47 @@ pub fn recorded(artifact: &StoredModel) -> Recorded {
     }
 }
 
-/// The rewrites that a folder's `receipt.json` records.
+/// The rewrites that a folder's `receipt.json` records. Folders of other programs have none, and no sidecar either.
 fn recorded_in_folder(checkpoint: &Checkpoint) -> Recorded {
-    let receipt = checkpoint.read_json(RECEIPT).ok().flatten();
-    let expected = receipt
-        .as_ref()
-        .and_then(|receipt| receipt["calibration"]["rewrites_sha256"].as_str());
-    let Some(expected) = expected else {
-        return Recorded::None;
-    };
     let path = checkpoint.folder().join(SIDECAR_IN_FOLDER);
-    let is_the_one = sha256_of(&path).is_ok_and(|found| found == expected);
-    match is_the_one.then(|| Rewrites::open(&path)) {
-        Some(Ok(rewrites)) => Recorded::Rewrites(Box::new(rewrites)),
-        Some(Err(error)) => Recorded::Unknown(error.to_string()),
-        None => Recorded::Unknown(format!(
+    let receipt = match checkpoint.read_json(RECEIPT) {
+        Ok(Some(receipt)) => receipt,
+        Ok(None) if path.exists() => {
+            return Recorded::Unknown(format!(
+                "`{RECEIPT}` is missing, so that nothing says whether the weights underwent what `{SIDECAR_IN_FOLDER}` holds"
+            ));
+        }
+        Ok(None) => return Recorded::None,
+        Err(error) => {
+            return Recorded::Unknown(format!(
+                "`{RECEIPT}` cannot be read, so that rewrites of the weights are unknown: {error}"
+            ));
+        }
+    };
+    match receipt["calibration"]["rewrites_sha256"].as_str() {
+        Some(expected) => recorded_as(&path, expected),
+        None => Recorded::None,
+    }
+}
+
+/// The rewrites of a folder's sidecar, if it is the expected one.
+fn recorded_as(path: &Path, expected: &str) -> Recorded {
+    let found = match sha256_of(path) {
+        Ok(found) => found,
+        Err(_) if !path.exists() => {
+            let what = format!("`{SIDECAR_IN_FOLDER}`, which `{RECEIPT}` names, is missing");
+            return Recorded::Unknown(what);
+        }
+        Err(error) => return Recorded::Unknown(error.to_string()),
+    };
+    if found != expected {
+        return Recorded::Unknown(format!(
             "`{SIDECAR_IN_FOLDER}` is not the one that was written with the folder: its sha256 is not {expected}"
-        )),
+        ));
+    }
+    match Rewrites::open(path) {
+        Ok(rewrites) => Recorded::Rewrites(Box::new(rewrites)),
+        Err(error) => Recorded::Unknown(error.to_string()),
     }
 }
 

@@ -334,11 +334,27 @@ fn validate_undoes_the_rewrites_and_knows_how_it_was_rounded() {
         );
         assert!(!report.contains("warning"), "{name}: {report}");
         if name == "w4a16" {
+            let says = |words: &str| {
+                let output = validate(&folder);
+                let report = String::from_utf8_lossy(&output.stdout).into_owned();
+                assert!(report.contains("weights/rewrites-missing"), "{report}");
+                assert!(report.contains(words), "{report}");
+                assert!(!report.contains("permuted"), "{report}");
+            };
+            let receipt = folder.join("receipt.json");
+            let bytes = fs::read(&receipt).unwrap();
+            fs::write(&receipt, &bytes[..bytes.len() / 2]).unwrap();
+            says("`receipt.json` cannot be read");
+            fs::remove_file(&receipt).unwrap();
+            says("`receipt.json` is missing");
+            fs::write(&receipt, bytes).unwrap();
             let sidecar = folder.join("rewrites.nemoconv");
+            let mut bytes = fs::read(&sidecar).unwrap();
+            *bytes.last_mut().unwrap() ^= 1;
+            fs::write(&sidecar, bytes).unwrap();
+            says("its sha256 is not");
             fs::remove_file(sidecar).unwrap();
-            let output = validate(&folder);
-            let report = String::from_utf8_lossy(&output.stdout).into_owned();
-            assert!(report.contains("rewrites.nemoconv"), "{report}");
+            says("`rewrites.nemoconv`, which `receipt.json` names, is missing");
         }
     }
 }
