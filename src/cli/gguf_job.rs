@@ -18,7 +18,7 @@ use nemoconv::model::description::{DescriptionSources, ModelDescription, Paramet
 use nemoconv::model::tokenizer::{TokenType, Tokenizer};
 use nemoconv::plan::packing::keeps_codes;
 use nemoconv::plan::sources::{Fate, Piece};
-use nemoconv::plan::{Plan, PlannedTensor};
+use nemoconv::plan::{Coverage, Plan, PlannedTensor};
 use nemoconv::write::gguf::artifact::{Artifact, create_sibling};
 use nemoconv::write::gguf::parts::Parts;
 use nemoconv::write::gguf::{self, NamedImatrix};
@@ -407,6 +407,9 @@ fn announce(args: &ToGguf, prepared: &Prepared, talk: &Talk) {
     }
     for (entry, fate) in prepared.checkpoint.tensors().iter().zip(&plan.fates) {
         match fate {
+    if let Some(odd) = plan.coverage.and_then(odd_coverage) {
+        talk.say(format_args!("warning: {odd}"));
+    }
             Fate::Dropped { reason } => {
                 talk.say(format_args!("dropped `{}`: {reason}", entry.name))
             }
@@ -426,6 +429,25 @@ fn packed_source(plan: &Plan, calibrated: bool) -> Option<String> {
     let is_packed = |piece: &Piece| matches!(piece, Piece::Packed(_));
     let packed = || {
         let tensors = plan.tensors.iter();
+/// What speaks against an importance matrix; `None` of one that is this model's.
+fn odd_coverage(coverage: Coverage) -> Option<String> {
+    let Coverage {
+        steered,
+        steerable,
+        foreign,
+    } = coverage;
+    if steerable == 0 {
+        return Some(
+            "the importance matrix steers nothing: no tensor's type asks for importance".into(),
+        );
+    }
+    (steered < steerable || foreign > 0).then(|| {
+        format!(
+            "the importance matrix covers {steered} of the {steerable} tensors that it could steer, and {foreign} of its entries name no tensor of this model: was it collected on another?"
+        )
+    })
+}
+
         tensors.filter(|tensor| tensor.pieces.iter().any(is_packed))
     };
     // Calibration rounds every matrix anew.

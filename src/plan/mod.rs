@@ -93,6 +93,17 @@ impl PlannedTensor {
     }
 }
 
+/// How an importance matrix goes with a model.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Coverage {
+    /// Tensors that it steers.
+    pub steered: usize,
+    /// Tensors that one of this model steers: embedding and head aside, those whose type asks for importance.
+    pub steerable: usize,
+    /// Entries that name no tensor of this model.
+    pub foreign: usize,
+}
+
 /// A complete conversion, before a weight is read.
 #[derive(Debug)]
 pub struct Plan {
@@ -108,8 +119,8 @@ pub struct Plan {
     pub tensors: Vec<PlannedTensor>,
     /// What becomes of every source tensor, in checkpoint order.
     pub fates: Vec<Fate>,
-    /// Tensors steered by the importance matrix.
-    pub importance_entries: usize,
+    /// What the importance matrix steers, if there is one.
+    pub coverage: Option<Coverage>,
 }
 
 impl Plan {
@@ -145,10 +156,9 @@ impl Plan {
             with_mtp,
         )?;
         let mut tensors = with_second_scales(tensors, settings)?;
-        let importance_entries = match imatrix {
-            Some(imatrix) => steer(&mut tensors, imatrix)?,
-            None => 0,
-        };
+        let coverage = imatrix
+            .map(|imatrix| steer(&mut tensors, imatrix))
+            .transpose()?;
         Ok(Self {
             file_type: {
                 let weights = tensors.iter().map(|tensor| (tensor.ty, tensor.weights()));
@@ -159,7 +169,7 @@ impl Plan {
             with_mtp,
             tensors,
             fates: resolved.fates,
-            importance_entries,
+            coverage,
         })
     }
 
@@ -360,43 +370,57 @@ fn ignores_importance(ty: GgmlType) -> bool {
     )
 }
 
-/// Hands each tensor its importance, padded where columns were; returns how many entries were used.
-fn steer(tensors: &mut [PlannedTensor], imatrix: &Imatrix) -> Result<usize> {
-    let mut used = 0;
+/// Hands each tensor its importance, padded where columns were.
+fn steer(tensors: &mut [PlannedTensor], imatrix: &Imatrix) -> Result<Coverage> {
+    check_origin(tensors, imatrix)?;
+    let named = tensors
+        .iter()
+        .filter(|t| imatrix.importance(&t.name).is_some());
+    let foreign = imatrix.entries().len() - named.count();
+    let mut coverage = Coverage {
+        steered: 0,
+        steerable: 0,
+        foreign,
+    };
     for tensor in tensors
         .iter_mut()
         .filter(|tensor| !ignores_importance(tensor.ty))
     {
+        let importance = imatrix.importance(&tensor.name);
+        // llama-imatrix leaves these two out unless it is asked for them.
+        let is_usual = !matches!(tensor.name.as_str(), "token_embd.weight" | "output.weight");
+        coverage.steerable += usize::from(is_usual || importance.is_some());
+        coverage.steered += usize::from(importance.is_some());
+        let (columns, stored) = (tensor.source.columns, tensor.stored.columns);
+        tensor.importance = importance.map(|importance| pad(importance, columns, stored));
+    }
+    Ok(coverage)
+}
+
+/// The matrix names tensors of this model, and those in its shape.
+fn check_origin(tensors: &[PlannedTensor], imatrix: &Imatrix) -> Result<()> {
+    const HINT: &str = "it was collected on another model";
+    let mut names_any = false;
+    for tensor in tensors {
         let Some(importance) = imatrix.importance(&tensor.name) else {
             continue;
         };
+        names_any = true;
         let expected = tensor.source.columns * tensor.pieces.len();
         if importance.len() != expected {
             let what = format!(
                 "importance matrix has {} columns, expected {expected}",
                 importance.len()
             );
-            return Err(Error::Plan(
-                Fault::new(what)
-                    .in_tensor(&tensor.name)
-                    .hint("it was collected on another model"),
-            ));
+            let fault = Fault::new(what).in_tensor(&tensor.name);
+            return Err(Error::Plan(fault.hint(HINT)));
         }
-        tensor.importance = Some(pad(
-            importance,
-            tensor.source.columns,
-            tensor.stored.columns,
-        ));
-        used += 1;
     }
-    if tensors
-        .iter()
-        .all(|tensor| imatrix.importance(&tensor.name).is_none())
-    {
-        let fault = Fault::new("the importance matrix names no tensor of this model");
-        return Err(Error::Plan(fault.hint("it was collected on another model")));
+    if names_any {
+        return Ok(());
     }
-    Ok(used)
+    let fault = Fault::new("the importance matrix names no tensor of this model");
+    Err(Error::Plan(fault.hint(HINT)))
 }
 
 /// Appends zeros to each row of `columns` values.

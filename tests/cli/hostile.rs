@@ -189,18 +189,62 @@ fn a_pattern_that_matches_nothing() {
 fn an_importance_matrix_of_another_model() {
     let folder = tempdir().unwrap();
     let path = folder.path().join("other.dat");
-    let mut bytes = 1i32.to_le_bytes().to_vec();
-    bytes.extend(5i32.to_le_bytes());
-    bytes.extend(b"other");
-    bytes.extend(1i32.to_le_bytes());
-    bytes.extend(1i32.to_le_bytes());
-    bytes.extend(1f32.to_le_bytes());
-    std::fs::write(&path, bytes).unwrap();
-    refuses(
-        &["-t", "q4_k_m", "--imatrix", path.to_str().unwrap()],
-        |_| (),
-        &["no tensor of this model"],
+    let flags = ["-t", "q4_k_m", "--imatrix", path.to_str().unwrap()];
+    write_imatrix(&path, &[("other", 1)]);
+    refuses(&flags, |_| (), &["no tensor of this model"]);
+    // Whatever the type of the tensor.
+    write_imatrix(&path, &[("blk.0.ssm_in.weight", 128)]);
+    for file_type in ["q4_k_m", "f16"] {
+        let flags = [&flags[..1], &[file_type], &flags[2..]].concat();
+        let expected = [
+            "blk.0.ssm_in.weight",
+            "128 columns, expected 256",
+            "another model",
+        ];
+        refuses(&flags, |_| (), &expected);
+    }
+}
+
+#[test]
+fn an_importance_matrix_that_covers_some_tensors() {
+    let folder = tempdir().unwrap();
+    let path = folder.path().join("some.dat");
+    write_imatrix(
+        &path,
+        &[("blk.0.ssm_in.weight", 256), ("blk.77.ssm_in.weight", 256)],
     );
+    let (model, imatrix) = (nano(), path.to_str().unwrap());
+    let says = |file_type: &str, words: &str| {
+        let flags = [
+            "plan",
+            model.to_str().unwrap(),
+            "-t",
+            file_type,
+            "--imatrix",
+            imatrix,
+        ];
+        let output = nemoconv(flags);
+        let said = stderr(&output);
+        assert!(output.status.success() && said.contains(words), "{said}");
+    };
+    says(
+        "q4_k_m",
+        "covers 1 of the 12 tensors that it could steer, and 1 of its entries name no",
+    );
+}
+
+/// An importance matrix in the older form.
+fn write_imatrix(path: &Path, entries: &[(&str, usize)]) {
+    let number = |number: usize| (number as i32).to_le_bytes();
+    let mut bytes = number(entries.len()).to_vec();
+    for (name, columns) in entries {
+        bytes.extend(number(name.len()));
+        bytes.extend(name.as_bytes());
+        bytes.extend(number(1));
+        bytes.extend(number(*columns));
+        bytes.extend(1f32.to_le_bytes().repeat(*columns));
+    }
+    std::fs::write(path, bytes).unwrap();
 }
 
 #[test]

@@ -41,7 +41,8 @@ pub fn metadata(
     architecture_keys::architecture_keys(plan, &mut metadata);
     tokenizer_keys::tokenizer_keys(tokenizer, &mut metadata);
     if let Some(imatrix) = imatrix {
-        imatrix_keys(imatrix, plan.importance_entries, &mut metadata);
+        let entries = plan.coverage.map_or(0, |coverage| coverage.steered);
+        imatrix_keys(imatrix, entries, &mut metadata);
     }
     metadata
 }
