@@ -63,6 +63,9 @@ impl TimeStep {
             }
             Some(other) => return Err(time_step_fault(other)),
         };
+        if limit.0 > limit.1 {
+            return Err(time_step_fault(&fields.json["time_step_limit"]));
+        }
         Ok(Self {
             limit,
             min: min.unwrap_or(Self::UNLIMITED.min),
@@ -83,7 +86,7 @@ fn bound(value: &Value) -> Option<f32> {
 
 fn time_step_fault(found: &Value) -> Fault {
     Fault::new(format!(
-        "`time_step_limit` must be two numbers, found {found}"
+        "`time_step_limit` must be two numbers, the smaller first, found {found}"
     ))
 }
 
@@ -154,9 +157,11 @@ impl NemotronHConfig {
                     .hint("no GGUF architecture of llama.cpp can express such a model"),
             );
         }
-        let rms_norm_eps = fields.float(&["rms_norm_eps", "norm_eps"])?;
+        check_block_count(&fields, &pattern)?;
+        fields.size(&["max_position_embeddings"])?;
+        let rms_norm_eps = fields.positive(&["rms_norm_eps", "norm_eps"])?;
         let layer_norm_epsilon = fields
-            .float(&["layer_norm_eps", "layer_norm_epsilon", "norm_epsilon"])?
+            .positive(&["layer_norm_eps", "layer_norm_epsilon", "norm_epsilon"])?
             .or(rms_norm_eps)
             .ok_or_else(|| missing("layer_norm_epsilon"))?;
         let nextn = fields.size(&["num_nextn_predict_layers"])?.unwrap_or(0);
@@ -290,15 +295,34 @@ impl MoeConfig {
 fn check_model_type(json: &Value) -> Result<(), Fault> {
     let model_type = json.get("model_type").and_then(Value::as_str);
     let architecture = json.pointer("/architectures/0").and_then(Value::as_str);
-    let known = model_type == Some("nemotron_h") || architecture == Some("NemotronHForCausalLM");
+    if let Some(found) = model_type.filter(|found| *found != "nemotron_h") {
+        return Err(another_architecture(format!(
+            "`model_type` must be nemotron_h, found {found}"
+        )));
+    }
+    let known = model_type.is_some() || architecture == Some("NemotronHForCausalLM");
     if known && architecture.is_none_or(|name| name == "NemotronHForCausalLM") {
         return Ok(());
     }
     let found = architecture.or(model_type).unwrap_or("nothing");
-    Err(Fault::new(format!(
+    Err(another_architecture(format!(
         "`architectures` must be NemotronHForCausalLM, found {found}"
-    ))
-    .hint("this converter knows Nemotron-H hybrids only (dense, MoE, latent MoE)"))
+    )))
+}
+
+fn another_architecture(what: String) -> Fault {
+    Fault::new(what).hint("this converter knows Nemotron-H hybrids only (dense, MoE, latent MoE)")
+}
+
+/// A count of blocks, where there is one, is that of the pattern.
+fn check_block_count(fields: &Fields, pattern: &HybridPattern) -> Result<(), Fault> {
+    let expected = pattern.kinds().len();
+    match fields.size(&["num_hidden_layers"])? {
+        Some(found) if found != expected => Err(Fault::new(format!(
+            "`num_hidden_layers` must be the {expected} blocks of the pattern, found {found}"
+        ))),
+        _ => Ok(()),
+    }
 }
 
 fn parse_pattern(json: &Value) -> Result<HybridPattern, Fault> {
@@ -354,6 +378,16 @@ impl<'a> Fields<'a> {
         number
             .map(|number| Some(number as f32))
             .ok_or_else(|| Fault::new(format!("`{name}` must be a finite number, found {value}")))
+    }
+
+    /// A number above zero.
+    fn positive(&self, names: &[&'static str]) -> Result<Option<f32>, Fault> {
+        match (self.float(names)?, self.find(names)) {
+            (Some(number), Some((name, found))) if number <= 0.0 => Err(Fault::new(format!(
+                "`{name}` must be above 0, found {found}"
+            ))),
+            (number, _) => Ok(number),
+        }
     }
 
     fn flag(&self, name: &'static str) -> Result<Option<bool>, Fault> {
@@ -420,6 +454,28 @@ mod tests {
         );
         rejects("intermediate_size", json!(null), "MLP blocks");
         rejects("layer_norm_epsilon", json!("Infinity"), "finite number");
+        rejects(
+            "layer_norm_epsilon",
+            json!(-1e-5),
+            "must be above 0, found -1e-5",
+        );
+        rejects("rms_norm_eps", json!(0), "must be above 0, found 0");
+        rejects(
+            "num_hidden_layers",
+            json!(4),
+            "the 3 blocks of the pattern, found 4",
+        );
+        rejects("max_position_embeddings", json!(-1), "found -1");
+        rejects(
+            "time_step_limit",
+            json!([1, 0]),
+            "the smaller first, found [1,0]",
+        );
+        rejects(
+            "model_type",
+            json!("llama"),
+            "`model_type` must be nemotron_h, found llama",
+        );
         rejects(
             "architectures",
             json!(["LlamaForCausalLM"]),

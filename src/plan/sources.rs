@@ -75,13 +75,14 @@ pub struct Sources {
 ///
 /// # Errors
 /// A required tensor is missing; a shape or type is not what the config implies; a tensor is left over that
-/// nothing accounts for; two tensors spell the same name.
+/// nothing accounts for; two tensors spell the same name; a tied head has weights of its own.
 pub fn resolve(
     checkpoint: &Checkpoint,
     config: &NemotronHConfig,
     with_mtp: bool,
 ) -> Result<Sources> {
     let mut resolver = Resolver::new(checkpoint, config)?;
+    resolver.check_tied_head()?;
     let mut tensors = Vec::new();
     for expected in expected_tensors(config, with_mtp) {
         tensors.extend(resolver.resolve(expected)?);
@@ -108,6 +109,21 @@ impl<'a> Resolver<'a> {
             packing: Packing::new(checkpoint)?,
             fates,
         })
+    }
+
+    /// Of a head beside a tied embedding some programs take the one, some the other.
+    fn check_tied_head(&self) -> Result<()> {
+        const HEAD: &str = "lm_head.weight";
+        if !self.config.tie_word_embeddings || self.packing.position(HEAD).is_none() {
+            return Ok(());
+        }
+        let what = "`tie_word_embeddings` must be false where the head has weights, found true";
+        let fault = Fault::new(what).in_tensor(HEAD);
+        Err(Error::Model(
+            fault
+                .in_file(self.checkpoint.folder().join("config.json"))
+                .hint("set it to false if the head is not the embedding, else leave the head's weights out"),
+        ))
     }
 
     fn resolve(&mut self, expected: ExpectedTensor) -> Result<Option<ResolvedTensor>> {

@@ -177,12 +177,44 @@ fn what_does_not_fit_f16_is_counted_and_refused() {
 }
 
 #[test]
+fn sizes_that_contradict_each_other_name_file_and_key() {
+    let check = |key: &str, value: serde_json::Value, expected: &str| {
+        let damage = |model: &Path| edit_config(model, |config| config[key] = value);
+        refuses(&[], damage, &["config.json", key, expected]);
+    };
+    check("layer_norm_epsilon", json!(-1e-5), "above 0");
+    check(
+        "num_hidden_layers",
+        json!(6),
+        "the 5 blocks of the pattern, found 6",
+    );
+    check("time_step_limit", json!([1, 0]), "[1,0]");
+    check("max_position_embeddings", json!(-8192), "found -8192");
+    check("model_type", json!("llama"), "found llama");
+    check("tie_word_embeddings", json!(true), "lm_head.weight");
+}
+
+#[test]
 fn a_pattern_that_matches_nothing() {
     refuses(
         &["--tensor-type", "no_such_tensor=q8_0", "-t", "q4_k_m"],
         |_| (),
         &["matches no tensor", "hint"],
     );
+}
+
+/// An importance matrix in the older form.
+fn write_imatrix(path: &Path, entries: &[(&str, usize)]) {
+    let number = |number: usize| (number as i32).to_le_bytes();
+    let mut bytes = number(entries.len()).to_vec();
+    for (name, columns) in entries {
+        bytes.extend(number(name.len()));
+        bytes.extend(name.as_bytes());
+        bytes.extend(number(1));
+        bytes.extend(number(*columns));
+        bytes.extend(1f32.to_le_bytes().repeat(*columns));
+    }
+    std::fs::write(path, bytes).unwrap();
 }
 
 #[test]
@@ -231,20 +263,7 @@ fn an_importance_matrix_that_covers_some_tensors() {
         "q4_k_m",
         "covers 1 of the 12 tensors that it could steer, and 1 of its entries name no",
     );
-}
-
-/// An importance matrix in the older form.
-fn write_imatrix(path: &Path, entries: &[(&str, usize)]) {
-    let number = |number: usize| (number as i32).to_le_bytes();
-    let mut bytes = number(entries.len()).to_vec();
-    for (name, columns) in entries {
-        bytes.extend(number(name.len()));
-        bytes.extend(name.as_bytes());
-        bytes.extend(number(1));
-        bytes.extend(number(*columns));
-        bytes.extend(1f32.to_le_bytes().repeat(*columns));
-    }
-    std::fs::write(path, bytes).unwrap();
+    says("f16", "steers nothing");
 }
 
 #[test]
