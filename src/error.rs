@@ -78,6 +78,9 @@ pub enum Error {
     /// What was asked for cannot be stored so.
     #[error("{0}")]
     Plan(Fault),
+    /// What was asked for contradicts itself, lacks something, or is out of range.
+    #[error("{0}")]
+    Usage(Fault),
     /// The weights themselves are refused (NaN, infinities, overflow).
     #[error("{0}")]
     Weights(Fault),
@@ -95,9 +98,6 @@ pub enum Error {
     /// The model cannot be run on what it was given.
     #[error("{0}")]
     Run(Fault),
-    /// Benchmark data, or results to compare with, cannot be used.
-    #[error("{0}")]
-    Data(Fault),
     /// A network computes a value that is not finite.
     #[error("{fault}")]
     NotFinite {
@@ -106,6 +106,9 @@ pub enum Error {
         /// What computes it.
         fault: Fault,
     },
+    /// Benchmark data, or results to compare with, cannot be used.
+    #[error("{0}")]
+    Data(Fault),
     /// The device cannot be used, or no longer.
     #[cfg(feature = "device")]
     #[error("{0}")]
@@ -122,6 +125,7 @@ impl Error {
             Self::Input(error) => Some(&error.place),
             Self::Model(fault)
             | Self::Plan(fault)
+            | Self::Usage(fault)
             | Self::Weights(fault)
             | Self::Verify(fault)
             | Self::Run(fault)
@@ -139,6 +143,7 @@ impl Error {
             Self::Input(error) => error.hint.as_deref(),
             Self::Model(fault)
             | Self::Plan(fault)
+            | Self::Usage(fault)
             | Self::Weights(fault)
             | Self::Verify(fault)
             | Self::Run(fault)

@@ -51,14 +51,18 @@ pub fn to_gguf(args: &ToGguf, machines: &Machines, talk: &Talk, stop: &AtomicBoo
     if args.calibration.calibration.is_none() {
         memory::return_at_once();
     }
-    let Some(mut chosen) = recipe_job::choose(args, machines, talk, stop)? else {
+    let entries = recipe_job::entries(args)?;
+    if !args.print_recipe {
+        recipe_job::require_text(&entries, &args.calibration)?;
+    }
+    let Some(mut chosen) = recipe_job::choose(args, entries, machines, talk, stop)? else {
         return Ok(());
     };
     let mut prepared = prepare(args, &chosen, &[])?;
     let mut also = Also::plan(args, &chosen.recipe, &prepared.checkpoint)?;
     if let (Some(_), Some(_)) = (&also, &chosen.calibration) {
         let what = "`--also-safetensors` does not go with types that are allocated";
-        return Err(Error::Plan(Fault::new(what)));
+        return Err(Error::Usage(Fault::new(what)));
     }
     let calibration = match (chosen.calibration.take(), &args.calibration.calibration) {
         (None, Some(text)) => Some(Calibration::begin(
@@ -180,7 +184,8 @@ pub fn to_gguf(args: &ToGguf, machines: &Machines, talk: &Talk, stop: &AtomicBoo
 
 /// Shows what would be written.
 pub fn plan(args: &ToGguf, machines: &Machines, talk: &Talk, stop: &AtomicBool) -> Result<()> {
-    let Some(chosen) = recipe_job::choose(args, machines, talk, stop)? else {
+    let entries = recipe_job::entries(args)?;
+    let Some(chosen) = recipe_job::choose(args, entries, machines, talk, stop)? else {
         return Ok(());
     };
     let keys = chosen.calibration.as_ref().map(Calibration::keys);
@@ -368,7 +373,7 @@ fn like(
 }
 
 fn wrong_override(key: &str) -> Error {
-    Error::Plan(Fault::new(format!(
+    Error::Usage(Fault::new(format!(
         "`--override-kv {key}` has another type than the key, or is out of range"
     )))
 }
@@ -402,14 +407,14 @@ fn announce(args: &ToGguf, prepared: &Prepared, talk: &Talk) {
             first.instead_of.map_or("", |ty| ty.name()),
         ));
     }
+    if let Some(odd) = plan.coverage.and_then(odd_coverage) {
+        talk.say(format_args!("warning: {odd}"));
+    }
     if let Some(packed) = packed_source(plan, args.calibration.calibration.is_some()) {
         talk.say(packed);
     }
     for (entry, fate) in prepared.checkpoint.tensors().iter().zip(&plan.fates) {
         match fate {
-    if let Some(odd) = plan.coverage.and_then(odd_coverage) {
-        talk.say(format_args!("warning: {odd}"));
-    }
             Fate::Dropped { reason } => {
                 talk.say(format_args!("dropped `{}`: {reason}", entry.name))
             }
@@ -424,11 +429,6 @@ fn announce(args: &ToGguf, prepared: &Prepared, talk: &Talk) {
     }
 }
 
-/// What becomes of the codes of a packed checkpoint; `None` for others.
-fn packed_source(plan: &Plan, calibrated: bool) -> Option<String> {
-    let is_packed = |piece: &Piece| matches!(piece, Piece::Packed(_));
-    let packed = || {
-        let tensors = plan.tensors.iter();
 /// What speaks against an importance matrix; `None` of one that is this model's.
 fn odd_coverage(coverage: Coverage) -> Option<String> {
     let Coverage {
@@ -448,6 +448,11 @@ fn odd_coverage(coverage: Coverage) -> Option<String> {
     })
 }
 
+/// What becomes of the codes of a packed checkpoint; `None` for others.
+fn packed_source(plan: &Plan, calibrated: bool) -> Option<String> {
+    let is_packed = |piece: &Piece| matches!(piece, Piece::Packed(_));
+    let packed = || {
+        let tensors = plan.tensors.iter();
         tensors.filter(|tensor| tensor.pieces.iter().any(is_packed))
     };
     // Calibration rounds every matrix anew.

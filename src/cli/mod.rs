@@ -94,10 +94,10 @@ pub fn main() -> ExitCode {
         Ok(code) => ExitCode::from(code),
         Err(error) => {
             output::print_error(&error);
-            ExitCode::from(if matches!(error, Error::Interrupted) {
-                exit::INTERRUPTED
-            } else {
-                device::exit_code(&error).unwrap_or(exit::FAILED)
+            ExitCode::from(match error {
+                Error::Interrupted => exit::INTERRUPTED,
+                Error::Usage(_) => exit::USAGE,
+                error => device::exit_code(&error).unwrap_or(exit::FAILED),
             })
         }
     }

@@ -1,5 +1,6 @@
 //! From flags and a recipe file to the recipe that is in force, its types chosen.
 
+use std::path::Path;
 use std::sync::atomic::AtomicBool;
 
 use nemoconv::artifact::locate;
@@ -13,7 +14,7 @@ use nemoconv::plan::types::{Scheme, TensorTypeRule};
 use serde_json::Value;
 
 use super::allocation_job;
-use super::args::{ToGguf, tensor_type_rule};
+use super::args::{CalibrationArgs, ToGguf, tensor_type_rule};
 use super::calibration_job::Calibration;
 use super::output::{Talk, print_stdout};
 
@@ -45,19 +46,14 @@ impl Chosen {
 /// The recipe in force; `None` where it was only to be printed.
 pub fn choose(
     args: &ToGguf,
+    entries: RecipeEntries,
     machines: &Machines,
     talk: &Talk,
     stop: &AtomicBool,
 ) -> Result<Option<Chosen>> {
-    let file = args
-        .recipe
-        .as_deref()
-        .map(RecipeEntries::open)
-        .transpose()?;
-    let recipe = args
-        .entries(rules_of(args)?)
-        .or(file.unwrap_or_default())
-        .resolve()?;
+    let is_calibrated =
+        args.calibration.calibration.is_some() || entries.calibration_key().is_some();
+    let recipe = entries.resolve()?;
     let chosen = match recipe.aim {
         Aim::Scheme(scheme) => Chosen::of_scheme(recipe, scheme),
         Aim::OwnType => {
@@ -75,10 +71,47 @@ pub fn choose(
         }
     };
     if args.print_recipe {
-        print_stdout(chosen.recipe.to_yaml().trim_end());
+        print_recipe(&chosen.recipe, is_calibrated);
         return Ok(None);
     }
     Ok(Some(chosen))
+}
+
+/// What flags and the recipe file say together.
+pub fn entries(args: &ToGguf) -> Result<RecipeEntries> {
+    Ok(args
+        .entries(rules_of(args)?)
+        .or(of_file(args.recipe.as_deref())?))
+}
+
+/// What a recipe file says; nothing if there is none.
+pub fn of_file(path: Option<&Path>) -> Result<RecipeEntries> {
+    Ok(path
+        .map(RecipeEntries::open)
+        .transpose()?
+        .unwrap_or_default())
+}
+
+/// Refuses settings of a calibration where there is nothing to read: they would do nothing.
+pub fn require_text(entries: &RecipeEntries, calibration: &CalibrationArgs) -> Result<()> {
+    match entries.calibration_key() {
+        Some(key) if calibration.calibration.is_none() => {
+            let what =
+                format!("`{key}` is a setting of the calibration, and there is no text to read");
+            let hint = "give one with `--calibration FILE`, or leave the setting out: weights are then rounded without data";
+            Err(Error::Usage(Fault::new(what).hint(hint)))
+        }
+        _ => Ok(()),
+    }
+}
+
+/// The recipe on stdout, without settings of a calibration where there is none.
+pub fn print_recipe(recipe: &Recipe, is_calibrated: bool) {
+    let yaml = match is_calibrated {
+        true => recipe.to_yaml(),
+        false => recipe.to_data_free_yaml(),
+    };
+    print_stdout(yaml.trim_end());
 }
 
 /// The converter's rule: BF16 or F16 by the first tensor with two dimensions, F32 checkpoints become F16. Packed ones

@@ -11,7 +11,7 @@ use nemoconv::formats::GgmlType;
 use nemoconv::formats::checkpoint::Checkpoint;
 use nemoconv::model::config::NemotronHConfig;
 use nemoconv::plan::packed::{PackedPlan, PackedSettings};
-use nemoconv::plan::recipe::{Recipe, RecipeEntries};
+use nemoconv::plan::recipe::Recipe;
 use nemoconv::write::packed::folder::check_target;
 
 use super::calibration_job::{Calibration, CalibrationFlags, Source, ToRound};
@@ -20,6 +20,7 @@ use super::memory;
 use super::output::{Talk, human_bytes, print_stdout, table};
 use super::packed_folder::{Folder, balance, floats};
 use super::packed_receipt;
+use super::recipe_job;
 use super::safetensors_args::ToSafetensors;
 
 /// Writes the folder, or shows the plan with `--dry-run`.
@@ -29,11 +30,19 @@ pub fn to_safetensors(
     talk: &Talk,
     stop: &AtomicBool,
 ) -> Result<()> {
-    let recipe = recipe(args)?;
+    let entries = args
+        .entries()
+        .or(recipe_job::of_file(args.recipe.as_deref())?);
     if args.print_recipe {
-        print_stdout(recipe.to_yaml().trim_end());
+        let is_calibrated =
+            args.calibration.calibration.is_some() || entries.calibration_key().is_some();
+        recipe_job::print_recipe(&entries.resolve()?, is_calibrated);
         return Ok(());
     }
+    if !args.dry_run {
+        recipe_job::require_text(&entries, &args.calibration)?;
+    }
+    let recipe = entries.resolve()?;
     if args.calibration.calibration.is_none() {
         memory::return_at_once();
     }
@@ -101,15 +110,6 @@ pub fn to_safetensors(
         false => print_stdout(written.display()),
     }
     Ok(())
-}
-
-fn recipe(args: &ToSafetensors) -> Result<Recipe> {
-    let file = args
-        .recipe
-        .as_deref()
-        .map(RecipeEntries::open)
-        .transpose()?;
-    args.entries().or(file.unwrap_or_default()).resolve()
 }
 
 fn settings(args: &ToSafetensors, recipe: &Recipe) -> Result<PackedSettings> {

@@ -27,7 +27,7 @@ use super::args::{Act, Validate};
 use super::eval_model::open_encoder;
 use super::exit;
 use super::inputs;
-use super::output::{Talk, print_error, print_stdout};
+use super::output::{Talk, print_stdout};
 
 /// Chunks on which the noise floor is measured.
 const FLOOR_CHUNKS: usize = 4;
@@ -43,10 +43,7 @@ pub fn validate(
     talk: &Talk,
     stop: &AtomicBool,
 ) -> Result<u8> {
-    if let Err(fault) = args.gates().check() {
-        print_error(&Error::Plan(fault));
-        return Ok(exit::USAGE);
-    }
+    args.gates().check().map_err(Error::Usage)?;
     // Before the long run: gates that cannot be read.
     let gates = match &args.gates {
         Some(path) => args.gates().or(Gates::open(path)?),
@@ -257,7 +254,7 @@ impl Job<'_> {
     /// Writes what CI needs instead of the model: compact, or llama.cpp's format under a name that ends in `.kld`.
     fn save_reference(&self, path: &Path) -> Result<()> {
         let text = self.args.text.as_deref().ok_or_else(|| {
-            Error::Plan(
+            Error::Usage(
                 Fault::new("`--save-reference` needs a text").hint("name one with `--text FILE`"),
             )
         })?;
@@ -341,7 +338,7 @@ impl Job<'_> {
             Act::StaticInt8 => {
                 let Some((network, text)) = calibration else {
                     let fault = Fault::new("`--act static-int8` needs a reference model");
-                    return Err(Error::Plan(
+                    return Err(Error::Usage(
                         fault.hint("its scales are measured on the reference"),
                     ));
                 };
@@ -363,7 +360,7 @@ impl Job<'_> {
         if limit < BASE_MEMORY_BYTES {
             let what =
                 format!("--max-ram {limit} is less than the {BASE_MEMORY_BYTES} bytes a run needs");
-            return Err(Error::Plan(Fault::new(what)));
+            return Err(Error::Usage(Fault::new(what)));
         }
         let weights: u64 = models.iter().map(|model| model.decoded_bytes()).sum();
         Ok(match weights.saturating_add(BASE_MEMORY_BYTES) <= limit {

@@ -108,6 +108,20 @@ fn a_printed_recipe_gives_the_same_plan() {
 }
 
 #[test]
+fn a_recipe_printed_without_a_text_is_used_without_one() {
+    let folder = tempdir().unwrap();
+    let recipe = folder.path().join("recipe.yaml");
+    let printed = stdout("to-gguf", &["-t", "q4_0", "--print-recipe"]);
+    std::fs::write(&recipe, printed).unwrap();
+    let path = folder.path().join("m.gguf");
+    to_gguf(&nano(), &path, &["--recipe", recipe.to_str().unwrap()]);
+    assert_eq!(
+        type_of(&Gguf::open(&path).unwrap(), "blk.0.ssm_in.weight"),
+        GgmlType::Q4_0
+    );
+}
+
+#[test]
 fn a_target_is_met_whatever_the_threads() {
     let folder = tempdir().unwrap();
     let text = text(folder.path());
@@ -246,8 +260,20 @@ fn what_cannot_be_is_refused_with_a_way_out() {
             "ask for `--target-bpw",
         ],
     );
+    check(
+        &["--passes", "5"],
+        64,
+        &["`passes`", "hint: give one with `--calibration FILE`"],
+    );
+    check(
+        &["--override-kv", "general.name=int:1"],
+        64,
+        &["another type"],
+    );
     let path = recipe.to_str().unwrap();
     check(&["--recipe", path], 1, &["recipe.yaml"]);
+    std::fs::write(&recipe, "method: gptq\n").unwrap();
+    check(&["--recipe", path], 64, &["`method`", "no text to read"]);
     let file = |yaml: &str, expected: &[&str]| {
         std::fs::write(&recipe, yaml).unwrap();
         check(

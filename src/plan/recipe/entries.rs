@@ -221,12 +221,41 @@ impl RecipeEntries {
         }
     }
 
+    /// The first key that counts only where the model reads a text, if one is there that asks for something.
+    pub fn calibration_key(&self) -> Option<&'static str> {
+        // What is done without a text.
+        if self.method == Some(Method::Rtn) {
+            return None;
+        }
+        let rotates = |rotation| rotation != WantedRotation::None;
+        let given = [
+            (self.method.is_some(), "method"),
+            (self.passes.is_some(), "passes"),
+            (self.gradient_sequences.is_some(), "gradient-sequences"),
+            (self.target_correction.is_some(), "target-correction"),
+            (self.damp_percent.is_some(), "damp-percent"),
+            (self.bias_absorption == Some(true), "bias-absorption"),
+            (self.calibration.context.is_some(), "calibration context"),
+            (
+                self.calibration.sequences.is_some(),
+                "calibration sequences",
+            ),
+            (self.calibration.seed.is_some(), "seed"),
+            (self.rewrite.rotation.is_some_and(rotates), "rotation"),
+            (self.rewrite.smoothing == Some(true), "smoothing"),
+            (self.rewrite.balance.is_some(), "balance"),
+            (self.rewrite.sort == Some(true), "sort"),
+        ];
+        given.iter().find(|(given, _)| *given).map(|(_, key)| *key)
+    }
+
     /// Fills in what was left out.
     ///
     /// # Errors
     /// Keys that exclude each other, or a value out of range.
     pub fn resolve(self) -> error::Result<Recipe> {
-        self.check().map_err(|what| Error::Plan(Fault::new(what)))?;
+        self.check()
+            .map_err(|what| Error::Usage(Fault::new(what)))?;
         let rounding = Rounding::default();
         let samples = SampleSettings::default();
         let method = self.method.unwrap_or(rounding.method);
@@ -345,10 +374,10 @@ fn key_in(yaml: &str, line: usize) -> Option<&str> {
         .then_some(key)
 }
 
-/// A size in bytes with K, M or G: powers of 1000, as in llama.cpp.
+/// A size in bytes with K, M or G: powers of 1000, as in llama.cpp. Before a unit there may be a point, as in `1.5G`.
 ///
 /// # Errors
-/// It is no number, zero, or too large.
+/// It is no number, zero, too large, or no whole number of bytes.
 pub fn parse_size(text: &str) -> Result<u64, String> {
     let (digits, unit) = match text.char_indices().last() {
         Some((at, 'K' | 'k')) => (&text[..at], 1_000),
@@ -356,13 +385,32 @@ pub fn parse_size(text: &str) -> Result<u64, String> {
         Some((at, 'G' | 'g')) => (&text[..at], 1_000_000_000),
         _ => (text, 1),
     };
-    let number: u64 = digits
-        .parse()
-        .map_err(|_| format!("`{text}` is not a size such as 500M or 4G"))?;
-    number
+    let (whole, part) = digits.split_once('.').unwrap_or((digits, "0"));
+    let number: u64 = whole.parse().map_err(|_| no_size(text))?;
+    let part = part_of(unit, part).ok_or_else(|| no_size(text))?;
+    let size = number
         .checked_mul(unit)
-        .filter(|size| *size > 0)
+        .and_then(|size| size.checked_add(part));
+    size.filter(|size| *size > 0)
         .ok_or_else(|| format!("`{text}` is out of range"))
+}
+
+fn no_size(text: &str) -> String {
+    format!("`{text}` is not a size such as 500M or 1.5G")
+}
+
+/// The digits behind a point as a part of `unit`, which is a power of ten; `None` if they are none, or too many.
+fn part_of(unit: u64, digits: &str) -> Option<u64> {
+    let digits_hold = !digits.is_empty() && digits.bytes().all(|byte| byte.is_ascii_digit());
+    let significant = digits.trim_end_matches('0');
+    let tenths = 10_u64.checked_pow(u32::try_from(significant.len()).ok()?)?;
+    if !digits_hold || !unit.is_multiple_of(tenths) {
+        return None;
+    }
+    match significant {
+        "" => Some(0),
+        digits => Some(digits.parse::<u64>().ok()? * (unit / tenths)),
+    }
 }
 
 fn parsed<'de, D: Deserializer<'de>, T: FromStr<Err = String>>(

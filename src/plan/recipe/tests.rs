@@ -45,6 +45,14 @@ fn sizes_are_powers_of_1000() {
     check("500M", Some(500_000_000));
     check("4G", Some(4_000_000_000));
     check("17", Some(17));
+    check("1.5M", Some(1_500_000));
+    check("0.25K", Some(250));
+    check("4.0", Some(4));
+    for odd in [
+        "1.5", "1.2345K", "1.M", ".5M", "1.5.5M", "1.-5M", "1,5M", "-1M", "nanM",
+    ] {
+        check(odd, None);
+    }
     check("0", None);
     check("M", None);
     check("99999999999G", None);
@@ -65,6 +73,25 @@ fn every_way_to_aim_is_written() {
     }
     assert_eq!(recipe("target-size: 4M").aim, Aim::FileBytes(4_000_000));
     assert_eq!(recipe("# nothing").aim, Aim::OwnType);
+}
+
+#[test]
+fn what_needs_a_text_is_known() {
+    let check = |yaml: &str, expected| {
+        let entries = RecipeEntries::of_yaml(yaml).unwrap();
+        assert_eq!(entries.calibration_key(), expected, "{yaml}");
+    };
+    check("phase: 2\npure: false", None);
+    check("method: gptq", Some("method"));
+    check("method: rtn\npasses: 3", None);
+    check("passes: 3", Some("passes"));
+    check("bias-absorption: false\nrewrite: {apply: false}", None);
+    check("calibration: {seed: 7}", Some("seed"));
+    check("rewrite: {rotation: klt}", Some("rotation"));
+    // A recipe without such keys is printed without them.
+    let printed = recipe("phase: 2").to_data_free_yaml();
+    check(&printed, None);
+    assert_eq!(recipe(&printed).to_yaml(), recipe("phase: 2").to_yaml());
 }
 
 #[test]

@@ -9,8 +9,23 @@ use crate::convert::calibrated::Method;
 impl Recipe {
     /// The recipe as YAML: read again it gives the same recipe.
     pub fn to_yaml(&self) -> String {
-        let mut yaml =
-            String::from("# A recipe of nemoconv: `nemoconv to-gguf MODEL --recipe FILE`\n");
+        let mut yaml = self.types_yaml();
+        self.push_calibration(&mut yaml);
+        self.push_rest(&mut yaml);
+        yaml
+    }
+
+    /// The same of a recipe that says nothing of a calibration: read again its defaults are in force.
+    pub fn to_data_free_yaml(&self) -> String {
+        let mut yaml = self.types_yaml();
+        self.push_rest(&mut yaml);
+        yaml
+    }
+
+    fn types_yaml(&self) -> String {
+        let mut yaml = String::from(
+            "# A recipe of nemoconv, for `--recipe` of to-gguf, to-safetensors and plan\n",
+        );
         let mut line = |key: &str, value: &dyn Display| yaml.push_str(&format!("{key}: {value}\n"));
         match self.aim {
             Aim::OwnType => line("outtype", &"auto"),
@@ -29,6 +44,11 @@ impl Recipe {
         line("allow-fallback", &self.allow_fallback);
         line("widen", &self.widen);
         line("mtp", &self.mtp);
+        yaml
+    }
+
+    fn push_calibration(&self, yaml: &mut String) {
+        let mut line = |key: &str, value: &dyn Display| yaml.push_str(&format!("{key}: {value}\n"));
         line("method", &self.rounding.method);
         line("passes", &self.rounding.passes);
         line("gradient-sequences", &self.rounding.gradient_sequences);
@@ -39,10 +59,12 @@ impl Recipe {
             "calibration:\n  context: {}\n  sequences: {}\n  seed: {}\n",
             self.samples.context_tokens, self.samples.max_sequences, self.samples.seed
         ));
-        push_rewrite(&mut yaml, self.rewrite);
-        push_rules(&mut yaml, &self.rules);
-        self.packed.push_yaml(&mut yaml);
-        yaml
+        push_rewrite(yaml, self.rewrite);
+    }
+
+    fn push_rest(&self, yaml: &mut String) {
+        push_rules(yaml, &self.rules);
+        self.packed.push_yaml(yaml);
     }
 }
 
