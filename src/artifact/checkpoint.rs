@@ -72,6 +72,19 @@ impl CheckpointStorage {
             .collect()
     }
 
+    /// The shard of a matrix; the folder of what lies in several tensors or in none.
+    pub fn file_of(&self, tensor: &StoredTensor, matrix: usize) -> &Path {
+        let piece = self.plan.tensors[tensor.place].pieces.get(matrix);
+        let shard = match piece {
+            Some(Piece::Tensor { source, .. }) => {
+                let entry = &self.checkpoint.tensors()[*source];
+                self.checkpoint.shards().get(entry.shard)
+            }
+            _ => None,
+        };
+        shard.map_or(self.checkpoint.folder(), |shard| shard.path())
+    }
+
     /// How a tensor is packed: the scheme of its first matrix.
     pub fn scheme(&self, tensor: &StoredTensor) -> Option<&Scheme> {
         scheme_of(&self.plan.tensors[tensor.place])

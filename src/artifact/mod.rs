@@ -230,6 +230,14 @@ impl StoredModel {
         &self.path
     }
 
+    /// The file that holds a matrix, as far as it is one.
+    pub fn file_of(&self, tensor: &StoredTensor, matrix: usize) -> &Path {
+        match &self.storage {
+            Storage::Checkpoint(storage) => storage.file_of(tensor, matrix),
+            Storage::Gguf(_) | Storage::Memory(_) => &self.path,
+        }
+    }
+
     /// What it is stored in.
     pub fn container(&self) -> Container {
         match self.storage {

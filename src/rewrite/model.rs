@@ -42,7 +42,8 @@ impl RewrittenModel {
     /// pool.
     ///
     /// # Errors
-    /// The model has no such matrix, a file cannot be read, or the rewrites are not those of this model.
+    /// The model has no such matrix, a file cannot be read, a value is not finite, or the rewrites are not those of this
+    /// model.
     pub fn matrix(&self, tensor: &str, matrix: usize) -> Result<Vec<f32>> {
         let rows = self.view().tensor(tensor)?.rows;
         self.rows(tensor, matrix, 0, rows)
@@ -62,8 +63,11 @@ impl RewrittenModel {
         count: usize,
     ) -> Result<Vec<f32>> {
         let wanted: Vec<usize> = (first..first.saturating_add(count)).collect();
-        self.view()
-            .rows(tensor, matrix, &wanted, |value| value as f32)
+        let rows = self
+            .view()
+            .rows(tensor, matrix, &wanted, |value| value as f32)?;
+        self.check_finite(tensor, matrix, &rows)?;
+        Ok(rows)
     }
 
     /// The whole tensor in memory, as F32.
@@ -71,7 +75,43 @@ impl RewrittenModel {
     /// # Errors
     /// As [`Self::matrix`].
     pub fn in_memory(&self, tensor: &str) -> Result<MemoryTensor> {
-        self.view().in_memory(tensor)
+        let StoredTensor {
+            name,
+            matrices,
+            rows,
+            columns,
+            ..
+        } = self.view().tensor(tensor)?;
+        let mut values = Vec::new();
+        for matrix in 0..*matrices {
+            values.append(&mut self.matrix(name, matrix)?);
+        }
+        let shape = [*matrices, *rows, *columns];
+        Ok(MemoryTensor::of_f32(name.clone(), shape, &values))
+    }
+
+    /// What is not a number is said before the network computes with it.
+    fn check_finite(&self, tensor: &str, matrix: usize, values: &[f32]) -> Result<()> {
+        let odd = values.iter().filter(|value| !value.is_finite()).count();
+        if odd == 0 {
+            return Ok(());
+        }
+        let of = match self.view().tensor(tensor)?.matrices {
+            1 => String::new(),
+            _ => format!(" in matrix {matrix}"),
+        };
+        let weights = if odd == 1 {
+            "weight that is"
+        } else {
+            "weights that are"
+        };
+        let fault = Fault::new(format!("has {odd} {weights} not finite{of}"));
+        let file = self.stored.file_of(self.view().tensor(tensor)?, matrix);
+        let hint =
+            "a network cannot read samples with such weights; `nemoconv validate` lists them all";
+        Err(Error::Weights(
+            fault.in_tensor(tensor).in_file(file).hint(hint),
+        ))
     }
 
     /// All tensors in memory: a model that can be run.

@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use nemoconv_fixtures::nano;
+use nemoconv_fixtures::{data, nano};
 use serde_json::json;
 use tempfile::tempdir;
 
@@ -39,6 +39,7 @@ fn edit_tensor(model: &Path, name: &str, edit: impl FnOnce(&mut (String, Vec<usi
 }
 
 const IN_PROJ: &str = "backbone.layers.0.mixer.in_proj.weight";
+const OUT_PROJ: &str = "backbone.layers.0.mixer.out_proj.weight";
 
 #[test]
 fn a_truncated_shard() {
@@ -152,6 +153,120 @@ fn nan_and_infinite_weights_are_counted_and_refused() {
         try_to_gguf(&model, &out, &["-t", "bf16", "--allow-nonfinite"])
             .status
             .success()
+    );
+}
+
+/// Before the network runs, and by name.
+#[test]
+fn weights_that_are_not_finite_read_no_samples() {
+    let folder = tempdir().unwrap();
+    let model = copy_of(&nano(), folder.path());
+    edit_tensor(&model, OUT_PROJ, |tensor| {
+        tensor.2[..2].copy_from_slice(&[0xc0, 0x7f])
+    });
+    let text = data().join("calibration.txt");
+    let [model, text] = [&model, &text].map(|path| path.to_str().unwrap());
+    let out = folder.path().join("out");
+    let out = out.to_str().unwrap();
+    let short = ["-o", out, "--calibration-context", "64"];
+    let convert = [
+        "to-gguf",
+        model,
+        "--calibration",
+        text,
+        "-t",
+        "q4_0",
+        "--no-rewrites",
+    ];
+    for command in [&["calibrate", model, "--text", text][..], &convert] {
+        let output = nemoconv([command, &short[..]].concat());
+        let said = stderr(&output);
+        assert_eq!(output.status.code(), Some(1), "{said}");
+        for part in [
+            "blk.0.ssm_out.weight",
+            "1 weight that is not finite",
+            "model.safetensors",
+        ] {
+            assert!(said.contains(part), "{said}");
+        }
+    }
+}
+
+#[test]
+fn what_is_not_there_or_cannot_be_written_is_said_at_once() {
+    let folder = tempdir().unwrap();
+    let path = |name: &str| folder.path().join(name).to_str().unwrap().to_owned();
+    let model = nano().to_str().unwrap().to_owned();
+    let text = data().join("calibration.txt").to_str().unwrap().to_owned();
+    let check = |args: &[&str], expected: &[&str]| {
+        let output = nemoconv(args);
+        let said = stderr(&output);
+        assert_eq!(output.status.code(), Some(1), "{args:?}: {said}");
+        assert!(
+            expected.iter().all(|part| said.contains(part)),
+            "{args:?}: {said}"
+        );
+        assert!(
+            !said.contains("calibrating") && !said.contains("chunk"),
+            "{said}"
+        );
+    };
+    let (absent, here) = (path("absent/file"), path(""));
+    let convert = ["to-gguf", &model, "--calibration", &text];
+    check(
+        &[&convert[..], &["-o", &here]].concat(),
+        &["`--outfile` must name a file"],
+    );
+    check(
+        &[&convert[..], &["-o", &absent]].concat(),
+        &["`--outfile`", "absent"],
+    );
+    check(
+        &["to-gguf", &model, "--calibration", &absent],
+        &["`--calibration`", "absent"],
+    );
+    let pack = [
+        "to-safetensors",
+        &model,
+        "--calibration",
+        &text,
+        "-o",
+        &absent,
+    ];
+    check(&pack, &["`--outdir`", "absent"]);
+    check(
+        &["calibrate", &model, "--text", &text, "-o", &here],
+        &["`--outfile`"],
+    );
+    let validate = ["validate", &model, "--reference", &model, "--text"];
+    check(
+        &[&validate[..], &[&absent]].concat(),
+        &["`--text`", "absent"],
+    );
+    let against = ["validate", &model, "--text", &text, "--reference", &absent];
+    check(&against, &["`--reference`", "absent"]);
+    check(
+        &[&validate[..], &[&text, "--html", &absent]].concat(),
+        &["`--html`", "is writable"],
+    );
+    let eval = [
+        "eval",
+        &model,
+        "--tasks",
+        "piqa",
+        "--data",
+        &here,
+        "--baseline",
+        &absent,
+    ];
+    check(&eval, &["`--baseline`", "absent"]);
+    check(
+        &["eval", "merge", &here, "--output", &here],
+        &["holds no results_*.json"],
+    );
+    check(
+        &["eval", "merge", &absent, "--output", &here],
+        &["`eval merge`", "absent"],
     );
 }
 
