@@ -18,6 +18,7 @@ use nemoconv::write::packed::folder::check_target;
 use super::args::ToGguf;
 use super::calibration_job::{Calibration, ToRound};
 use super::output::Talk;
+use super::outputs;
 use super::packed_folder::{Folder, floats};
 use super::safetensors_args::RoundingArg;
 
@@ -42,6 +43,7 @@ impl Also {
             ));
         }
         check_target(outdir)?;
+        outputs::try_sibling("--also-safetensors", outdir)?;
         // A named mix says nothing of a folder, a phase does.
         let aim = match recipe.aim {
             Aim::Scheme(Scheme::Phase(_)) => recipe.aim,

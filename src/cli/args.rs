@@ -22,6 +22,7 @@ use regex::Regex;
 
 use super::calibrate_args::Calibrate;
 use super::device::{DeviceArgs, Devices};
+use super::inputs;
 use super::safetensors_args::ToSafetensors;
 
 const EXIT_CODES: &str = "\
@@ -156,6 +157,12 @@ pub struct EvalRun {
     pub device: DeviceArgs,
 }
 
+fn probability(text: &str) -> Result<f64, String> {
+    let number = text.parse().ok();
+    let number = number.filter(|number| (0.0..1.0).contains(number));
+    number.ok_or_else(|| "expected a number from 0 up, below 1".into())
+}
+
 fn time_step_rule(text: &str) -> Result<TimeStepRule, String> {
     match text {
         "limit" => Ok(TimeStepRule::Limit),
@@ -237,6 +244,7 @@ pub struct Validate {
         long,
         value_name = "P",
         default_value_t = 1e-3,
+        value_parser = probability,
         help_heading = "Output"
     )]
     pub tail_mass: f64,
@@ -550,6 +558,14 @@ impl ToGguf {
 }
 
 impl CalibrationArgs {
+    /// Refuses files that are not there.
+    pub fn require_inputs(&self) -> nemoconv::error::Result<()> {
+        inputs::require(&[
+            ("--calibration", self.calibration.as_deref()),
+            ("--statistics", self.statistics.as_deref()),
+        ])
+    }
+
     /// The flags as a recipe that says nothing else.
     pub fn entries(&self) -> RecipeEntries {
         RecipeEntries {
@@ -612,6 +628,14 @@ mod tests {
     #[test]
     fn the_parser_is_consistent() {
         Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn a_probability_is_below_1() {
+        assert_eq!(probability("0.01"), Ok(0.01));
+        for odd in ["1", "-0.1", "NaN", "much"] {
+            assert!(probability(odd).is_err(), "{odd}");
+        }
     }
 
     #[test]

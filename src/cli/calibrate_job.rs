@@ -23,6 +23,7 @@ use super::eval_model::{files_of, name_of, open_encoder};
 use super::inputs;
 use super::memory;
 use super::output::{Talk, human_bytes, print_stdout, table};
+use super::outputs;
 use super::progress::Report;
 use super::workers::on_workers;
 
@@ -33,6 +34,10 @@ pub fn calibrate(
     talk: &Talk,
     stop: &AtomicBool,
 ) -> Result<()> {
+    inputs::require(&[
+        ("--text", args.text.as_deref()),
+        ("--dataset", args.dataset.as_deref()),
+    ])?;
     let outfile = args.outfile(&name_of(&args.model));
     let read = [
         Some(Path::new(&args.model)),
@@ -40,6 +45,8 @@ pub fn calibrate(
         args.dataset.as_deref(),
     ];
     inputs::spare(&read, &[outfile.as_deref(), args.imatrix.as_deref()])?;
+    outputs::try_file("--outfile", outfile.as_deref())?;
+    outputs::try_file("--imatrix", args.imatrix.as_deref())?;
     let stored = Arc::new(StoredModel::open(&args.model)?);
     let settings = args.samples();
     let (encoder, templates) = open_tokenizer(&stored)?;

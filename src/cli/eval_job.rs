@@ -4,6 +4,7 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::AtomicBool;
 use std::time::{SystemTime, UNIX_EPOCH};
 
+use nemoconv::artifact::{StoredModel, locate};
 use nemoconv::backend::Machines;
 use nemoconv::error::{Error, Fault, Result};
 use nemoconv::eval::comparison::Comparison;
@@ -27,6 +28,7 @@ use super::eval_model::{
 };
 use super::eval_progress::EvalProgress;
 use super::eval_report::{accuracy_table, compare, comparison_json, model_name, performance_table};
+use super::inputs;
 use super::output::{Talk, print_stdout};
 
 /// What came of one model.
@@ -53,6 +55,13 @@ fn run(args: &EvalRun, machines: &Machines, talk: &Talk, stop: &AtomicBool) -> R
     // Before the long run: a baseline of results that cannot be read.
     let stored = args.baseline.as_deref().and_then(stored_baseline);
     let stored = stored.map(|path| read_baseline(&path)).transpose()?;
+    if let (Some(baseline), None) = (args.baseline.as_deref(), &stored) {
+        open_baseline(baseline)?;
+    }
+    inputs::require(&[
+        ("--data", args.data.as_deref()),
+        ("--tokenizer", args.tokenizer.as_deref()),
+    ])?;
     let job = Job {
         args,
         machines,
@@ -77,18 +86,8 @@ fn run(args: &EvalRun, machines: &Machines, talk: &Talk, stop: &AtomicBool) -> R
 }
 
 fn merge_parts(args: &EvalMerge) -> Result<()> {
-    let files: Vec<_> = args
-        .parts
-        .iter()
-        .flat_map(|path| {
-            let found = StoredRun::find(path);
-            if found.is_empty() {
-                vec![path.clone()]
-            } else {
-                found
-            }
-        })
-        .collect();
+    let files = args.parts.iter().map(|path| results_at("eval merge", path));
+    let files = files.collect::<Result<Vec<_>>>()?.concat();
     let parts: Vec<_> = files
         .iter()
         .map(|path| StoredRun::read(path))
@@ -117,6 +116,18 @@ fn merge_parts(args: &EvalMerge) -> Result<()> {
         file: Some(stored.path),
     });
     report(&merged, baseline.as_ref(), args.json)
+}
+
+/// The result files at or below a path that was named.
+fn results_at(named_by: &str, path: &Path) -> Result<Vec<PathBuf>> {
+    inputs::require(&[(named_by, Some(path))])?;
+    let found = StoredRun::find(path);
+    if found.is_empty() {
+        let fault = Fault::new("the folder holds no results_*.json").in_file(path);
+        let hint = "name what `nemoconv eval --output DIR` wrote: DIR, or its result files";
+        return Err(Error::Data(fault.hint(hint)));
+    }
+    Ok(found)
 }
 
 /// Everything that both models of a run share.
@@ -296,21 +307,26 @@ fn stored_baseline(baseline: &str) -> Option<PathBuf> {
     (is_json || holds_results()).then(|| path.to_owned())
 }
 
+/// A baseline that is a model, or neither that nor results.
+fn open_baseline(baseline: &str) -> Result<()> {
+    let path = locate(baseline)?;
+    inputs::require(&[("--baseline", Some(&path))])?;
+    StoredModel::open(baseline).map(drop)
+}
+
 fn read_baseline(path: &Path) -> Result<StoredRun> {
-    match StoredRun::find(path).as_slice() {
-        [one] => StoredRun::read(one),
-        [] => StoredRun::read(path),
-        [first, .., last] => {
-            let fault = Fault::new(format!(
-                "there are several results, from {} to {}",
-                first.display(),
-                last.display()
-            ));
-            Err(Error::Data(
-                fault.in_file(path).hint("name one results_*.json"),
-            ))
-        }
+    let found = results_at("--baseline", path)?;
+    if let [first, .., last] = found.as_slice() {
+        let fault = Fault::new(format!(
+            "there are several results, from {} to {}",
+            first.display(),
+            last.display()
+        ));
+        return Err(Error::Data(
+            fault.in_file(path).hint("name one results_*.json"),
+        ));
     }
+    StoredRun::read(&found[0])
 }
 
 fn report(model: &Evaluated, baseline: Option<&Evaluated>, as_json: bool) -> Result<()> {

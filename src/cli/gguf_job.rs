@@ -31,6 +31,7 @@ use super::effort::Effort;
 use super::inputs;
 use super::memory;
 use super::output::{Talk, human_bytes, print_stdout, shape, table};
+use super::outputs;
 use super::progress::Report;
 use super::receipt;
 use super::recipe_job::{self, Chosen};
@@ -51,6 +52,7 @@ pub fn to_gguf(args: &ToGguf, machines: &Machines, talk: &Talk, stop: &AtomicBoo
     if args.calibration.calibration.is_none() {
         memory::return_at_once();
     }
+    require_inputs(args)?;
     let entries = recipe_job::entries(args)?;
     if !args.print_recipe {
         recipe_job::require_text(&entries, &args.calibration)?;
@@ -59,6 +61,9 @@ pub fn to_gguf(args: &ToGguf, machines: &Machines, talk: &Talk, stop: &AtomicBoo
         return Ok(());
     };
     let mut prepared = prepare(args, &chosen, &[])?;
+    for part in &prepared.parts.parts {
+        outputs::try_file("--outfile", Some(&part.path))?;
+    }
     let mut also = Also::plan(args, &chosen.recipe, &prepared.checkpoint)?;
     if let (Some(_), Some(_)) = (&also, &chosen.calibration) {
         let what = "`--also-safetensors` does not go with types that are allocated";
@@ -182,8 +187,18 @@ pub fn to_gguf(args: &ToGguf, machines: &Machines, talk: &Talk, stop: &AtomicBoo
     Ok(())
 }
 
+fn require_inputs(args: &ToGguf) -> Result<()> {
+    args.calibration.require_inputs()?;
+    inputs::require(&[
+        ("--imatrix", args.imatrix.as_deref()),
+        ("--recipe", args.recipe.as_deref()),
+        ("--tensor-type-file", args.tensor_type_file.as_deref()),
+    ])
+}
+
 /// Shows what would be written.
 pub fn plan(args: &ToGguf, machines: &Machines, talk: &Talk, stop: &AtomicBool) -> Result<()> {
+    require_inputs(args)?;
     let entries = recipe_job::entries(args)?;
     let Some(chosen) = recipe_job::choose(args, entries, machines, talk, stop)? else {
         return Ok(());

@@ -1,10 +1,12 @@
-//! What a command reads must outlive what it writes: outputs that are inputs are refused before the work.
+//! What a command reads must be there, and must outlive what it writes: both are seen to before the work.
 
 use std::fs::{self, Metadata};
+use std::io::ErrorKind;
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
 use nemoconv::error::{Error, Fault, Result};
+use nemoconv::formats;
 
 /// What is read of a model's folder, by its ending: artifacts and reports may lie there and be made anew.
 const OF_MODELS: [&str; 5] = ["safetensors", "json", "txt", "jinja", "model"];
@@ -18,6 +20,20 @@ pub fn spare(inputs: &[Option<&Path>], outputs: &[Option<&Path>]) -> Result<()> 
         if inputs.iter().flatten().any(|input| holds(input, &found)) {
             let fault = Fault::new("is an input of this command").in_file(output);
             return Err(Error::Plan(fault.hint("name another file to write")));
+        }
+    }
+    Ok(())
+}
+
+/// Refuses flags that name what is not there.
+pub fn require(inputs: &[(&str, Option<&Path>)]) -> Result<()> {
+    let given = inputs
+        .iter()
+        .filter_map(|(flag, path)| Some((flag, (*path)?)));
+    for (flag, path) in given {
+        if fs::metadata(path).is_err_and(|error| error.kind() == ErrorKind::NotFound) {
+            let what = format!("there is no such file or folder, named by `{flag}`");
+            return Err(formats::Error::missing(what).in_file(path).into());
         }
     }
     Ok(())
@@ -40,6 +56,18 @@ fn is_read(path: &Path) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_is_not_there_is_named_with_its_flag() {
+        let here = Some(Path::new("."));
+        assert!(require(&[("--text", here), ("--gates", None)]).is_ok());
+        let error = require(&[("--text", here), ("--gates", Some(Path::new("/nope")))]);
+        let said = error.unwrap_err().to_string();
+        assert!(
+            said.contains("`--gates`") && said.contains("/nope"),
+            "{said}"
+        );
+    }
 
     #[test]
     fn files_and_folders_of_models_are_spared() {

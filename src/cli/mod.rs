@@ -17,6 +17,7 @@ mod inputs;
 mod inspect;
 mod memory;
 mod output;
+mod outputs;
 mod packed_folder;
 mod packed_receipt;
 mod progress;

@@ -16,8 +16,10 @@ use nemoconv::write::packed::folder::check_target;
 
 use super::calibration_job::{Calibration, CalibrationFlags, Source, ToRound};
 use super::gguf_job::model_id;
+use super::inputs;
 use super::memory;
 use super::output::{Talk, human_bytes, print_stdout, table};
+use super::outputs;
 use super::packed_folder::{Folder, balance, floats};
 use super::packed_receipt;
 use super::recipe_job;
@@ -30,6 +32,8 @@ pub fn to_safetensors(
     talk: &Talk,
     stop: &AtomicBool,
 ) -> Result<()> {
+    args.calibration.require_inputs()?;
+    inputs::require(&[("--recipe", args.recipe.as_deref())])?;
     let entries = args
         .entries()
         .or(recipe_job::of_file(args.recipe.as_deref())?);
@@ -54,6 +58,7 @@ pub fn to_safetensors(
     }
     let outdir = outdir(args, &checkpoint, &settings);
     check_target(&outdir)?;
+    outputs::try_sibling("--outdir", &outdir)?;
     let calibration = match &args.calibration.calibration {
         None => None,
         Some(text) => {

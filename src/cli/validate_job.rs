@@ -5,7 +5,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use nemoconv::artifact::{Container, StoredModel};
+use nemoconv::artifact::{Container, StoredModel, locate};
 use nemoconv::backend::cpu::Residence;
 use nemoconv::backend::{Machine, Machines};
 use nemoconv::error::{Error, Fault, Result};
@@ -28,6 +28,7 @@ use super::eval_model::open_encoder;
 use super::exit;
 use super::inputs;
 use super::output::{Talk, print_stdout};
+use super::outputs;
 
 /// Chunks on which the noise floor is measured.
 const FLOOR_CHUNKS: usize = 4;
@@ -44,12 +45,14 @@ pub fn validate(
     stop: &AtomicBool,
 ) -> Result<u8> {
     args.gates().check().map_err(Error::Usage)?;
+    args.require_inputs()?;
     // Before the long run: gates that cannot be read.
     let gates = match &args.gates {
         Some(path) => args.gates().or(Gates::open(path)?),
         None => args.gates(),
     };
     args.spare_inputs()?;
+    args.try_outputs()?;
     let job = Job {
         args,
         machines,
@@ -69,6 +72,25 @@ pub fn validate(
 }
 
 impl Validate {
+    fn require_inputs(&self) -> Result<()> {
+        inputs::require(&[
+            ("--text", self.text.as_deref()),
+            ("--gates", self.gates.as_deref()),
+            ("--tokenizer", self.tokenizer.as_deref()),
+        ])
+    }
+
+    fn try_outputs(&self) -> Result<()> {
+        let files = [
+            ("--junit", &self.junit),
+            ("--sarif", &self.sarif),
+            ("--html", &self.html),
+            ("--save-reference", &self.save_reference),
+        ];
+        let mut files = files.into_iter();
+        files.try_for_each(|(flag, path)| outputs::try_file(flag, path.as_deref()))
+    }
+
     fn spare_inputs(&self) -> Result<()> {
         let read = [
             Some(Path::new(&self.artifact)),
@@ -109,6 +131,7 @@ impl Job<'_> {
         let Some(reference) = self.args.reference.as_deref() else {
             return Ok(Reference::None);
         };
+        inputs::require(&[("--reference", Some(&locate(reference)?))])?;
         Ok(match ReferenceFile::open(Path::new(reference))? {
             Some(file) => Reference::File(file),
             None => Reference::Model(reference),

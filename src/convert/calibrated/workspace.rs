@@ -48,7 +48,7 @@ impl Workspace {
         if !path.exists() && fs::read_dir(folder).map_err(failed)?.next().is_some() {
             let fault = Fault::new("holds files that no conversion left there").in_file(folder);
             return Err(Error::Plan(
-                fault.hint("move the folder, or give this run another `--outfile`"),
+                fault.hint("move the folder, or write the artifact under another name"),
             ));
         }
         let mut options = OpenOptions::new();
@@ -61,7 +61,7 @@ impl Workspace {
         if fs4::FileExt::try_lock(&journal).is_err() {
             let fault = Fault::new("another run is using this workspace").in_file(folder);
             return Err(Error::Plan(
-                fault.hint("wait for it, or give this run another `--outfile`"),
+                fault.hint("wait for it, or write the artifact under another name"),
             ));
         }
         let text = fs::read_to_string(&path).unwrap_or_default();

@@ -111,7 +111,7 @@ pub fn create_sibling(path: &Path) -> Result<NamedTempFile> {
     builder.tempfile_in(folder_of(path)).map_err(|source| {
         let fault = Fault::new("cannot create a file in the output folder")
             .in_file(folder_of(path))
-            .hint("check that the folder exists and is writable, or choose another `--outfile`");
+            .hint("check that the folder exists and is writable, or name another");
         Error::Write { fault, source }
     })
 }
