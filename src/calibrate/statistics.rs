@@ -189,13 +189,18 @@ impl Statistics {
         if let Some(needs) = arranged.find(|needs| needs.peak_bytes <= limit) {
             return Ok(needs);
         }
-        let needed = needs(true).peak_bytes;
+        let needed = Self::least_bytes(model, samples);
         let fault = Fault::new(format!(
             "{limit} bytes of memory are too few: the statistics of all blocks and the weights of one need {needed}"
         ));
         Err(Error::Plan(fault.hint(format!(
             "allow them with `--max-ram {needed}`, or read shorter sequences with `--calibration-context`"
         ))))
+    }
+
+    /// The smallest limit within which [`Self::collect`] can stay.
+    pub fn least_bytes(model: &StoredModel, samples: &Samples) -> u64 {
+        peak_bytes(model, samples, true)
     }
 
     /// As the choice of rewrites takes them.

@@ -50,6 +50,7 @@ pub fn allocate(
     allocator.choose(&vec![None; allocator.groups.len()], allocator.budget())?;
     let source = Source {
         checkpoint: &allocator.base.checkpoint,
+        plan: &allocator.base.plan,
         type_of: &|name| allocator.middle_type(name),
     };
     let calibration = Calibration::begin(

@@ -14,7 +14,7 @@ use nemoconv::convert::calibrated::needs::Needs;
 use nemoconv::convert::calibrated::rotation::{RotationChoice, RotationLoss, RotationTrial};
 use nemoconv::convert::calibrated::workspace::Workspace;
 use nemoconv::convert::calibrated::{Calibrated, Method, Rounding};
-use nemoconv::error::{Error, Result};
+use nemoconv::error::{Error, Fault, Result};
 use nemoconv::formats::GgmlType;
 use nemoconv::formats::checkpoint::Checkpoint;
 use nemoconv::formats::gguf::Value;
@@ -63,6 +63,8 @@ pub struct Calibration {
 /// What a calibration begins with.
 pub struct Source<'a> {
     pub checkpoint: &'a Checkpoint,
+    /// What is rounded in the end: its sizes count, not its types.
+    pub plan: &'a Plan,
     /// What a tensor will be stored as, as far as that is known.
     pub type_of: &'a (dyn Fn(&str) -> GgmlType + Sync),
 }
@@ -138,6 +140,46 @@ impl GivenStatistics {
     }
 }
 
+/// What a run goes through, each stage with its own needs.
+struct Stages<'a> {
+    stored: &'a Arc<StoredModel>,
+    samples: &'a Samples,
+    reads_statistics: bool,
+}
+
+impl Stages<'_> {
+    /// Refuses a limit within which one of the stages cannot stay, naming what all of them need.
+    fn check_memory(&self, plan: &Plan, rounding: Rounding, limit: u64) -> Result<()> {
+        let needed = self.least_bytes(plan, rounding);
+        if needed <= limit {
+            return Ok(());
+        }
+        let what = format!("{limit} bytes of memory are too few: the whole run needs {needed}");
+        Err(Error::Plan(Fault::new(what).hint(format!(
+            "allow them with `--max-ram {needed}`, or read shorter sequences with `--calibration-context`"
+        ))))
+    }
+
+    fn least_bytes(&self, plan: &Plan, rounding: Rounding) -> u64 {
+        let (stored, samples) = (self.stored, self.samples);
+        let mut least = Needs::of_samples(plan, rounding, samples).least_bytes();
+        if self.reads_statistics {
+            least = least.max(Statistics::least_bytes(stored, samples));
+        }
+        if runs_backwards(&rounding) {
+            let plain = RewrittenModel::new(Arc::clone(stored), Arc::default());
+            let sequences = rounding.gradient_sequences;
+            least = least.max(OutputMoments::least_bytes(&plain, samples, sequences));
+        }
+        least
+    }
+}
+
+/// Whether rows repair each other by gradients at their outputs.
+fn runs_backwards(rounding: &Rounding) -> bool {
+    rounding.gradient_sequences > 0 && rounding.method == Method::Gptq
+}
+
 impl Calibration {
     /// Reads the samples and chooses rewrites.
     pub fn begin(
@@ -150,6 +192,7 @@ impl Calibration {
     ) -> Result<Self> {
         let Source {
             checkpoint,
+            plan,
             type_of,
         } = *source;
         let stored = match recipe.widen {
@@ -180,6 +223,12 @@ impl Calibration {
             floats: flags.floats,
             ..settings
         });
+        let stages = Stages {
+            stored: &stored,
+            samples: &samples,
+            reads_statistics: settings.is_some() && statistics.is_none(),
+        };
+        stages.check_memory(plan, recipe.rounding, memory_bytes)?;
         let RotationChoice { rewrites, losses } = match settings {
             None => RotationChoice::default(),
             Some(settings) => on_workers(flags.threads, || {
@@ -384,8 +433,7 @@ impl Calibration {
 
     /// Runs samples through the network and back, if rows are to repair each other.
     fn outputs(&self, threads: Option<u16>, stop: &AtomicBool) -> Result<Option<OutputMoments>> {
-        let max_sequences = self.rounding.gradient_sequences;
-        if max_sequences == 0 || self.rounding.method != Method::Gptq {
+        if !runs_backwards(&self.rounding) {
             return Ok(None);
         }
         let settings = GradientSettings {

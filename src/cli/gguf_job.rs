@@ -79,6 +79,7 @@ pub fn to_gguf(args: &ToGguf, machines: &Machines, talk: &Talk, stop: &AtomicBoo
             &chosen.recipe,
             &Source {
                 checkpoint: &prepared.checkpoint,
+                plan: &prepared.plan,
                 type_of: &|name| prepared.plan.type_of(name),
             },
             talk,

@@ -72,6 +72,7 @@ pub fn to_safetensors(
             };
             let source = Source {
                 checkpoint: &checkpoint,
+                plan: &plan.plan,
                 type_of: &|_| GgmlType::F32,
             };
             let begun = Calibration::begin(flags, text, &recipe, &source, talk, stop)?;

@@ -219,7 +219,10 @@ fn memory_is_bounded_and_changes_no_byte() {
     let (_, needed) = said.split_once("--max-ram ").unwrap();
     let needed: u64 = needed.split(['`', ',']).next().unwrap().parse().unwrap();
     assert!(needed < stated, "{needed} {stated}");
-    // The statistics fit then; what rounding takes is said next.
+    // What is asked for is enough.
+    let (code, said, outfile) = tight(&needed.to_string());
+    assert_eq!(code, Some(0), "{said}");
+    assert!(bytes(&outfile) == bytes(&roomy));
     let (code, said, outfile) = tight(&(stated - 1).to_string());
     assert_eq!(code, Some(0), "{said}");
     assert!(bytes(&outfile) == bytes(&roomy));

@@ -98,6 +98,11 @@ impl OutputMoments {
         Ok(all)
     }
 
+    /// The smallest limit within which [`Self::collect`] can stay.
+    pub fn least_bytes(weights: &RewrittenModel, samples: &Samples, max_sequences: usize) -> u64 {
+        peak_bytes(weights, &evenly_spaced(samples, max_sequences), true)
+    }
+
     /// Of one matrix, by GGUF name and number in its stack: one block of all rows, or several where there are more than
     /// [`MAX_BLOCK_ROWS`]. `None` where no token reached an expert.
     pub fn of(&self, tensor: &str, matrix: usize) -> Option<&[RowBlock]> {

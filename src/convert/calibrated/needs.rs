@@ -181,27 +181,29 @@ impl<'a> Needs<'a> {
     /// # Errors
     /// Not even one matrix at a time fits; the error says what would be needed.
     pub fn arrange(&self, limit: u64) -> Result<Arrangement> {
-        let in_one_pass = self.arranged(u64::MAX, false)?;
+        let in_one_pass = self.arranged(u64::MAX, false);
         if in_one_pass.peak_bytes <= limit {
             return Ok(in_one_pass);
         }
-        let arranged = self.arranged(limit, true)?;
+        let arranged = self.arranged(limit, true);
         if arranged.peak_bytes <= limit {
             return Ok(arranged);
         }
-        Err(self.too_little(limit, arranged.peak_bytes, "of the embedding and the head"))
-    }
-
-    fn too_little(&self, limit: u64, needed: u64, what: &str) -> Error {
+        let needed = self.least_bytes();
         let fault = Fault::new(format!(
-            "{limit} bytes of memory are too few: the second moments and the weights {what} need {needed}"
+            "{limit} bytes of memory are too few: second moments and weights, one matrix at a time, need {needed}"
         ));
-        Error::Plan(fault.hint(format!(
+        Err(Error::Plan(fault.hint(format!(
             "allow them with `--max-ram {needed}`, or read shorter sequences with `--calibration-context`"
-        )))
+        ))))
     }
 
-    fn arranged(&self, limit: u64, streams_in_file: bool) -> Result<Arrangement> {
+    /// The smallest limit under which there is an arrangement.
+    pub fn least_bytes(&self) -> u64 {
+        self.arranged(0, true).peak_bytes
+    }
+
+    fn arranged(&self, limit: u64, streams_in_file: bool) -> Arrangement {
         let streams = match streams_in_file {
             true => 0,
             false => self.stream_bytes(),
@@ -220,10 +222,7 @@ impl<'a> Needs<'a> {
                 let inputs = self.inputs(&stage);
                 let held = held + self.cell_bytes(*kind, &names, &inputs);
                 let room = limit.saturating_sub(held);
-                let passes = self.passes(&inputs, room).map_err(|alone| {
-                    let name = stage.first().copied().unwrap_or_default();
-                    self.too_little(limit, held + alone, &format!("of `{name}` alone"))
-                })?;
+                let passes = self.passes(&inputs, room);
                 let peaks = passes.iter().map(|pass| self.peak(&inputs[pass.clone()]));
                 let peak = peaks.max().unwrap_or(0);
                 arrangement.peak_bytes = arrangement.peak_bytes.max(held + peak);
@@ -232,7 +231,7 @@ impl<'a> Needs<'a> {
             }
             arrangement.passes.push(stages);
         }
-        Ok(arrangement)
+        arrangement
     }
 
     /// Sums that the tree over cells holds at a time: one per level, and the next leaf.
@@ -245,16 +244,12 @@ impl<'a> Needs<'a> {
         inputs.iter().fold(Held::default(), add).peak()
     }
 
-    /// As many inputs at a time as there is room for; what the first needs that does not fit alone.
-    fn passes(&self, inputs: &[Input], room: u64) -> std::result::Result<Vec<Range<usize>>, u64> {
+    /// As many inputs at a time as there is room for, and at least one.
+    fn passes(&self, inputs: &[Input], room: u64) -> Vec<Range<usize>> {
         let mut passes = Vec::new();
         let mut begun = 0;
         for end in 1..=inputs.len() {
-            let alone = self.peak(&inputs[end - 1..end]);
-            if alone > room {
-                return Err(alone);
-            }
-            if self.peak(&inputs[begun..end]) > room {
+            if begun + 1 < end && self.peak(&inputs[begun..end]) > room {
                 passes.push(begun..end - 1);
                 begun = end - 1;
             }
@@ -262,7 +257,7 @@ impl<'a> Needs<'a> {
         if begun < inputs.len() {
             passes.push(begun..inputs.len());
         }
-        Ok(passes)
+        passes
     }
 
     /// The inputs of a stage in the order in which they are rounded.
