@@ -405,8 +405,14 @@ impl Calibration {
             twin: twin.as_ref(),
             ..job(artifact)
         };
-        on_workers(threads, || job.run(&mut workspace))?;
-        Ok(workspace)
+        let run = on_workers(threads, || job.run(&mut workspace));
+        if matches!(run, Err(Error::Interrupted)) {
+            talk.say(format_args!(
+                "finished tensors are kept in {}: the same command goes on after them",
+                artifact.workspace.display()
+            ));
+        }
+        run.map(|()| workspace)
     }
 
     /// What decides the bytes of the last of these artifacts, which the others' types do too.
@@ -437,7 +443,7 @@ impl Calibration {
             return Ok(None);
         }
         let settings = GradientSettings {
-            max_sequences,
+            max_sequences: self.rounding.gradient_sequences,
             seed: 0,
             memory_bytes: self.memory_bytes,
         };

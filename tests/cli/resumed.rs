@@ -95,3 +95,32 @@ fn both_artifacts_are_the_same_after_kills() {
     let left = names(place.0.path());
     assert!(!left.iter().any(|name| name.contains("work")), "{left:?}");
 }
+
+/// `SIGTERM` while tensors are rounded: what is finished is kept, and that is said.
+#[test]
+fn an_interrupted_run_says_how_it_goes_on() {
+    let place = Place::new();
+    let (text, model, out) = (text(), nano(), place.path("m.gguf"));
+    let fixed = ["to-gguf", model.to_str().unwrap(), "-t", "q4_0", "-o"];
+    let flags = calibrated(&text, &["--no-rewrites"]);
+    let child = Command::new(env!("CARGO_BIN_EXE_nemoconv"))
+        .args([&fixed[..], &[out.to_str().unwrap()], &flags].concat())
+        .stdout(Stdio::null())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let journal = place.path("m.work").join("journal.jsonl");
+    let has_begun = || fs::read_to_string(&journal).is_ok_and(|text| text.lines().count() > 2);
+    while !has_begun() && !out.exists() {
+        std::thread::sleep(Duration::from_millis(2));
+    }
+    let id = child.id().to_string();
+    let killed = Command::new("kill").arg(id).status().unwrap().success();
+    let output = child.wait_with_output().unwrap();
+    let said = stderr(&output);
+    match output.status.code() {
+        Some(130) => assert!(said.contains("m.work: the same command goes on"), "{said}"),
+        // It was faster than the signal.
+        code => assert_eq!(code, Some(0), "killed: {killed}, {said}"),
+    }
+}
