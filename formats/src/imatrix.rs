@@ -54,7 +54,11 @@ impl Imatrix {
     /// As [`Self::parse`], with the path; the file cannot be read.
     pub fn open(path: &Path) -> Result<Self> {
         let file = MappedFile::open(path)?;
-        Self::parse(file.bytes()).map_err(|e| e.in_file(path))
+        Self::parse(file.bytes()).map_err(|error| {
+            let error = Error::malformed(format!("no importance matrix can be read: {error}"));
+            let hint = "name a file of `llama-imatrix` or `nemoconv calibrate --imatrix`";
+            error.in_file(path).hint(hint)
+        })
     }
 
     /// Reads the bytes of a file of either form.

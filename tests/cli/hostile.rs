@@ -337,6 +337,15 @@ fn an_importance_matrix_of_another_model() {
     let folder = tempdir().unwrap();
     let path = folder.path().join("other.dat");
     let flags = ["-t", "q4_k_m", "--imatrix", path.to_str().unwrap()];
+    for other in ["no importance matrix at all", "GGUF"] {
+        std::fs::write(&path, other).unwrap();
+        let expected = [
+            "no importance matrix can be read",
+            "other.dat",
+            "hint: name a file of",
+        ];
+        refuses(&flags, |_| (), &expected);
+    }
     write_imatrix(&path, &[("other", 1)]);
     refuses(&flags, |_| (), &["no tensor of this model"]);
     // Whatever the type of the tensor.
