@@ -63,7 +63,7 @@ impl ReferenceFile {
         }
     }
 
-    /// The tokens it was made of: all of them, or the first `chunks` chunks of a base file.
+    /// The tokens it was made of: all of them, or those of the first `chunks` chunks.
     ///
     /// A base file does not say whether its chunks begin with a token of their own; `bos` is the artifact's.
     ///
@@ -71,7 +71,11 @@ impl ReferenceFile {
     /// There is no whole chunk.
     pub fn text(&self, bos: Option<u32>, chunks: Option<usize>) -> Result<ChunkedText> {
         match &self.rows {
-            Rows::Compact(reader) => Ok(reader.text().clone()),
+            Rows::Compact(reader) => {
+                let text = reader.text();
+                let (tokens, context) = (text.tokens().to_vec(), text.context_tokens());
+                ChunkedText::new(tokens, context, text.bos(), chunks)
+            }
             Rows::KldBase(reader) => {
                 let tokens = reader.tokens().to_vec();
                 let bos = bos.filter(|bos| tokens.first() == Some(bos));
@@ -89,11 +93,11 @@ impl ReferenceFile {
         let pairs = theirs.iter().zip(tokens);
         let message = match pairs.clone().position(|(a, b)| a != b) {
             Some(at) => format!(
-                "token {at} of the text is {}, the reference has {}",
+                "the text is not that of the reference file, or is cut into other tokens: token {at} is {}, the file has {}",
                 tokens[at], theirs[at]
             ),
             None if tokens.len() < theirs.len() => format!(
-                "the text has {} tokens, the reference {}",
+                "the text is not that of the reference file: it has {} tokens, the file {}",
                 tokens.len(),
                 theirs.len()
             ),

@@ -170,6 +170,9 @@ fn saved_references_stand_in_for_the_model() {
         let shown = String::from_utf8_lossy(&output.stdout).into_owned();
         assert_eq!(output.status.code(), Some(2), "{shown}");
         assert!(shown.contains("tokenizer/token-ids-differ"), "{shown}");
+        assert!(shown.contains("not that of the reference file"), "{shown}");
+        let first = place.validate(&artifact, &saved, &["--json", "--chunks", "1"]);
+        assert_eq!(report(&first)["logits"]["chunks"], 1);
         // A file that was cut is refused by name.
         let bytes = std::fs::read(&saved).unwrap();
         std::fs::write(&saved, &bytes[..bytes.len() - 7]).unwrap();
