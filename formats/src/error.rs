@@ -1,6 +1,8 @@
 //! One error type for every reader and writer here: what is wrong, and where in which file.
 
-use std::{fmt, io, path::PathBuf};
+use std::fmt;
+use std::io;
+use std::path::{Path, PathBuf};
 
 /// Where in a file something is wrong. Fields are filled in as the error travels outwards.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -102,6 +104,14 @@ impl Error {
     /// Names the file, unless it is named already.
     pub fn in_file(mut self, path: impl Into<PathBuf>) -> Self {
         self.place.path.get_or_insert_with(|| path.into());
+        self
+    }
+
+    /// Says in which folder the file lies that is named without one.
+    pub fn in_folder(mut self, folder: &Path) -> Self {
+        if let Some(path) = &mut self.place.path {
+            *path = folder.join(&*path);
+        }
         self
     }
 

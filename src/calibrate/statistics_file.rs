@@ -192,7 +192,8 @@ impl Statistics {
     /// The file cannot be read, contradicts the format, or holds what are no statistics: a number that is not finite or
     /// is negative where it cannot be, shapes that do not belong together, a tensor that nothing names.
     pub fn open(path: &Path) -> Result<(Self, Origin)> {
-        let file = Checkpoint::open(path)?;
+        let made_here = "it is damaged, or no file of `nemoconv calibrate`: make it again";
+        let file = Checkpoint::open(path).map_err(|error| error.hint(made_here))?;
         let named = |error: FormatError| Error::Input(error.in_file(path));
         let no_texts = BTreeMap::new();
         let texts = file.shards().first().map_or(&no_texts, |s| s.metadata());

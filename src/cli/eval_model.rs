@@ -102,7 +102,8 @@ pub fn open_encoder(
         return Ok(encoder.map_err(|error| error.in_file(stored.path()))?);
     };
     let files = TokenizerFiles::read(folder)?;
-    Ok(TextEncoder::of_files(&files, vocab_size)?)
+    let encoder = TextEncoder::of_files(&files, vocab_size);
+    Ok(encoder.map_err(|error| error.in_folder(folder))?)
 }
 
 /// A hub id as it is; of a path the last part.

@@ -68,6 +68,12 @@ impl Folder<'_> {
             ));
         }
         folder.write_companions(checkpoint, plan)?;
+        if !checkpoint.folder().join("tokenizer.json").is_file() {
+            talk.say(format_args!(
+                "warning: {} holds no tokenizer.json, and so does the folder: runtimes do not start without one",
+                checkpoint.folder().display()
+            ));
+        }
         let mut receipt = packed_receipt::plan_json(checkpoint, plan);
         packed_receipt::add_summary(&mut receipt, &summary, self.workspace);
         receipt["method"] = match (self.calibration, self.rounding) {

@@ -302,6 +302,29 @@ fn calibration_loses_less_and_floats_stay_exact() {
 }
 
 #[test]
+fn a_missing_or_broken_tokenizer_is_said() {
+    let place = Place::new();
+    let model = copy_of(&nano(), &place.path("source"));
+    let tokenizer = model.join("tokenizer.json");
+    fs::write(&tokenizer, "{").unwrap();
+    let calibrate = ["calibrate", model.to_str().unwrap(), "--text", &text()];
+    let said = stderr(&nemoconv(calibrate));
+    assert!(said.contains(tokenizer.to_str().unwrap()), "{said}");
+    fs::remove_file(tokenizer).unwrap();
+    let out = place.path("packed");
+    let flags = [
+        "to-safetensors",
+        model.to_str().unwrap(),
+        "-o",
+        out.to_str().unwrap(),
+    ];
+    let output = nemoconv(flags);
+    let said = stderr(&output);
+    assert!(output.status.success(), "{said}");
+    assert!(said.contains("holds no tokenizer.json"), "{said}");
+}
+
+#[test]
 fn validate_undoes_the_rewrites_and_knows_how_it_was_rounded() {
     let place = Place::new();
     let text = text();

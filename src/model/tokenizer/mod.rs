@@ -85,7 +85,8 @@ impl Tokenizer {
         pre_tokenizer: Option<&str>,
     ) -> Result<Self> {
         let files = TokenizerFiles::read(folder)?;
-        Self::parse(&files, config, vocab_size, pre_tokenizer)
+        let parsed = Self::parse(&files, config, vocab_size, pre_tokenizer);
+        parsed.map_err(|error| error.in_folder(folder))
     }
 
     /// As [`Tokenizer::read`], from the contents of the files.
