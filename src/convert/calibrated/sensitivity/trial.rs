@@ -83,7 +83,8 @@ impl Measurement<'_> {
     /// As [`Self::run`].
     pub fn try_types(&self, wanted: &[Types]) -> Result<Vec<Trial>> {
         let blocks = self.weights.stored().config().pattern.kinds().len();
-        self.progress.begin("checking", blocks as u64);
+        let bytes: Vec<u64> = (0..blocks).map(|block| self.block_bytes(block)).collect();
+        self.progress.begin("checking", bytes.iter().sum());
         let mut probing = Probing::begin(self)?;
         let mut runs = Vec::new();
         for (index, types) in wanted.iter().enumerate() {
@@ -108,13 +109,21 @@ impl Measurement<'_> {
                 let layer = probing.replaced(block, &originals, tensors)?;
                 run.block(&probing, block, &layer)?;
             }
-            self.progress.advance(1);
+            self.progress.advance(bytes[block]);
         }
         let seen = probing.head_moments()?;
         let trials = runs.into_iter().map(|run| run.head(&probing, &seen));
         let trials = trials.collect();
         self.progress.end();
         trials
+    }
+
+    /// Bytes of a block as it is stored.
+    fn block_bytes(&self, block: usize) -> u64 {
+        let prefix = format!("blk.{block}.");
+        let tensors = self.weights.stored().tensors().iter();
+        let tensors = tensors.filter(|tensor| tensor.name.starts_with(&prefix));
+        tensors.map(|tensor| tensor.bytes()).sum()
     }
 
     /// A tensor with every matrix rounded.
