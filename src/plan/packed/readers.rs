@@ -265,11 +265,21 @@ fn remarks(choices: &[Choice]) -> Vec<String> {
         gptq.len() > 1,
         "several GPTQ settings in one folder need `dynamic`, which transformers ignores",
     );
-    remark(
-        has(&|linear, scheme| {
-            scheme.named.has_groups() && !scheme.named.is_gptq() && !linear.rows.is_multiple_of(32)
-        }),
-        "vLLM's CPU kernel needs out_features in multiples of 32, which some of these matrices have not",
-    );
+    remarks.extend(uneven(choices));
     remarks
+}
+
+/// What vLLM's CPU kernel does not take.
+fn uneven(choices: &[Choice]) -> Option<String> {
+    let is_uneven = |(linear, scheme): &&Choice| {
+        let has_groups =
+            |scheme: &LinearScheme| scheme.named.has_groups() && !scheme.named.is_gptq();
+        scheme.is_some_and(has_groups) && !linear.rows.is_multiple_of(32)
+    };
+    let (first, _) = choices.iter().find(is_uneven)?;
+    let count = choices.iter().filter(is_uneven).count();
+    Some(format!(
+        "vLLM's CPU kernel needs out_features in multiples of 32, which {count} of these matrices have not, such as `{}` with {}",
+        first.module, first.rows
+    ))
 }
