@@ -397,8 +397,12 @@ impl Job<'_> {
             if self.stop.load(Ordering::Relaxed) {
                 return Err(Error::Interrupted);
             }
-            self.talk
-                .say(format_args!("{stage}: chunk {done} of {total}"));
+            match done {
+                0 => self.talk.say(format_args!("{stage}: begun")),
+                _ => self
+                    .talk
+                    .say(format_args!("{stage}: {done} of {total} chunks done")),
+            }
             Ok(())
         }
     }

@@ -110,21 +110,19 @@ pub(super) fn subject(subject: &Subject) -> String {
 }
 
 fn heading(text: &mut String, report: &ValidationReport) {
-    let _ = writeln!(
-        text,
-        "artifact    {} ({})",
-        clean(&report.artifact.path),
-        subject(&report.artifact)
-    );
+    subject_line(text, "artifact", &report.artifact);
     if let Some(reference) = &report.reference {
-        let _ = writeln!(
-            text,
-            "reference   {} ({})",
-            clean(&reference.path),
-            subject(reference)
-        );
+        subject_line(text, "reference", reference);
     }
     text.push('\n');
+}
+
+fn subject_line(text: &mut String, role: &str, model: &Subject) {
+    let path = clean(&model.path);
+    let _ = match subject(model) {
+        known if known.is_empty() => writeln!(text, "{role:<10}  {path}"),
+        known => writeln!(text, "{role:<10}  {path} ({known})"),
+    };
 }
 
 /// What became of a level: `passed`, `failed` or `skipped`.
@@ -153,7 +151,7 @@ pub(super) fn level_summary(report: &ValidationReport, level: &LevelReport) -> S
         level
             .scope
             .iter()
-            .map(|(what, count)| format!("{count} {what}")),
+            .map(|(what, found)| scope_part(what, found)),
     );
     for severity in [Severity::Error, Severity::Warning, Severity::Note] {
         let count = report
@@ -165,6 +163,15 @@ pub(super) fn level_summary(report: &ValidationReport, level: &LevelReport) -> S
         }
     }
     parts.join(", ")
+}
+
+/// A count before what is counted, a setting behind its name.
+fn scope_part(what: &str, found: &str) -> String {
+    match (what.strip_suffix('s'), found.parse::<u64>()) {
+        (Some(one), Ok(1)) => format!("1 {one}"),
+        (Some(_), Ok(count)) => format!("{count} {what}"),
+        _ => format!("{what} {found}"),
+    }
 }
 
 fn level_lines(text: &mut String, report: &ValidationReport, level: &LevelReport) {
@@ -323,6 +330,26 @@ pub(super) fn percent_estimate(share: Estimate) -> String {
 mod tests {
     use super::super::{Rule, synthetic};
     use super::*;
+
+    #[test]
+    fn scopes_read_as_words() {
+        let check = |what, found, expected: &str| assert_eq!(scope_part(what, found), expected);
+        check("files", "1", "1 file");
+        check("tensors", "53", "53 tensors");
+        check("context", "512", "context 512");
+        let taken = "as llama.cpp takes them";
+        check("activations", taken, "activations as llama.cpp takes them");
+    }
+
+    #[test]
+    fn nothing_is_said_of_an_artifact_of_which_nothing_is_known() {
+        let subject = Subject {
+            path: "cut.gguf".into(),
+            ..Subject::default()
+        };
+        let report = ValidationReport::new(subject, None);
+        assert!(render(&report).starts_with("artifact    cut.gguf\n"));
+    }
 
     #[test]
     fn a_report_fits_a_terminal() {

@@ -2,6 +2,7 @@
 //!
 //! Enters: drift of predictions and blocks, and the noise floor. Leaves: findings.
 
+use crate::report::text::figure;
 use crate::report::{Finding, LayerDrift, LogitsDrift, NoiseFloor, Rule};
 
 /// A block is an outlier if it adds this many times the median error (squared: errors of blocks add as squares).
@@ -64,10 +65,10 @@ fn outliers(layers: &[LayerDrift], floor: &[LayerDrift]) -> Vec<Finding> {
         .filter(|(layer, added)| is_outlier(layer, *added))
         .map(|(layer, added)| {
             let message = format!(
-                "this {} block adds a relative error of {:.4}, the median block adds {:.4}",
+                "this {} block adds a relative error of {}, the median block adds {}",
                 layer.kind,
-                added.sqrt(),
-                median.sqrt()
+                figure(added.sqrt()),
+                figure(median.sqrt())
             );
             Finding::new(Rule::LayerDriftOutlier, message).in_layer(layer.layer)
         })
@@ -87,11 +88,11 @@ fn growing_state(layer: &LayerDrift) -> Option<Finding> {
     let state = layer.state.as_ref()?;
     let worst = state.growing.first()?;
     let message = format!(
-        "{} of {} heads grow; head {} reaches {:.4} with slope {:.2}",
+        "{} of {} heads grow; head {} reaches {} with slope {:.2}",
         state.growing.len(),
         state.heads,
         worst.head,
-        worst.relative_error.last().copied().unwrap_or(0.0),
+        figure(worst.relative_error.last().copied().unwrap_or(0.0)),
         worst.growth
     );
     Some(Finding::new(Rule::StateDriftGrows, message).in_layer(layer.layer))
