@@ -171,7 +171,14 @@ fn time_step_rule(text: &str) -> Result<TimeStepRule, String> {
     }
 }
 
+const VALIDATE_HELP: &str = "\
+Reports are written whatever the verdict; files of the same names are replaced.
+
+Exit codes: 0 passed, 1 nothing could be judged (no such file, another model, output), 2 a gate failed
+or a finding is at or above --fail-on, 64 wrong usage, 130 interrupted";
+
 #[derive(Debug, Args)]
+#[command(after_help = VALIDATE_HELP)]
 pub struct Validate {
     /// Model folder, .safetensors or .gguf file, or `org/name[@revision]` in the hub's cache
     pub artifact: String,
@@ -309,7 +316,8 @@ pub struct Inspect {
 pub struct ToGguf {
     /// Model folder, .safetensors file, hub-cache folder, or `org/name[@revision]` in the hub's cache
     pub model: String,
-    /// Where to write; `{ftype}` stands for the type. Default: a name made from the model, in this folder
+    /// Where to write; `{ftype}` stands for the type. A file of that name is replaced once the new one is whole. Default: a
+    /// name made from the model, in this folder
     #[arg(short, long, value_name = "FILE")]
     pub outfile: Option<PathBuf>,
     /// f32, f16, bf16, q8_0, q4_k_m, ... ; auto = the checkpoint's own float type. Default: auto

@@ -28,11 +28,11 @@ pub struct Calibrate {
     /// Documents that the model reads, one JSON object per line
     #[arg(long, value_name = "FILE.jsonl", conflicts_with = "text")]
     pub dataset: Option<PathBuf>,
-    /// Where to write the statistics, for `to-gguf --statistics`. Default, without --imatrix: a name made from the
-    /// model, in this folder
+    /// Where to write the statistics, for `to-gguf --statistics`; a file of that name is replaced. Default, without
+    /// --imatrix: a name made from the model, in this folder
     #[arg(short, long, value_name = "FILE.safetensors")]
     pub outfile: Option<PathBuf>,
-    /// Where to write llama.cpp's importance matrix
+    /// Where to write llama.cpp's importance matrix; a file of that name is replaced
     #[arg(long, value_name = "FILE.gguf")]
     pub imatrix: Option<PathBuf>,
     /// Put output.weight into the importance matrix too

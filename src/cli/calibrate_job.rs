@@ -59,7 +59,7 @@ pub fn calibrate(
         statistics: outfile.as_deref().map(WholeFile::create).transpose()?,
         imatrix: args.imatrix.as_deref().map(WholeFile::create).transpose()?,
     };
-    talk.say(format_args!("calibrating on {}", summary(&samples)));
+    talk.say("calibrating");
     let statistics = collect(args, machines, &stored, &samples, talk, stop)?;
     let origin = Origin::new(model_sha256(&stored)?, &samples, settings);
     let written = outputs.write(args, &statistics, &origin)?;

@@ -105,7 +105,8 @@ pub fn to_gguf(args: &ToGguf, machines: &Machines, talk: &Talk, stop: &AtomicBoo
         parts,
         peak_bytes,
     } = &prepared;
-    announce(args, &prepared, talk);
+    announce(args, chosen.recipe.widen, &prepared, talk);
+    talk.say(totals(&prepared));
     let finished = match &calibration {
         Some(calibration) => {
             let artifact = ToRound {
@@ -232,7 +233,7 @@ pub fn plan(args: &ToGguf, machines: &Machines, talk: &Talk, stop: &AtomicBool) 
         return Ok(());
     }
     print_stdout(plan_table(&prepared.plan));
-    announce(args, &prepared, talk);
+    announce(args, chosen.recipe.widen, &prepared, talk);
     print_stdout(totals(&prepared));
     Ok(())
 }
@@ -402,10 +403,13 @@ fn outfile(args: &ToGguf, description: &ModelDescription, name: &str) -> PathBuf
 }
 
 /// What is worth knowing before a long run.
-fn announce(args: &ToGguf, prepared: &Prepared, talk: &Talk) {
+fn announce(args: &ToGguf, is_widened: bool, prepared: &Prepared, talk: &Talk) {
     let plan = &prepared.plan;
     for (field, from, to) in plan.widening.changes() {
         talk.say(format_args!("widened exactly: {field} {from} -> {to}"));
+    }
+    if is_widened && !plan.widening.is_widened() {
+        talk.say("nothing to widen: every width is a multiple of 256");
     }
     let substituted: Vec<_> = plan
         .tensors
@@ -439,9 +443,6 @@ fn announce(args: &ToGguf, prepared: &Prepared, talk: &Talk) {
                 talk.detail(format_args!("`{}` -> part of `{into}`", entry.name))
             }
         }
-    }
-    if !talk.quiet {
-        talk.say(totals(prepared));
     }
 }
 
