@@ -65,6 +65,21 @@ impl std::fmt::Display for Fault {
     }
 }
 
+/// Where a network leaves the numbers. Boxed in errors, which are carried by value.
+#[derive(Debug, Clone)]
+pub struct NotFinite {
+    /// The block whose output it is; `None` of the head.
+    pub block: Option<usize>,
+    /// What computes it.
+    pub fault: Fault,
+}
+
+impl From<NotFinite> for Error {
+    fn from(not_finite: NotFinite) -> Self {
+        Self::NotFinite(Box::new(not_finite))
+    }
+}
+
 /// Everything a conversion can fail with.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
@@ -99,13 +114,8 @@ pub enum Error {
     #[error("{0}")]
     Run(Fault),
     /// A network computes a value that is not finite.
-    #[error("{fault}")]
-    NotFinite {
-        /// The block whose output it is; `None` of the head.
-        block: Option<usize>,
-        /// What computes it.
-        fault: Fault,
-    },
+    #[error("{}", .0.fault)]
+    NotFinite(Box<NotFinite>),
     /// Benchmark data, or results to compare with, cannot be used.
     #[error("{0}")]
     Data(Fault),
@@ -130,7 +140,8 @@ impl Error {
             | Self::Verify(fault)
             | Self::Run(fault)
             | Self::Data(fault) => Some(&fault.place),
-            Self::Write { fault, .. } | Self::NotFinite { fault, .. } => Some(&fault.place),
+            Self::NotFinite(not_finite) => Some(&not_finite.fault.place),
+            Self::Write { fault, .. } => Some(&fault.place),
             #[cfg(feature = "device")]
             Self::Device(_) => None,
             Self::Interrupted => None,
@@ -148,7 +159,8 @@ impl Error {
             | Self::Verify(fault)
             | Self::Run(fault)
             | Self::Data(fault) => fault.hint.as_deref(),
-            Self::Write { fault, .. } | Self::NotFinite { fault, .. } => fault.hint.as_deref(),
+            Self::NotFinite(not_finite) => not_finite.fault.hint.as_deref(),
+            Self::Write { fault, .. } => fault.hint.as_deref(),
             #[cfg(feature = "device")]
             Self::Device(error) => Some(error.hint()),
             Self::Interrupted => None,

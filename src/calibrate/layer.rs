@@ -7,7 +7,7 @@ use super::capture::Capture;
 use crate::artifact::{MemoryTensor, StoredModel};
 use crate::backend::cpu::Residence;
 use crate::backend::{Backend, ExpertRows, Machine, MachineBuffer, Machines};
-use crate::error::{Error, Fault, Result};
+use crate::error::{Fault, NotFinite, Result};
 use crate::forward::block::Block;
 use crate::forward::numerics::Numerics;
 use crate::forward::observer::Observer;
@@ -84,10 +84,9 @@ impl Layer {
             self.block.kind()
         );
         let hint = "`nemoconv validate` names weights that are NaN or out of range";
-        Err(Error::NotFinite {
-            block: Some(self.index),
-            fault: Fault::new(what).hint(hint),
-        })
+        let block = Some(self.index);
+        let fault = Fault::new(what).hint(hint);
+        Err(NotFinite { block, fault }.into())
     }
 
     /// Shows the inputs of matrices that read the normed stream, without running the block: `routing` says which rows

@@ -9,7 +9,7 @@ use super::places::Places;
 use super::state::State;
 use crate::artifact::{StoredModel, StoredTensor};
 use crate::backend::{Backend, ScanShape};
-use crate::error::{Error, Fault, Result};
+use crate::error::{Error, Fault, NotFinite, Result};
 use crate::model::config::NemotronHConfig;
 use crate::model::hybrid_pattern::BlockKind;
 
@@ -305,5 +305,5 @@ fn turns_of<'a, B: Backend>(sequences: &'a mut [Sequence<'_, B>]) -> Vec<Turn<'a
 fn not_finite(block: Option<usize>, place: &str) -> Error {
     let fault = Fault::new(format!("{place} produced a value that is not finite"));
     let fault = fault.hint("`nemoconv validate` names weights that are NaN or out of range");
-    Error::NotFinite { block, fault }
+    NotFinite { block, fault }.into()
 }

@@ -131,7 +131,7 @@ impl ReferenceFile {
                 Ok(())
             });
             match scored {
-                Err(Error::NotFinite { .. }) => {
+                Err(Error::NotFinite(_)) => {
                     for (position, _) in chunk.scored().skip(compared) {
                         self.skip_next()?;
                         drift.push(ScoredPosition::new(position, None));

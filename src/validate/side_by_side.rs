@@ -12,7 +12,7 @@ use super::logits::kl_divergence::compare;
 use super::logits::layers::LayerAccumulator;
 use super::logits::perplexity::{Chunk, ChunkedText};
 use crate::backend::{Backend, ExpertRows};
-use crate::error::{Error, Fault, Result};
+use crate::error::{Error, Fault, NotFinite, Result};
 use crate::forward::network::{Network, Sequence};
 use crate::forward::observer::{Observer, Silent};
 use crate::forward::state::{BlockState, State};
@@ -228,10 +228,10 @@ impl<B: Backend> Pair<'_, B> {
                 .advance(&inputs, &piece)
                 .map_err(of_reference)?;
             let artifact = match self.artifact.advance(&inputs, &piece) {
-                Err(Error::NotFinite { block, .. }) => {
+                Err(Error::NotFinite(not_finite)) => {
                     let rows = sampled_rows(inputs.len(), piece.len()).len();
                     let rest = begin..inputs.first().map_or(begin, Vec::len);
-                    self.give_up(block, rows, &scored_in(chunks, &rest));
+                    self.give_up(not_finite.block, rows, &scored_in(chunks, &rest));
                     return Ok(());
                 }
                 advanced => advanced?,
@@ -309,8 +309,8 @@ impl<B: Backend> Pair<'_, B> {
             let reference = theirs.logits(reference, &rows, &mut Silent);
             let reference = reference.map_err(of_reference)?;
             let artifact = match ours.logits(artifact, &rows, &mut Silent) {
-                Err(Error::NotFinite { block, .. }) => {
-                    self.give_up(block, 0, scored);
+                Err(Error::NotFinite(not_finite)) => {
+                    self.give_up(not_finite.block, 0, scored);
                     continue;
                 }
                 logits => logits?,
@@ -336,13 +336,14 @@ impl<B: Backend> Pair<'_, B> {
 
 /// Without a reference there is nothing to compare with.
 fn of_reference(error: Error) -> Error {
-    let Error::NotFinite { block, mut fault } = error else {
+    let Error::NotFinite(not_finite) = error else {
         return error;
     };
+    let NotFinite { block, mut fault } = *not_finite;
     fault.what = format!("the reference computes no numbers: {}", fault.what);
     let fault =
         fault.hint("`nemoconv validate` of the reference alone names its weights that are NaN");
-    Error::NotFinite { block, fault }
+    NotFinite { block, fault }.into()
 }
 
 /// A scored position of a batch.

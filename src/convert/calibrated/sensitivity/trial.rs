@@ -90,7 +90,7 @@ impl Measurement<'_> {
         for (index, types) in wanted.iter().enumerate() {
             runs.push(Run::begin(&probing, types, index == 0)?);
         }
-        for block in 0..blocks {
+        for (block, bytes) in bytes.into_iter().enumerate() {
             let prefix = format!("blk.{block}.");
             let originals = probing.originals(block)?;
             let layer = Layer::open(self.machines, probing.config(), block, originals.clone())?;
@@ -109,7 +109,7 @@ impl Measurement<'_> {
                 let layer = probing.replaced(block, &originals, tensors)?;
                 run.block(&probing, block, &layer)?;
             }
-            self.progress.advance(bytes[block]);
+            self.progress.advance(bytes);
         }
         let seen = probing.head_moments()?;
         let trials = runs.into_iter().map(|run| run.head(&probing, &seen));
