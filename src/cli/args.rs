@@ -174,8 +174,8 @@ fn time_step_rule(text: &str) -> Result<TimeStepRule, String> {
 const VALIDATE_HELP: &str = "\
 Reports are written whatever the verdict; files of the same names are replaced.
 
-Exit codes: 0 passed, 1 nothing could be judged (no such file, another model, output), 2 a gate failed
-or a finding is at or above --fail-on, 64 wrong usage, 130 interrupted";
+Exit codes: 0 passed, 1 nothing could be judged (no such file, another model, output), 2 a gate
+failed or a finding is at or above --fail-on, 64 wrong usage, 130 interrupted";
 
 #[derive(Debug, Args)]
 #[command(after_help = VALIDATE_HELP)]

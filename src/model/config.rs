@@ -457,7 +457,7 @@ mod tests {
         rejects(
             "layer_norm_epsilon",
             json!(-1e-5),
-            "must be above 0, found -1e-5",
+            "must be above 0, found -0.00001",
         );
         rejects("rms_norm_eps", json!(0), "must be above 0, found 0");
         rejects(

@@ -19,7 +19,8 @@ pub fn render(report: &ValidationReport) -> String {
     for level in &report.levels {
         level_lines(&mut text, report, level);
     }
-    if let Some(logits) = &report.logits {
+    // Of nothing that could be compared there are no figures.
+    if let Some(logits) = report.logits.as_ref().filter(|logits| logits.positions > 0) {
         figures(&mut text, report, logits);
     }
     if !report.gates.is_empty() {
@@ -167,8 +168,9 @@ pub(super) fn level_summary(report: &ValidationReport, level: &LevelReport) -> S
 
 /// A count before what is counted, a setting behind its name.
 fn scope_part(what: &str, found: &str) -> String {
-    match (what.strip_suffix('s'), found.parse::<u64>()) {
-        (Some(one), Ok(1)) => format!("1 {one}"),
+    let (counted, rest) = what.split_at(what.find(' ').unwrap_or(what.len()));
+    match (counted.strip_suffix('s'), found.parse::<u64>()) {
+        (Some(one), Ok(1)) => format!("1 {one}{rest}"),
         (Some(_), Ok(count)) => format!("{count} {what}"),
         _ => format!("{what} {found}"),
     }
@@ -336,6 +338,8 @@ mod tests {
         let check = |what, found, expected: &str| assert_eq!(scope_part(what, found), expected);
         check("files", "1", "1 file");
         check("tensors", "53", "53 tensors");
+        check("lines of text", "1", "1 line of text");
+        check("lines of text", "34", "34 lines of text");
         check("context", "512", "context 512");
         let taken = "as llama.cpp takes them";
         check("activations", taken, "activations as llama.cpp takes them");
@@ -349,6 +353,14 @@ mod tests {
         };
         let report = ValidationReport::new(subject, None);
         assert!(render(&report).starts_with("artifact    cut.gguf\n"));
+    }
+
+    #[test]
+    fn without_a_comparable_position_there_are_no_figures() {
+        let mut report = synthetic::report();
+        assert!(render(&report).contains("perplexity, reference"));
+        report.logits.as_mut().unwrap().positions = 0;
+        assert!(!render(&report).contains("perplexity, reference"));
     }
 
     #[test]
