@@ -98,7 +98,7 @@ impl PlannedTensor {
 pub struct Coverage {
     /// Tensors that it steers.
     pub steered: usize,
-    /// Tensors that one of this model steers: embedding and head aside, those whose type asks for importance.
+    /// Tensors that one of this model steers: those of the blocks that are run whose type asks for importance.
     pub steerable: usize,
     /// Entries that name no tensor of this model.
     pub foreign: usize,
@@ -157,7 +157,7 @@ impl Plan {
         )?;
         let mut tensors = with_second_scales(tensors, settings)?;
         let coverage = imatrix
-            .map(|imatrix| steer(&mut tensors, imatrix))
+            .map(|imatrix| steer(&mut tensors, imatrix, config.pattern.kinds().len()))
             .transpose()?;
         Ok(Self {
             file_type: {
@@ -370,8 +370,8 @@ fn ignores_importance(ty: GgmlType) -> bool {
     )
 }
 
-/// Hands each tensor its importance, padded where columns were.
-fn steer(tensors: &mut [PlannedTensor], imatrix: &Imatrix) -> Result<Coverage> {
+/// Hands each tensor its importance, padded where columns were. The network that is run has `blocks`.
+fn steer(tensors: &mut [PlannedTensor], imatrix: &Imatrix, blocks: usize) -> Result<Coverage> {
     check_origin(tensors, imatrix)?;
     let named = tensors
         .iter()
@@ -387,14 +387,18 @@ fn steer(tensors: &mut [PlannedTensor], imatrix: &Imatrix) -> Result<Coverage> {
         .filter(|tensor| !ignores_importance(tensor.ty))
     {
         let importance = imatrix.importance(&tensor.name);
-        // llama-imatrix leaves these two out unless it is asked for them.
-        let is_usual = !matches!(tensor.name.as_str(), "token_embd.weight" | "output.weight");
+        let is_usual = is_usually_collected(&tensor.name, blocks);
         coverage.steerable += usize::from(is_usual || importance.is_some());
         coverage.steered += usize::from(importance.is_some());
         let (columns, stored) = (tensor.source.columns, tensor.stored.columns);
         tensor.importance = importance.map(|importance| pad(importance, columns, stored));
     }
     Ok(coverage)
+}
+
+/// llama-imatrix leaves embedding and head out unless it is asked for them, and runs no multi-token-prediction head.
+fn is_usually_collected(tensor: &str, blocks: usize) -> bool {
+    packed::linears::layer_of(tensor).is_some_and(|block| block < blocks)
 }
 
 /// The matrix names tensors of this model, and those in its shape.
@@ -433,4 +437,19 @@ fn pad(values: &[f32], columns: usize, stored_columns: usize) -> Vec<f32> {
         to[..columns].copy_from_slice(row);
     }
     padded
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_an_importance_matrix_usually_covers() {
+        let check = |name, expected| assert_eq!(is_usually_collected(name, 5), expected, "{name}");
+        check("blk.4.ffn_up.weight", true);
+        // The multi-token-prediction head.
+        check("blk.5.ffn_up.weight", false);
+        check("token_embd.weight", false);
+        check("output.weight", false);
+    }
 }

@@ -89,7 +89,8 @@ pub fn linears(checkpoint: &Checkpoint, plan: &Plan) -> Vec<Linear> {
     linears
 }
 
-fn layer_of(name: &str) -> Option<usize> {
+/// Index of the block of a GGUF name.
+pub fn layer_of(name: &str) -> Option<usize> {
     name.strip_prefix("blk.")?.split('.').next()?.parse().ok()
 }
 
