@@ -365,7 +365,7 @@ impl<'a> Allocator<'a> {
     fn named_mix(&self, file_bytes: u64, prices: &[Sensitivity]) -> Option<NamedMix> {
         let header = self.base.parts.file_bytes() - aligned_bytes(&self.base.plan);
         let mixes = FileType::all()
-            .filter(|file_type| !file_type.is_float())
+            .filter(|file_type| !file_type.is_float() && self.has_use_of(*file_type))
             .filter_map(|file_type| {
                 let mut recipe = self.recipe.clone();
                 recipe.allow_fallback = true;
@@ -391,6 +391,11 @@ impl<'a> Allocator<'a> {
         mixes
             .filter(|mix| mix.file_bytes <= file_bytes + file_bytes / 100)
             .max_by_key(|mix| mix.file_bytes)
+    }
+
+    /// Whether a mix is made for models of this kind.
+    fn has_use_of(&self, file_type: FileType) -> bool {
+        file_type != FileType::MXFP4_MOE || self.base.plan.config.moe.is_some()
     }
 
     /// What a plan gives the tensors that are allocated.
@@ -529,7 +534,7 @@ impl Allocation {
             None => String::new(),
         };
         format!(
-            "allocated {bits:.3} bits per weight, {target}, KL divergence predicted {:.6}, measured {:.6}{beside}",
+            "allocated {bits:.3} bits per weight, {target}, KL divergence predicted {:.6}, measured {:.6}{beside} (measured in a trial without target correction)",
             self.predicted(),
             self.measured()
         )

@@ -44,6 +44,17 @@ fn a_folder_is_held_against_its_config() {
     );
     check(
         |folder| edit_config(folder, "\"M-M*-\"", "\"M-M*-*\""),
+        &[("container/contradicting-key", None)],
+    );
+    check(
+        |folder| {
+            edit_config(folder, "\"M-M*-\"", "\"M-M*-*\"");
+            edit_config(
+                folder,
+                "\"num_hidden_layers\": 5",
+                "\"num_hidden_layers\": 6",
+            );
+        },
         &[
             ("container/missing-tensor", Some("layers.5.norm.weight")),
             (
