@@ -32,8 +32,9 @@ use crate::support::{Tensors, nemoconv, read_tensors, stderr};
 const WEIGHT_ONLY_KL: f64 = 1e-5;
 /// Where both sides decode to F32 and take inputs as they are: the order of sums.
 const EXACT_KL: f64 = 1e-9;
-/// Where both scale inputs of 8 bits alike: the order of sums moves some code by one.
-const SAME_SCALE_KL: f64 = 1e-6;
+/// Where both scale inputs of 8 bits alike, but the order of sums moves some code by one. Noise of 2^-23 in the embedding
+/// does as much to transformers itself: 5e-6, 1.7e-4 at one position.
+const MOVED_CODE_KL: f64 = 1e-5;
 /// With inputs of 8 bits.
 const INT8_INPUTS_KL: f64 = 1e-3;
 
@@ -140,14 +141,24 @@ fn log_softmax(logits: &[f32]) -> Vec<f64> {
     logits.iter().map(|x| f64::from(*x) - log_sum).collect()
 }
 
-fn mean_kl(p: &[f32], q: &[f32], vocab: usize) -> f64 {
+/// KL divergence at every position.
+fn divergences(p: &[f32], q: &[f32], vocab: usize) -> Vec<f64> {
     let rows = p.chunks_exact(vocab).zip(q.chunks_exact(vocab));
     let divergences = rows.map(|(p, q)| {
         let (p, q) = (log_softmax(p), log_softmax(q));
-        let terms = p.iter().zip(&q).map(|(p, q)| p.exp() * (p - q));
-        terms.sum::<f64>()
+        p.iter().zip(&q).map(|(p, q)| p.exp() * (p - q)).sum()
     });
-    divergences.sum::<f64>() / (p.len() / vocab) as f64
+    divergences.collect()
+}
+
+fn mean(values: &[f64]) -> f64 {
+    values.iter().sum::<f64>() / values.len() as f64
+}
+
+fn median(values: &[f64]) -> f64 {
+    let mut values = values.to_vec();
+    values.sort_by(f64::total_cmp);
+    values[values.len() / 2]
 }
 
 /// Every linear that they decoded is ours bit for bit; experts may be ours rounded to BF16. Gives how many there were.
@@ -226,9 +237,10 @@ fn check(model: &Path, linears: usize, schemes: &[(&str, &[&str])]) {
             true => WEIGHT_ONLY_KL,
             false => INT8_INPUTS_KL,
         };
-        let kl = |way: &str| mean_kl(&ours, &floats(&theirs[way].2), vocab);
-        let exact = kl("logits.exact");
-        let (kernels, dequantized) = (kl("logits.kernels"), kl("logits.dequantized"));
+        let kl = |way: &str| divergences(&ours, &floats(&theirs[way].2), vocab);
+        let alike = kl("logits.kernels");
+        let (exact, kernels) = (mean(&kl("logits.exact")), mean(&alike));
+        let dequantized = mean(&kl("logits.dequantized"));
         println!(
             "{name}: mean KL {exact:.1e}, scaled as kernels do {kernels:.1e}, decoded to BF16 {dequantized:.1e}"
         );
@@ -237,11 +249,16 @@ fn check(model: &Path, linears: usize, schemes: &[(&str, &[&str])]) {
             "{name}"
         );
         if !has_experts {
-            let closest = match limit == WEIGHT_ONLY_KL {
+            let usual = median(&alike);
+            assert!(
+                usual < EXACT_KL,
+                "{name}: {usual:e} at half of the positions"
+            );
+            let all = match limit == WEIGHT_ONLY_KL {
                 true => EXACT_KL,
-                false => SAME_SCALE_KL,
+                false => MOVED_CODE_KL,
             };
-            assert!(kernels < closest, "{name}: {kernels:e}");
+            assert!(kernels < all, "{name}: {kernels:e}");
         }
         assert!(
             theirs["logits.plain"] == theirs["logits.dequantized"],
