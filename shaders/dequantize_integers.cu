@@ -27,6 +27,9 @@ struct Parameters {
     u32 first_zero;
     // Digits of the first word that belong to rows before.
     u32 first_digit;
+    // Rows of the views that come before those to write, and rows of a head whose halves are to be interleaved.
+    u32 first_row;
+    u32 head_rows;
 };
 
 // Some bits, the first one counted from that of a byte.
@@ -53,18 +56,6 @@ static __device__ inline int zero_at(const Parameters& p, const u8* zeros, u32 r
     return digit(p, zeros, byte, place % per_word * p.bits);
 }
 
-static __device__ inline float scale_at(const Parameters& p, const u8* scales, u32 row, u32 group) {
-    const u32 index = row * p.groups + group;
-    if (p.scale_type == 2u) {
-        return __uint_as_float(word_at(scales, p.first_scale + index * 4u));
-    }
-    const u32 byte = p.first_scale + index * 2u;
-    if (p.scale_type == 1u) {
-        return half_at(scales, byte);
-    }
-    return __uint_as_float(short_at(scales, byte) << 16);
-}
-
 extern "C" __global__ void __launch_bounds__(256) dequantize_integers(
     const u8* __restrict__ codes,
     const u8* __restrict__ scales,
@@ -74,10 +65,10 @@ extern "C" __global__ void __launch_bounds__(256) dequantize_integers(
 ) {
     const u32 i = group_index() * 256u + threadIdx.x;
     if (i < p.count) {
-        const u32 row = i / p.columns;
+        const u32 row = source_row(p.first_row + i / p.columns, p.head_rows);
         const u32 column = i % p.columns;
         const u32 group = column / p.group_columns;
         const int code = code_at(p, codes, row, column) - zero_at(p, zeros, row, group);
-        out[i] = (float)code * scale_at(p, scales, row, group);
+        out[i] = (float)code * scale_at(scales, p.scale_type, p.first_scale, row * p.groups + group);
     }
 }

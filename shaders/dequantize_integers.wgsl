@@ -27,6 +27,9 @@ struct Parameters {
     first_zero: u32,
     // Digits of the first word that belong to rows before.
     first_digit: u32,
+    // Rows of the views that come before those to write, and rows of a head whose halves are to be interleaved.
+    first_row: u32,
+    head_rows: u32,
 }
 
 @group(0) @binding(0) var<storage, read> codes: array<u32>;
@@ -60,19 +63,6 @@ fn zero_at(row: u32, group: u32) -> i32 {
     return digit(zeros[byte >> 2u], byte, place % per_word * p.bits);
 }
 
-fn scale_at(row: u32, group: u32) -> f32 {
-    let index = row * p.groups + group;
-    if p.scale_type == 2u {
-        return bitcast<f32>(scales[(p.first_scale >> 2u) + index]);
-    }
-    let byte = p.first_scale + index * 2u;
-    let short = (scales[byte >> 2u] >> ((byte & 2u) * 8u)) & 0xffffu;
-    if p.scale_type == 1u {
-        return unpack2x16float(short).x;
-    }
-    return bitcast<f32>(short << 16u);
-}
-
 @compute @workgroup_size(256)
 fn dequantize_integers(
     @builtin(workgroup_id) group: vec3<u32>,
@@ -81,10 +71,10 @@ fn dequantize_integers(
 ) {
     let i = group_index(group, groups) * 256u + lane;
     if i < p.count {
-        let row = i / p.columns;
+        let row = source_row(p.first_row + i / p.columns, p.head_rows);
         let column = i % p.columns;
-        let scale = column / p.group_columns;
-        let code = code_at(row, column) - zero_at(row, scale);
-        out[i] = f32(code) * scale_at(row, scale);
+        let of_row = column / p.group_columns;
+        let code = code_at(row, column) - zero_at(row, of_row);
+        out[i] = f32(code) * scale_at(p.scale_type, p.first_scale, row * p.groups + of_row);
     }
 }

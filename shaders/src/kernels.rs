@@ -30,7 +30,9 @@ const WGSL_BYTES: &str = include_str!("../shared/bytes.wgsl");
 const WGSL_BLOCKS: &str = include_str!("../shared/blocks.wgsl");
 /// Products of packed inputs with weights of 16 bits.
 const WGSL_HALVES: &str = include_str!("../shared/halves_product.wgsl");
-/// The loop of every `dequantize_*`.
+/// What rows of packed checkpoints share.
+const WGSL_PACKED: &str = include_str!("../shared/packed.wgsl");
+/// The loop of every `dequantize_*` of a type of blocks.
 const WGSL_DEQUANTIZE: &str = include_str!("../shared/dequantize.wgsl");
 /// The same of CUDA.
 #[cfg(feature = "cuda")]
@@ -46,13 +48,16 @@ const CUDA_TENSOR_TILE: &str = include_str!("../shared/tensor_tile.cuh");
 #[cfg(feature = "cuda")]
 const CUDA_HALVES: &str = include_str!("../shared/halves_product.cuh");
 #[cfg(feature = "cuda")]
+const CUDA_PACKED: &str = include_str!("../shared/packed.cuh");
+#[cfg(feature = "cuda")]
 const CUDA_DEQUANTIZE: &str = include_str!("../shared/dequantize.cuh");
 
-// Behind the views: what CUDA sources need besides.
+// Behind the views: what sources need besides, in WGSL and in CUDA.
 macro_rules! kernels {
     ($(
         $(#[$doc:meta])*
-        $constant:ident = $name:literal, $threads:literal threads, $views:literal views $(, $cuda:ident)?;
+        $constant:ident = $name:literal, $threads:literal threads, $views:literal views
+            $(, [$($wgsl:ident),*], [$($cuda:ident),*])?;
     )*) => {
         $(
             $(#[$doc])*
@@ -60,9 +65,19 @@ macro_rules! kernels {
                 name: $name,
                 threads: $threads,
                 views: $views,
-                wgsl: &[WGSL_GRID, WGSL_NUMERICS, include_str!(concat!("../", $name, ".wgsl"))],
+                wgsl: &[
+                    WGSL_GRID,
+                    WGSL_NUMERICS,
+                    $($($wgsl,)*)?
+                    include_str!(concat!("../", $name, ".wgsl")),
+                ],
                 #[cfg(feature = "cuda")]
-                cuda: &[CUDA_GRID, CUDA_NUMERICS, $($cuda,)? include_str!(concat!("../", $name, ".cu"))],
+                cuda: &[
+                    CUDA_GRID,
+                    CUDA_NUMERICS,
+                    $($($cuda,)*)?
+                    include_str!(concat!("../", $name, ".cu")),
+                ],
             };
         )*
 
@@ -187,7 +202,9 @@ kernels! {
     /// Rounds inputs of matrix products as a runtime does. Views: input, out.
     ROUND_ACTIVATION = "round_activation", 64 threads, 2 views;
     /// Integers of compressed-tensors as values. Views: codes, scales, zero points, out.
-    DEQUANTIZE_INTEGERS = "dequantize_integers", 256 threads, 4 views, CUDA_BYTES;
+    DEQUANTIZE_INTEGERS = "dequantize_integers", 256 threads, 4 views, [WGSL_PACKED], [CUDA_BYTES, CUDA_PACKED];
+    /// FP8 and NVFP4 of packed checkpoints as values. Views: codes, scales, out.
+    DEQUANTIZE_FLOATS = "dequantize_floats", 256 threads, 3 views, [WGSL_PACKED], [CUDA_BYTES, CUDA_PACKED];
 }
 
 stored_products! {

@@ -7,11 +7,11 @@ use std::path::Path;
 
 use nemoconv_formats::GgmlType;
 use nemoconv_formats::checkpoint::Checkpoint;
-use nemoconv_formats::packed::{Inputs, Scheme, StoredIntegers};
+use nemoconv_formats::packed::{Inputs, Scheme};
 
-use super::StoredTensor;
+use super::{PackedMatrix, StoredTensor};
 use crate::backend::activation::Activation;
-use crate::convert::tile::{Scratch, Tile};
+use crate::convert::tile::{Scratch, Tile, interleaved_rows};
 use crate::error::Result;
 use crate::model::config::NemotronHConfig;
 use crate::plan::file_type::FileType;
@@ -90,20 +90,25 @@ impl CheckpointStorage {
         scheme_of(&self.plan.tensors[tensor.place])
     }
 
-    /// Integers of a matrix as the checkpoint has them; `None` where its rows are something else.
-    pub fn integers(
+    /// A matrix as a packed checkpoint has it; `None` where its rows are something else.
+    pub fn packed_matrix(
         &self,
         tensor: &StoredTensor,
         matrix: usize,
-    ) -> Result<Option<StoredIntegers<'_>>> {
+    ) -> Result<Option<PackedMatrix<'_>>> {
         let planned = &self.plan.tensors[tensor.place];
         let is_as_stored = planned.source == planned.stored && planned.factor == 1.0;
-        match &planned.pieces[matrix] {
-            Piece::Packed(linear) if is_as_stored && planned.ty == GgmlType::F32 => {
-                Ok(linear.integers(&self.checkpoint)?)
-            }
-            _ => Ok(None),
+        let Piece::Packed(linear) = &planned.pieces[matrix] else {
+            return Ok(None);
+        };
+        if !is_as_stored || planned.ty != GgmlType::F32 {
+            return Ok(None);
         }
+        let stored = linear.stored(&self.checkpoint)?;
+        Ok(stored.map(|linear| PackedMatrix {
+            linear,
+            head_rows: interleaved_rows(planned).unwrap_or(0),
+        }))
     }
 
     /// Bytes of a tensor in the checkpoint.

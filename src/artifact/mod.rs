@@ -14,7 +14,7 @@ use std::path::{Path, PathBuf};
 
 use nemoconv_formats::checkpoint::{Checkpoint, resolve_hub_id};
 use nemoconv_formats::gguf::{Gguf, Metadata};
-use nemoconv_formats::packed::{Inputs, Scheme, StoredIntegers};
+use nemoconv_formats::packed::{Inputs, Scheme, StoredLinear};
 use nemoconv_formats::{GgmlType, block};
 
 use crate::backend::activation::Activation;
@@ -27,6 +27,15 @@ use memory::MemoryStorage;
 
 pub use gguf::open_parts;
 pub use memory::MemoryTensor;
+
+/// A matrix as a packed checkpoint has it.
+#[derive(Debug, Clone)]
+pub struct PackedMatrix<'a> {
+    /// Codes and scales in the order of the checkpoint's rows.
+    pub linear: StoredLinear<'a>,
+    /// Rows of a head whose halves are interleaved under GGUF names; 0 where rows have the checkpoint's order.
+    pub head_rows: usize,
+}
 
 /// A tensor as it is stored: one matrix `[rows, columns]`, or a stack of them, one per expert.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -331,17 +340,17 @@ impl StoredModel {
         }
     }
 
-    /// The integers that rows of a matrix are decoded from, where a packed checkpoint holds such.
+    /// What rows of a matrix are decoded from, where a packed checkpoint holds it.
     ///
     /// # Errors
     /// The checkpoint is damaged.
-    pub fn integers(
+    pub fn packed_matrix(
         &self,
         tensor: &StoredTensor,
         matrix: usize,
-    ) -> Result<Option<StoredIntegers<'_>>> {
+    ) -> Result<Option<PackedMatrix<'_>>> {
         match &self.storage {
-            Storage::Checkpoint(storage) => storage.integers(tensor, matrix),
+            Storage::Checkpoint(storage) => storage.packed_matrix(tensor, matrix),
             Storage::Gguf(_) | Storage::Memory(_) => Ok(None),
         }
     }

@@ -218,7 +218,7 @@ impl Tile {
         let mut left = Vec::new();
         let out = grown(&mut scratch.out, bytes);
         for (index, bytes) in out.chunks_exact_mut(row_bytes).enumerate() {
-            let from = interleaved(self.row + index, head_dim(tensor)) - first;
+            let from = interleaved(self.row + index, interleaved_rows(tensor)) - first;
             let of_row = from * groups..(from + 1) * groups;
             let row = CodedRow {
                 codes: &buffers.codes[from * columns..][..columns],
@@ -235,15 +235,15 @@ impl Tile {
     /// First row and number of source rows that a tile is made of: all of each head where heads are interleaved.
     fn whole_heads(&self, tensor: &PlannedTensor) -> (usize, usize) {
         let end = (self.row + self.rows).min(tensor.source.rows);
-        match head_dim(tensor) {
-            Some(d) if d % 2 == 0 => {
+        match interleaved_rows(tensor) {
+            Some(d) => {
                 let first = self.row / d * d;
                 (
                     first,
                     end.next_multiple_of(d).min(tensor.source.rows) - first,
                 )
             }
-            _ => (self.row, end.saturating_sub(self.row)),
+            None => (self.row, end.saturating_sub(self.row)),
         }
     }
 
@@ -323,7 +323,7 @@ impl Tile {
         values: &mut [f32],
         scratch: &mut Scratch,
     ) -> Result<()> {
-        let interleave = head_dim(tensor);
+        let interleave = interleaved_rows(tensor);
         let row_bytes = tensor.source.columns * entry.dtype.bytes();
         let rows = values.len() / tensor.stored.columns.max(1);
         let bytes = scratch.bytes(rows * row_bytes);
@@ -365,7 +365,7 @@ impl Tile {
         linear.dequantize(checkpoint, first, packed, decoded)?;
         let stored_rows = values.chunks_exact_mut(tensor.stored.columns);
         for (index, row) in stored_rows.enumerate() {
-            let from = interleaved(self.row + index, head_dim(tensor)) - first;
+            let from = interleaved(self.row + index, interleaved_rows(tensor)) - first;
             let (data, padding) = row.split_at_mut(columns);
             data.copy_from_slice(&decoded[from * columns..][..columns]);
             padding.fill(0.0);
@@ -385,13 +385,15 @@ struct Rows {
 
 /// The row of the checkpoint's matrix that is stored as row `row`.
 pub fn source_row(tensor: &PlannedTensor, row: usize) -> usize {
-    interleaved(row, head_dim(tensor))
+    interleaved(row, interleaved_rows(tensor))
 }
 
-/// Rows per head where heads are interleaved.
-fn head_dim(tensor: &PlannedTensor) -> Option<usize> {
+/// Rows per head where heads are interleaved; heads of odd width stay as they are.
+pub fn interleaved_rows(tensor: &PlannedTensor) -> Option<usize> {
     match tensor.rule.value {
-        ValueRule::InterleaveQueryHeads | ValueRule::InterleaveKeyHeads => Some(tensor.head_dim),
+        ValueRule::InterleaveQueryHeads | ValueRule::InterleaveKeyHeads => {
+            Some(tensor.head_dim).filter(|d| d % 2 == 0)
+        }
         ValueRule::Copy | ValueRule::NegExp => None,
     }
 }
@@ -399,14 +401,14 @@ fn head_dim(tensor: &PlannedTensor) -> Option<usize> {
 /// The source row of a stored row: within a head, row `2 j + a` comes from `a d/2 + j`.
 ///
 /// The runtime's layout for rotary positions; without positions it changes nothing, and is kept for equality with
-/// the stock converter. Heads of odd width stay as they are.
-fn interleaved(row: usize, head_dim: Option<usize>) -> usize {
-    match head_dim {
-        Some(d) if d % 2 == 0 => {
+/// the stock converter.
+fn interleaved(row: usize, head_rows: Option<usize>) -> usize {
+    match head_rows {
+        Some(d) => {
             let (head, index) = (row / d, row % d);
             head * d + index % 2 * (d / 2) + index / 2
         }
-        _ => row,
+        None => row,
     }
 }
 

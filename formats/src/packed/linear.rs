@@ -59,8 +59,26 @@ pub enum IntegerCodes {
     Bytes,
 }
 
-/// Integers of compressed-tensors where they lie in a checkpoint, all rows.
-#[derive(Debug, Clone, Copy)]
+/// The floats that weights are stored as.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum FloatCodes {
+    /// Bytes.
+    E4M3,
+    /// Two to a byte, the first in its low half.
+    E2M1,
+}
+
+/// A packed linear where it lies in a checkpoint, all rows.
+#[derive(Debug, Clone)]
+pub enum StoredLinear<'a> {
+    /// `(code - zero) * scale`.
+    Integers(StoredIntegers<'a>),
+    /// `code * scale`, times or through a second scale.
+    Floats(StoredFloats<'a>),
+}
+
+/// Integers as compressed-tensors lays them out.
+#[derive(Debug, Clone)]
 pub struct StoredIntegers<'a> {
     /// How codes are stored.
     pub storage: IntegerCodes,
@@ -74,6 +92,23 @@ pub struct StoredIntegers<'a> {
     pub scale_dtype: Dtype,
     /// Zero points, where the weights have some.
     pub zeros: Option<&'a [u8]>,
+}
+
+/// FP8 and NVFP4.
+#[derive(Debug, Clone)]
+pub struct StoredFloats<'a> {
+    /// How codes are stored.
+    pub storage: FloatCodes,
+    /// Rows and columns that share a scale.
+    pub block: [usize; 2],
+    /// Codes.
+    pub codes: &'a [u8],
+    /// Scales, `[ceil(rows / block), ceil(columns / block)]`.
+    pub scales: &'a [u8],
+    /// Their type.
+    pub scale_dtype: Dtype,
+    /// The scale above all scales.
+    pub second_scale: SecondScale,
 }
 
 impl PackedLinear {
@@ -188,20 +223,35 @@ impl PackedLinear {
         }
     }
 
-    /// The bytes of integers with their scales, where the layout is one of compressed-tensors' two.
+    /// The bytes of codes with their scales; `None` of GPTQ.
     ///
     /// # Errors
     /// The linear is of another checkpoint.
-    pub fn integers<'a>(&self, checkpoint: &'a Checkpoint) -> Result<Option<StoredIntegers<'a>>> {
-        let (codes, group) = match self.scheme.layout {
-            Layout::PackQuantized { width, group, .. } => (IntegerCodes::Packed(width), group),
-            Layout::IntQuantized { group, .. } => (IntegerCodes::Bytes, group),
-            Layout::Float8 { .. } | Layout::Nvfp4(_) | Layout::Gptq { .. } => return Ok(None),
-        };
+    pub fn stored<'a>(&self, checkpoint: &'a Checkpoint) -> Result<Option<StoredLinear<'a>>> {
+        Ok(match self.scheme.layout {
+            Layout::PackQuantized { width, group, .. } => {
+                let codes = IntegerCodes::Packed(width);
+                Some(self.stored_integers(checkpoint, codes, group)?)
+            }
+            Layout::IntQuantized { group, .. } => {
+                Some(self.stored_integers(checkpoint, IntegerCodes::Bytes, group)?)
+            }
+            Layout::Float8 { .. } => Some(self.stored_floats(checkpoint, FloatCodes::E4M3)?),
+            Layout::Nvfp4(_) => Some(self.stored_floats(checkpoint, FloatCodes::E2M1)?),
+            Layout::Gptq { .. } => None,
+        })
+    }
+
+    fn stored_integers<'a>(
+        &self,
+        checkpoint: &'a Checkpoint,
+        storage: IntegerCodes,
+        group: Group,
+    ) -> Result<StoredLinear<'a>> {
         let scales = self.entry(checkpoint, Role::Scale)?;
         let zeros = self.position(Role::ZeroPoint);
-        Ok(Some(StoredIntegers {
-            storage: codes,
+        Ok(StoredLinear::Integers(StoredIntegers {
+            storage,
             group,
             codes: checkpoint.bytes(self.entry(checkpoint, Role::Codes)?),
             scales: checkpoint.bytes(scales),
@@ -210,6 +260,22 @@ impl PackedLinear {
                 Some(_) => Some(checkpoint.bytes(self.entry(checkpoint, Role::ZeroPoint)?)),
                 None => None,
             },
+        }))
+    }
+
+    fn stored_floats<'a>(
+        &self,
+        checkpoint: &'a Checkpoint,
+        storage: FloatCodes,
+    ) -> Result<StoredLinear<'a>> {
+        let scales = self.entry(checkpoint, Role::Scale)?;
+        Ok(StoredLinear::Floats(StoredFloats {
+            storage,
+            block: [self.grid.block_rows, self.grid.block_columns],
+            codes: checkpoint.bytes(self.entry(checkpoint, Role::Codes)?),
+            scales: checkpoint.bytes(scales),
+            scale_dtype: scales.dtype,
+            second_scale: self.second_scale(checkpoint)?,
         }))
     }
 
@@ -376,6 +442,18 @@ impl PackedLinear {
             true => Ok(()),
             false => Err(act_order(checkpoint, entry)),
         }
+    }
+}
+
+impl StoredLinear<'_> {
+    /// Bytes of all parts.
+    pub fn bytes(&self) -> usize {
+        let (codes, scales, zeros) = match self {
+            Self::Integers(stored) => (stored.codes, stored.scales, stored.zeros),
+            Self::Floats(stored) => (stored.codes, stored.scales, None),
+        };
+        let parts = [codes.len(), scales.len(), zeros.map_or(0, <[u8]>::len)];
+        parts.into_iter().fold(0, usize::saturating_add)
     }
 }
 

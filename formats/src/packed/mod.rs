@@ -25,5 +25,8 @@ mod scheme;
 pub use bits::Width;
 pub use config::Quantization;
 pub use layout::{Role, TensorSpec};
-pub use linear::{IntegerCodes, PackedLinear, RowBuffers, SecondScale, StoredIntegers};
+pub use linear::{
+    FloatCodes, IntegerCodes, PackedLinear, RowBuffers, SecondScale, StoredFloats, StoredIntegers,
+    StoredLinear,
+};
 pub use scheme::{GptqZeros, Group, Inputs, Layout, Nvfp4Names, Scheme};

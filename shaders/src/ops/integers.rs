@@ -6,9 +6,9 @@ use nemoconv_formats::Dtype;
 use nemoconv_formats::packed::bits::WORD_BYTES;
 use nemoconv_formats::packed::{Group, IntegerCodes};
 
+use super::packed::{scale_type, stored, whole_heads};
 use super::{groups_of, word};
 use crate::array::{Array, Bytes, Device};
-use crate::driver::View;
 use crate::error::Result;
 use crate::kernels;
 
@@ -23,6 +23,8 @@ pub struct IntegerLayout {
     pub group: Group,
     /// BF16, F16 or F32.
     pub scales: Dtype,
+    /// Rows of a head whose halves are to be interleaved; 0 where rows stay in their order.
+    pub head_rows: usize,
 }
 
 impl IntegerLayout {
@@ -52,16 +54,6 @@ impl IntegerLayout {
         match self.group {
             Group::Tensor => 0,
             _ => self.groups(),
-        }
-    }
-
-    /// The type of scales as the kernel knows it.
-    fn scale_type(&self) -> usize {
-        match self.scales {
-            Dtype::Bf16 => 0,
-            Dtype::F16 => 1,
-            Dtype::F32 => 2,
-            other => panic!("scales cannot be {other}"),
         }
     }
 
@@ -144,15 +136,16 @@ impl Device {
             (Some(_), IntegerCodes::Bytes) => 1,
             (Some(_), IntegerCodes::Packed(_)) => 2,
         };
+        let heads = whole_heads(&rows, layout.head_rows);
         let row_bytes = layout.row_bytes();
-        let (codes, first_code) = stored(codes, rows.start * row_bytes..rows.end * row_bytes);
+        let (codes, first_code) = stored(codes, heads.start * row_bytes..heads.end * row_bytes);
         let scale_bytes = layout.scales.bytes();
-        let of_rows = layout.scales_of(&rows);
+        let of_rows = layout.scales_of(&heads);
         let (scales, first_scale) = stored(
             scales,
             of_rows.start * scale_bytes..of_rows.end * scale_bytes,
         );
-        let (of_rows, first_digit) = layout.zeros_of(&rows);
+        let (of_rows, first_digit) = layout.zeros_of(&heads);
         let (zeros, first_zero) = match zeros {
             Some(zeros) => stored(zeros, of_rows),
             // Any view: it is not read.
@@ -168,11 +161,13 @@ impl Device {
             row_bytes,
             layout.group_columns(),
             layout.scale_step(),
-            layout.scale_type(),
+            scale_type(layout.scales),
             first_scale,
             zero_type,
             first_zero,
             first_digit,
+            rows.start - heads.start,
+            layout.head_rows,
         ]
         .map(word);
         let kernel = &kernels::DEQUANTIZE_INTEGERS;
@@ -184,12 +179,4 @@ impl Device {
             &parameters,
         )
     }
-}
-
-/// Some bytes: the view, and where they begin in it.
-fn stored(bytes: &Bytes, part: Range<usize>) -> (View, usize) {
-    let part = part.start as u64..part.end as u64;
-    assert!(part.end <= bytes.len(), "bytes {part:?} of {}", bytes.len());
-    let (view, first) = bytes.part(part);
-    (view, first as usize)
 }

@@ -1,14 +1,17 @@
 //! One typed method per kernel: shapes in, launch grid and parameters out. What does not fit one view is cut into parts.
 
 mod decode;
+mod floats;
 mod integers;
 mod matmul;
 mod mixers;
+mod packed;
 mod rows;
 mod stored;
 mod values;
 
 pub use decode::can_dequantize;
+pub use floats::FloatLayout;
 pub use integers::IntegerLayout;
 pub use matmul::MatmulLayout;
 pub use mixers::{AttentionLayout, ConvLayout, ScanLayout};

@@ -1,9 +1,11 @@
-//! Stored weights on every device that is there against the decoders of `formats`, bit for bit.
+//! Stored weights on every device that is there against the decoders of `formats`, bit for bit but for quotients in WGSL.
 
 mod blocks;
 #[path = "../operations/drivers.rs"]
 mod drivers;
+mod floats;
 mod integers;
+mod packed;
 
 /// F16: zeros, subnormal numbers, infinities, NaN, the largest, the smallest normal ones, 1 and -1.
 pub const HALVES: [u16; 15] = [
@@ -42,11 +44,17 @@ impl Random {
 /// Expects the same bits, but any NaN for a NaN.
 #[track_caller]
 pub fn assert_same(what: &str, found: &[f32], expected: &[f32]) {
+    assert_within(what, found, expected, 0);
+}
+
+/// Expects the same numbers up to so many of their last places, but any NaN for a NaN.
+#[track_caller]
+pub fn assert_within(what: &str, found: &[f32], expected: &[f32], places: u32) {
     assert_eq!(found.len(), expected.len(), "{what}: values");
     for (at, (found, expected)) in found.iter().zip(expected).enumerate() {
         let is_same_nan = found.is_nan() && expected.is_nan();
         assert!(
-            is_same_nan || found.to_bits() == expected.to_bits(),
+            is_same_nan || found.to_bits().abs_diff(expected.to_bits()) <= places,
             "{what}: value {at} must be {expected:e} ({:#x}), found {found:e} ({:#x})",
             expected.to_bits(),
             found.to_bits(),

@@ -27,13 +27,12 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use nemoconv_formats::block;
-use nemoconv_formats::packed::StoredIntegers;
 
 use super::activation::Activation;
 use super::{
     AttentionShape, Backend, ExpertRows, KeyValues, RouteShape, ScanShape, ScanWeights, Segment,
 };
-use crate::artifact::{StoredModel, StoredTensor};
+use crate::artifact::{PackedMatrix, StoredModel, StoredTensor};
 use crate::error::Result;
 use kernels::Isa;
 
@@ -91,12 +90,12 @@ impl CpuWeight {
         &self.tensor
     }
 
-    /// The integers that rows of a matrix are decoded from, if they are.
+    /// What rows of a matrix are decoded from, where a packed checkpoint holds it.
     ///
     /// # Errors
     /// The checkpoint is damaged.
-    pub fn integers(&self, matrix: usize) -> Result<Option<StoredIntegers<'_>>> {
-        self.model.integers(&self.tensor, matrix)
+    pub fn packed(&self, matrix: usize) -> Result<Option<PackedMatrix<'_>>> {
+        self.model.packed_matrix(&self.tensor, matrix)
     }
 
     /// Whole rows in the stored type: mapped, or read into `buffer`.

@@ -3,6 +3,7 @@
 //! Enters: stored weights, f32 rows. Leaves: f32 rows. Weights lie on the device while they fit; the others are sent tile by
 //! tile whenever they are multiplied.
 
+mod packed;
 mod sums;
 
 use std::ops::Range;
@@ -20,8 +21,8 @@ use crate::backend::ExpertRows;
 use crate::error::{Error, Result};
 use crate::quantize::feedback::RowProducts;
 use nemoconv_device::{
-    Array, AttentionLayout, Bytes, ConvLayout, Device, DeviceError, Family, IntegerLayout,
-    MatmulLayout, Packing, Rounding, ScanLayout, can_dequantize,
+    Array, AttentionLayout, Bytes, ConvLayout, Device, DeviceError, Family, MatmulLayout, Packing,
+    Rounding, ScanLayout, can_dequantize,
 };
 use sums::{CrossGramOnDevice, GramOnDevice};
 
@@ -80,16 +81,8 @@ enum Resident {
     No,
     /// All matrices in the stored type.
     Rows(Bytes),
-    /// Codes, scales and zero points of a packed checkpoint, by matrix.
-    Integers(Vec<Integers>),
-}
-
-/// A matrix of a packed checkpoint.
-struct Integers {
-    layout: IntegerLayout,
-    codes: Bytes,
-    scales: Bytes,
-    zeros: Option<Bytes>,
+    /// As a packed checkpoint has it, by matrix.
+    Packed(Vec<packed::Matrix>),
 }
 
 impl DeviceWeight {
@@ -153,9 +146,9 @@ impl OnDevice {
     /// Sends a weight, unless it would not fit.
     fn make_resident(&self, weight: &CpuWeight) -> Result<Resident> {
         if weight.tensor().is_packed {
-            let integers = self.send_integers(weight);
-            if let Some(integers) = or_no_room(integers)?.flatten() {
-                return Ok(Resident::Integers(integers));
+            let matrices = self.send_packed(weight);
+            if let Some(matrices) = or_no_room(matrices)?.flatten() {
+                return Ok(Resident::Packed(matrices));
             }
         }
         let tensor = weight.tensor();
@@ -168,33 +161,18 @@ impl OnDevice {
         Ok(rows.map_or(Resident::No, Resident::Rows))
     }
 
-    /// Sends a packed weight as its checkpoint has it; `None` where that is not integers, or there is no room.
-    fn send_integers(&self, weight: &CpuWeight) -> Result<Option<Vec<Integers>>> {
-        let device = self.device();
+    /// Sends a packed weight as its checkpoint has it; `None` where a matrix is something else, or there is no room.
+    fn send_packed(&self, weight: &CpuWeight) -> Result<Option<Vec<packed::Matrix>>> {
         let mut all = Vec::new();
         for matrix in 0..weight.tensor().matrices {
-            let Some(stored) = weight.integers(matrix)? else {
+            let Some(stored) = weight.packed(matrix)? else {
                 return Ok(None);
             };
-            let parts = [Some(stored.codes), Some(stored.scales), stored.zeros];
-            let bytes: usize = parts.iter().flatten().map(|part| part.len()).sum();
-            if !self.has_room(bytes as u64) {
+            if !self.has_room(stored.linear.bytes() as u64) {
                 return Ok(None);
             }
-            all.push(Integers {
-                layout: IntegerLayout {
-                    codes: stored.storage,
-                    columns: weight.tensor().columns,
-                    group: stored.group,
-                    scales: stored.scale_dtype,
-                },
-                codes: device.upload_bytes(stored.codes)?,
-                scales: device.upload_bytes(stored.scales)?,
-                zeros: match stored.zeros {
-                    Some(zeros) => Some(device.upload_bytes(zeros)?),
-                    None => None,
-                },
-            });
+            let columns = weight.tensor().columns;
+            all.push(packed::Matrix::send(self.device(), &stored, columns)?);
         }
         Ok(Some(all))
     }
@@ -245,22 +223,8 @@ impl OnDevice {
         rows: Range<usize>,
         out: &mut Array,
     ) -> Result<()> {
-        if let Resident::Integers(matrices) = &weight.resident {
-            let Integers {
-                layout,
-                codes,
-                scales,
-                zeros,
-            } = &matrices[matrix];
-            let device = self.device();
-            return Ok(device.dequantize_integers(
-                layout,
-                codes,
-                scales,
-                zeros.as_ref(),
-                rows,
-                out,
-            )?);
+        if let Resident::Packed(matrices) = &weight.resident {
+            return matrices[matrix].decode(self.device(), rows, out);
         }
         let tensor = weight.tensor();
         let values = rows.len() * tensor.columns;
