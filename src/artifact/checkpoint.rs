@@ -104,9 +104,8 @@ impl CheckpointStorage {
         if !is_as_stored || planned.ty != GgmlType::F32 {
             return Ok(None);
         }
-        let stored = linear.stored(&self.checkpoint)?;
-        Ok(stored.map(|linear| PackedMatrix {
-            linear,
+        Ok(Some(PackedMatrix {
+            linear: linear.stored(&self.checkpoint)?,
             head_rows: interleaved_rows(planned).unwrap_or(0),
         }))
     }

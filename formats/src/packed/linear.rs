@@ -4,13 +4,14 @@
 //! rows at a time. Only the bytes of those rows are read.
 
 mod rows;
+mod stored;
 
-use super::bits::Width;
 use super::layout::{FLOAT8_BLOCK, Role, TensorSpec};
 use super::scheme::{Group, Inputs, Layout, Nvfp4Names, Scheme};
 use crate::checkpoint::{Checkpoint, TensorEntry};
 use crate::{Dtype, Error, Result, float};
 use rows::Reader;
+pub use stored::{FloatCodes, IntegerCodes, StoredFloats, StoredIntegers, StoredLinear};
 
 /// A packed weight `[rows, columns]`, which is `[out_features, in_features]`.
 #[derive(Debug, Clone)]
@@ -48,67 +49,6 @@ pub struct RowBuffers {
     bytes: Vec<u8>,
     wide: Vec<f32>,
     narrow: Vec<i8>,
-}
-
-/// How integers of compressed-tensors are stored.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum IntegerCodes {
-    /// `pack-quantized`: 32-bit words along a row; zero points are words along a column.
-    Packed(Width),
-    /// `int-quantized`: signed bytes; zero points are signed bytes too.
-    Bytes,
-}
-
-/// The floats that weights are stored as.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum FloatCodes {
-    /// Bytes.
-    E4M3,
-    /// Two to a byte, the first in its low half.
-    E2M1,
-}
-
-/// A packed linear where it lies in a checkpoint, all rows.
-#[derive(Debug, Clone)]
-pub enum StoredLinear<'a> {
-    /// `(code - zero) * scale`.
-    Integers(StoredIntegers<'a>),
-    /// `code * scale`, times or through a second scale.
-    Floats(StoredFloats<'a>),
-}
-
-/// Integers as compressed-tensors lays them out.
-#[derive(Debug, Clone)]
-pub struct StoredIntegers<'a> {
-    /// How codes are stored.
-    pub storage: IntegerCodes,
-    /// What shares a scale.
-    pub group: Group,
-    /// Codes.
-    pub codes: &'a [u8],
-    /// Scales.
-    pub scales: &'a [u8],
-    /// Their type.
-    pub scale_dtype: Dtype,
-    /// Zero points, where the weights have some.
-    pub zeros: Option<&'a [u8]>,
-}
-
-/// FP8 and NVFP4.
-#[derive(Debug, Clone)]
-pub struct StoredFloats<'a> {
-    /// How codes are stored.
-    pub storage: FloatCodes,
-    /// Rows and columns that share a scale.
-    pub block: [usize; 2],
-    /// Codes.
-    pub codes: &'a [u8],
-    /// Scales, `[ceil(rows / block), ceil(columns / block)]`.
-    pub scales: &'a [u8],
-    /// Their type.
-    pub scale_dtype: Dtype,
-    /// The scale above all scales.
-    pub second_scale: SecondScale,
 }
 
 impl PackedLinear {
@@ -221,62 +161,6 @@ impl PackedLinear {
             }
             _ => Ok(None),
         }
-    }
-
-    /// The bytes of codes with their scales; `None` of GPTQ.
-    ///
-    /// # Errors
-    /// The linear is of another checkpoint.
-    pub fn stored<'a>(&self, checkpoint: &'a Checkpoint) -> Result<Option<StoredLinear<'a>>> {
-        Ok(match self.scheme.layout {
-            Layout::PackQuantized { width, group, .. } => {
-                let codes = IntegerCodes::Packed(width);
-                Some(self.stored_integers(checkpoint, codes, group)?)
-            }
-            Layout::IntQuantized { group, .. } => {
-                Some(self.stored_integers(checkpoint, IntegerCodes::Bytes, group)?)
-            }
-            Layout::Float8 { .. } => Some(self.stored_floats(checkpoint, FloatCodes::E4M3)?),
-            Layout::Nvfp4(_) => Some(self.stored_floats(checkpoint, FloatCodes::E2M1)?),
-            Layout::Gptq { .. } => None,
-        })
-    }
-
-    fn stored_integers<'a>(
-        &self,
-        checkpoint: &'a Checkpoint,
-        storage: IntegerCodes,
-        group: Group,
-    ) -> Result<StoredLinear<'a>> {
-        let scales = self.entry(checkpoint, Role::Scale)?;
-        let zeros = self.position(Role::ZeroPoint);
-        Ok(StoredLinear::Integers(StoredIntegers {
-            storage,
-            group,
-            codes: checkpoint.bytes(self.entry(checkpoint, Role::Codes)?),
-            scales: checkpoint.bytes(scales),
-            scale_dtype: scales.dtype,
-            zeros: match zeros {
-                Some(_) => Some(checkpoint.bytes(self.entry(checkpoint, Role::ZeroPoint)?)),
-                None => None,
-            },
-        }))
-    }
-
-    fn stored_floats<'a>(
-        &self,
-        checkpoint: &'a Checkpoint,
-        storage: FloatCodes,
-    ) -> Result<StoredLinear<'a>> {
-        let scales = self.entry(checkpoint, Role::Scale)?;
-        Ok(StoredLinear::Floats(StoredFloats {
-            storage,
-            block: [self.grid.block_rows, self.grid.block_columns],
-            codes: checkpoint.bytes(self.entry(checkpoint, Role::Codes)?),
-            scales: checkpoint.bytes(scales),
-            scale_dtype: scales.dtype,
-            second_scale: self.second_scale(checkpoint)?,
-        }))
     }
 
     /// Fills `buffers` with codes, scales and zero points of `rows` rows from `first_row` on.
@@ -442,18 +326,6 @@ impl PackedLinear {
             true => Ok(()),
             false => Err(act_order(checkpoint, entry)),
         }
-    }
-}
-
-impl StoredLinear<'_> {
-    /// Bytes of all parts.
-    pub fn bytes(&self) -> usize {
-        let (codes, scales, zeros) = match self {
-            Self::Integers(stored) => (stored.codes, stored.scales, stored.zeros),
-            Self::Floats(stored) => (stored.codes, stored.scales, None),
-        };
-        let parts = [codes.len(), scales.len(), zeros.map_or(0, <[u8]>::len)];
-        parts.into_iter().fold(0, usize::saturating_add)
     }
 }
 

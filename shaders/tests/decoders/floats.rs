@@ -2,9 +2,7 @@
 
 use nemoconv_device::{Device, Family, FloatLayout};
 use nemoconv_formats::Dtype;
-use nemoconv_formats::packed::{
-    Inputs, Layout, Nvfp4Names, Role, Scheme, SecondScale, StoredLinear,
-};
+use nemoconv_formats::packed::{Inputs, Layout, Nvfp4Names, Scheme, SecondScale, StoredLinear};
 
 use super::packed::{Linear, check_parts};
 use crate::drivers;
@@ -19,65 +17,63 @@ const NVFP4_COLUMNS: usize = 48;
 /// Last places that quotients in WGSL may be off: its specification says 2.5.
 const WGSL_QUOTIENTS: u32 = 3;
 
-/// Bits of NaN codes and scales are among the random ones.
-fn check(name: &str, device: &Device, linear: &Linear, columns: usize) {
-    let layout = linear.with(|linear, checkpoint| {
-        let Some(StoredLinear::Floats(stored)) = linear.stored(checkpoint).unwrap() else {
-            panic!("{name}: these are floats");
-        };
-        FloatLayout {
-            codes: stored.storage,
-            columns,
-            block: stored.block,
-            scales: stored.scale_dtype,
-            second_scale: stored.second_scale,
-            head_rows: 0,
+fn check(scheme: Scheme, [rows, columns]: [usize; 2], scales: Dtype, scale_shape: usize) {
+    let linear = Linear::random(scheme, [rows, columns], scales, scale_shape);
+    for (name, device) in drivers::all() {
+        for head_rows in [0, HEAD_ROWS] {
+            let expected = linear.values(head_rows);
+            linear.with(|linear, checkpoint| {
+                let StoredLinear::Floats(stored) = linear.stored(checkpoint).unwrap() else {
+                    panic!("these are floats");
+                };
+                let layout = FloatLayout {
+                    codes: stored.storage,
+                    columns,
+                    block: stored.block,
+                    scales: stored.scale_dtype,
+                    second_scale: stored.second_scale,
+                    head_rows,
+                };
+                let [codes, scales] =
+                    [stored.codes, stored.scales].map(|bytes| device.upload_bytes(bytes).unwrap());
+                let what = format!("{name}, {layout:?}");
+                let places = places(&device, layout.second_scale);
+                check_parts(&what, &device, columns, &expected, places, |rows, out| {
+                    device
+                        .dequantize_floats(&layout, &codes, &scales, rows, out)
+                        .unwrap();
+                });
+            });
         }
-    });
-    let divides = matches!(layout.second_scale, SecondScale::Divisor(_));
-    let is_exact = !divides || device.description().family == Family::Cuda;
-    let places = if is_exact { 0 } else { WGSL_QUOTIENTS };
-    let [codes, scales] = [Role::Codes, Role::Scale].map(|role| linear.send(device, role).unwrap());
-    for head_rows in [0, HEAD_ROWS] {
-        let layout = FloatLayout {
-            head_rows,
-            ..layout
-        };
-        let what = format!("{name}, {layout:?}");
-        let expected = linear.values(head_rows);
-        check_parts(&what, device, columns, &expected, places, |rows, out| {
-            device
-                .dequantize_floats(&layout, &codes, &scales, rows, out)
-                .unwrap();
-        });
+    }
+}
+
+/// Last places that values may be off.
+fn places(device: &Device, second_scale: SecondScale) -> u32 {
+    match (second_scale, device.description().family) {
+        (SecondScale::Factor(_), _) | (_, Family::Cuda) => 0,
+        (SecondScale::Divisor(_), _) => WGSL_QUOTIENTS,
     }
 }
 
 #[test]
 fn float8_as_formats_decodes_it() {
-    for (name, device) in drivers::all() {
-        for dtype in [Dtype::F32, Dtype::Bf16, Dtype::F16] {
-            // Scales of rows, of the tensor, of blocks.
-            for scale_shape in 0..3 {
-                let scheme = Scheme::float8("weight_scale", Inputs::AsTheyAre);
-                let linear = Linear::random(scheme, [ROWS, COLUMNS], dtype, scale_shape);
-                check(&name, &device, &linear, COLUMNS);
-            }
+    for dtype in [Dtype::F32, Dtype::Bf16, Dtype::F16] {
+        // Scales of rows, of the tensor, of blocks.
+        for scale_shape in 0..3 {
+            let scheme = Scheme::float8("weight_scale", Inputs::AsTheyAre);
+            check(scheme, [ROWS, COLUMNS], dtype, scale_shape);
         }
     }
 }
 
 #[test]
 fn nvfp4_as_formats_decodes_it() {
-    for (name, device) in drivers::all() {
-        for names in [Nvfp4Names::CompressedTensors, Nvfp4Names::ModelOpt] {
-            let scheme = Scheme {
-                layout: Layout::Nvfp4(names),
-                inputs: Inputs::AsTheyAre,
-            };
-            let shape = [ROWS, NVFP4_COLUMNS];
-            let linear = Linear::random(scheme, shape, Dtype::F8E4M3, 0);
-            check(&name, &device, &linear, NVFP4_COLUMNS);
-        }
+    for names in [Nvfp4Names::CompressedTensors, Nvfp4Names::ModelOpt] {
+        let scheme = Scheme {
+            layout: Layout::Nvfp4(names),
+            inputs: Inputs::AsTheyAre,
+        };
+        check(scheme, [ROWS, NVFP4_COLUMNS], Dtype::F8E4M3, 0);
     }
 }

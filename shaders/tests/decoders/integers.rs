@@ -1,110 +1,113 @@
-//! `dequantize_integers` on the linears that compressed-tensors writes.
+//! `dequantize_integers` on the linears that compressed-tensors and GPTQ write.
 
-use nemoconv_device::{Device, IntegerLayout};
+use nemoconv_device::IntegerLayout;
 use nemoconv_formats::Dtype;
-use nemoconv_formats::packed::{Group, Inputs, IntegerCodes, Layout, Role, Scheme, Width};
+use nemoconv_formats::packed::{GptqZeros, Group, Inputs, Layout, Scheme, StoredLinear, Width};
 
 use super::packed::{Linear, check_parts};
 use crate::drivers;
 
 /// No multiples of the codes in a word.
-const ROWS: usize = 21;
-const COLUMNS: usize = 45;
+const SHAPE: [usize; 2] = [21, 45];
 /// Heads that share words of zero points.
 const HEAD_ROWS: usize = 6;
+/// Whole heads, and whole words where a layout has no others.
+const SHAPE_OF_HEADS: [usize; 2] = [24, 45];
+const WHOLE_WORDS: [usize; 2] = [24, 48];
 
-const PLACES: [IntegerCodes; 3] = [
-    IntegerCodes::Packed(Width::Four),
-    IntegerCodes::Packed(Width::Eight),
-    IntegerCodes::Bytes,
-];
+const WIDTHS: [Width; 2] = [Width::Four, Width::Eight];
 const GROUPS: [Group; 3] = [Group::Columns(15), Group::Row, Group::Tensor];
 const SCALES: [Dtype; 3] = [Dtype::Bf16, Dtype::F16, Dtype::F32];
 
-fn scheme(layout: &IntegerLayout, symmetric: bool) -> Scheme {
-    let group = layout.group;
-    let layout = match layout.codes {
-        IntegerCodes::Packed(width) => Layout::PackQuantized {
-            width,
-            group,
-            symmetric,
-        },
-        IntegerCodes::Bytes => Layout::IntQuantized {
+/// Every layout of compressed-tensors; packed zero points of whole tensors are not known.
+fn compressed_tensors() -> Vec<Layout> {
+    let mut layouts = Vec::new();
+    for (group, symmetric) in GROUPS.map(|group| [(group, true), (group, false)]).concat() {
+        layouts.push(Layout::IntQuantized {
             bits: 8,
             group,
             symmetric,
-        },
-    };
-    Scheme {
+        });
+        if symmetric || group != Group::Tensor {
+            layouts.extend(WIDTHS.map(|width| Layout::PackQuantized {
+                width,
+                group,
+                symmetric,
+            }));
+        }
+    }
+    layouts
+}
+
+/// Both versions of GPTQ.
+fn gptq() -> Vec<Layout> {
+    let mut layouts = Vec::new();
+    for width in WIDTHS {
+        for group in [Group::Columns(16), Group::Row] {
+            layouts.extend(
+                [GptqZeros::MinusOne, GptqZeros::AsTheyAre].map(|zeros| Layout::Gptq {
+                    width,
+                    group,
+                    symmetric: false,
+                    zeros,
+                }),
+            );
+        }
+    }
+    layouts
+}
+
+fn check(layout: Layout, shape: [usize; 2], scales: Dtype, head_rows: usize) {
+    let scheme = Scheme {
         layout,
         inputs: Inputs::AsTheyAre,
-    }
-}
-
-fn check(name: &str, device: &Device, layout: &IntegerLayout, symmetric: bool) {
-    let rows = match layout.head_rows {
-        0 => ROWS,
-        head_rows => 4 * head_rows,
     };
-    let shape = [rows, COLUMNS];
-    let linear = Linear::random(scheme(layout, symmetric), shape, layout.scales, 0);
-    let expected = linear.values(layout.head_rows);
-    let [codes, scales] = [Role::Codes, Role::Scale].map(|role| linear.send(device, role).unwrap());
-    let zeros = linear.send(device, Role::ZeroPoint);
-    let what = format!("{name}, {layout:?}, symmetric: {symmetric}");
-    check_parts(&what, device, COLUMNS, &expected, 0, |rows, out| {
-        let zeros = zeros.as_ref();
-        device
-            .dequantize_integers(layout, &codes, &scales, zeros, rows, out)
-            .unwrap();
-    });
-}
-
-/// Every way to store codes with every group.
-fn places() -> impl Iterator<Item = (IntegerCodes, Group)> {
-    PLACES
-        .into_iter()
-        .flat_map(|codes| GROUPS.map(|group| (codes, group)))
-}
-
-/// With zero points and without; packed ones of whole tensors are not known.
-fn check_both(name: &str, device: &Device, layout: &IntegerLayout) {
-    check(name, device, layout, true);
-    if layout.codes == IntegerCodes::Bytes || layout.group != Group::Tensor {
-        check(name, device, layout, false);
+    let linear = Linear::random(scheme, shape, scales, 0);
+    let expected = linear.values(head_rows);
+    for (name, device) in drivers::all() {
+        let what = format!("{name}, {layout:?}, scales in {scales}");
+        linear.with(|linear, checkpoint| {
+            let StoredLinear::Integers(stored) = linear.stored(checkpoint).unwrap() else {
+                panic!("{what}: these are integers");
+            };
+            let layout = IntegerLayout {
+                codes: stored.storage,
+                columns: shape[1],
+                group: stored.group,
+                scales: stored.scale_dtype,
+                head_rows,
+            };
+            let send = |bytes: &[u8]| device.upload_bytes(bytes).unwrap();
+            let (codes, scales) = (send(&stored.codes), send(&stored.scales));
+            let zeros = stored.zeros.as_deref().map(send);
+            check_parts(&what, &device, shape[1], &expected, 0, |rows, out| {
+                let zeros = zeros.as_ref();
+                device
+                    .dequantize_integers(&layout, &codes, &scales, zeros, rows, out)
+                    .unwrap();
+            });
+        });
     }
 }
 
 #[test]
 fn every_layout_as_formats_decodes_it() {
-    for (name, device) in drivers::all() {
-        for (codes, group) in places() {
-            for scales in SCALES {
-                let layout = IntegerLayout {
-                    codes,
-                    columns: COLUMNS,
-                    group,
-                    scales,
-                    head_rows: 0,
-                };
-                check_both(&name, &device, &layout);
-            }
+    for scales in SCALES {
+        for layout in compressed_tensors() {
+            check(layout, SHAPE, scales, 0);
+        }
+        for layout in gptq() {
+            check(layout, WHOLE_WORDS, scales, 0);
         }
     }
 }
 
 #[test]
 fn halves_of_heads_are_interleaved() {
-    for (name, device) in drivers::all() {
-        for (codes, group) in places() {
-            let layout = IntegerLayout {
-                codes,
-                columns: COLUMNS,
-                group,
-                scales: Dtype::Bf16,
-                head_rows: HEAD_ROWS,
-            };
-            check_both(&name, &device, &layout);
-        }
+    for layout in compressed_tensors() {
+        check(layout, SHAPE_OF_HEADS, Dtype::Bf16, HEAD_ROWS);
+    }
+    for layout in gptq() {
+        check(layout, WHOLE_WORDS, Dtype::F16, HEAD_ROWS);
     }
 }

@@ -6,7 +6,7 @@ use std::ops::Range;
 use nemoconv_device::{Array, Device};
 use nemoconv_formats::Dtype;
 use nemoconv_formats::checkpoint::Checkpoint;
-use nemoconv_formats::packed::{PackedLinear, Role, RowBuffers, Scheme};
+use nemoconv_formats::packed::{Group, PackedLinear, Role, RowBuffers, Scheme};
 use safetensors::tensor::{Dtype as Stored, TensorView};
 
 use super::{HALVES, Random, assert_within};
@@ -20,7 +20,6 @@ pub struct Linear {
 }
 
 struct Tensor {
-    role: Role,
     name: String,
     dtype: Dtype,
     shape: Vec<usize>,
@@ -46,11 +45,11 @@ impl Linear {
             let bytes = match spec.role {
                 Role::Scale => scales(dtype, bytes, &mut random),
                 Role::SecondScale => 2688.7_f32.to_le_bytes().to_vec(),
+                Role::GroupIndex => group_index(&scheme, columns),
                 Role::Shape => [rows, columns].map(|size| size.to_le_bytes()).concat(),
                 _ => random.bytes(bytes),
             };
             tensors.push(Tensor {
-                role: spec.role,
                 name: format!("m.{}", spec.suffix),
                 dtype,
                 shape,
@@ -103,12 +102,16 @@ impl Linear {
         let linear = PackedLinear::resolve(&checkpoint, "m", &self.scheme, rows, columns).unwrap();
         use_it(&linear, &checkpoint)
     }
+}
 
-    /// Sends the tensor of a role.
-    pub fn send(&self, device: &Device, role: Role) -> Option<nemoconv_device::Bytes> {
-        let tensor = self.tensors.iter().find(|tensor| tensor.role == role)?;
-        Some(device.upload_bytes(&tensor.bytes).unwrap())
-    }
+/// Columns in the order of their groups.
+fn group_index(scheme: &Scheme, columns: usize) -> Vec<u8> {
+    let size = match scheme.layout.group() {
+        Some(Group::Columns(size)) => size,
+        _ => columns,
+    };
+    let groups = (0..columns).map(|column| (column / size) as i32);
+    groups.flat_map(i32::to_le_bytes).collect()
 }
 
 /// Random scales, every other one special. Subnormal numbers of F32 are left out: devices may take them for zero.

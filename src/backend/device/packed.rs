@@ -50,9 +50,9 @@ impl Matrix {
                 scales: stored.scale_dtype,
                 head_rows,
             },
-            codes: device.upload_bytes(stored.codes)?,
-            scales: device.upload_bytes(stored.scales)?,
-            zeros: match stored.zeros {
+            codes: device.upload_bytes(&stored.codes)?,
+            scales: device.upload_bytes(&stored.scales)?,
+            zeros: match &stored.zeros {
                 Some(zeros) => Some(device.upload_bytes(zeros)?),
                 None => None,
             },

@@ -17,7 +17,7 @@ use tempfile::TempDir;
 
 use super::*;
 use crate::packed::Quantization;
-use crate::packed::bits::{pack_columns, pack_rows, pack_transposed, to_gptq_v1_zeros};
+use crate::packed::bits::{Width, pack_columns, pack_rows, pack_transposed, to_gptq_v1_zeros};
 use crate::packed::config::compressed_tensors::CompressedTensors;
 use crate::packed::scheme::GptqZeros;
 
