@@ -18,8 +18,10 @@ use nemoconv::quantize::feedback::{Correction, Damping, Feedback, InputMoments};
 use nemoconv::quantize::form::Form;
 use nemoconv_cuda_emu::{Emulator, Order};
 use nemoconv_device::{Device, DeviceName, Found, devices, open};
+use nemoconv_fixtures::checkpoint::cases;
+use nemoconv_fixtures::packed::{Layout, write};
 
-use crate::support::{nemoconv, stderr, to_gguf};
+use crate::support::{nemoconv, read_tensors, stderr, to_gguf, write_tensors};
 
 /// Largest difference of a logit from the CPU's, as a share of the largest logit.
 const LOGITS: f32 = 1e-4;
@@ -290,7 +292,73 @@ fn packed_folders_give_the_logits_of_the_cpu() {
             "-q".as_ref(),
         ]);
         assert!(output.status.success(), "{}", stderr(&output));
-        check(&packed, |_| Numerics::EXACT, LOGITS);
-        check(&packed, Numerics::of_target, ROUNDED_LOGITS);
+        check_packed(&packed);
     }
+}
+
+#[track_caller]
+fn check_packed(path: &Path) {
+    check(path, |_| Numerics::EXACT, LOGITS);
+    check(path, Numerics::of_target, ROUNDED_LOGITS);
+}
+
+/// Layouts that are read and not written.
+#[test]
+fn folders_of_others_give_the_logits_of_the_cpu() {
+    let folder = tempfile::tempdir().unwrap();
+    for layout in [
+        Layout::Gptq { bits: 4, group: 64 },
+        Layout::Gptq {
+            bits: 8,
+            group: 128,
+        },
+        Layout::Nvfp4,
+    ] {
+        let [packed, plain] = ["packed", "plain"].map(|name| folder.path().join(name));
+        write(&nemoconv_fixtures::nano(), layout, &packed, &plain).unwrap();
+        check_packed(&packed);
+    }
+    let float8 = cases()
+        .into_iter()
+        .filter(|case| case.checkpoint.fp8.is_some());
+    for case in float8 {
+        let packed = case.checkpoint.write_as(folder.path(), case.name);
+        check_packed(&packed.unwrap());
+    }
+}
+
+/// Folders that the formats' own tools wrote, and a whole one of GPTQ.
+#[test]
+fn folders_of_the_real_tools_give_the_logits_of_the_cpu() {
+    let Some(shared) = std::env::var_os("NEMOCONV_SHARED") else {
+        println!("skipped: NEMOCONV_SHARED is not set");
+        return;
+    };
+    for name in [
+        "compressed-tensors-w4a16-g128-asym",
+        "compressed-tensors-mixed-w8a8-w4a16g64",
+        "compressed-tensors-moe-w4a16-g128",
+        "gptq-dense-w4g64",
+    ] {
+        check_packed(&Path::new(&shared).join("gold").join(name));
+    }
+}
+
+/// Query and key heads have one order, wherever they are decoded.
+#[test]
+fn heads_that_are_packed_go_with_heads_that_are_not() {
+    let folder = tempfile::tempdir().unwrap();
+    let [packed, plain] = ["packed", "plain"].map(|name| folder.path().join(name));
+    let layout = Layout::Gptq { bits: 4, group: 64 };
+    write(&nemoconv_fixtures::nano(), layout, &packed, &plain).unwrap();
+    let [file, values] = [&packed, &plain].map(|folder| folder.join("model.safetensors"));
+    let mut tensors = read_tensors(&file);
+    for (name, tensor) in read_tensors(&values) {
+        if let Some(module) = name.strip_suffix("q_proj.weight") {
+            tensors.retain(|found, _| !found.starts_with(&format!("{module}q_proj")));
+            tensors.insert(name, tensor);
+        }
+    }
+    write_tensors(&file, &tensors);
+    check(&packed, |_| Numerics::EXACT, LOGITS);
 }

@@ -224,9 +224,15 @@ impl OnDevice {
         out: &mut Array,
     ) -> Result<()> {
         if let Resident::Packed(matrices) = &weight.resident {
-            return matrices[matrix].decode(self.device(), rows, out);
+            let device = self.counted("dequantize");
+            return matrices[matrix].decode(device, rows, out);
         }
         let tensor = weight.tensor();
+        match tensor.is_packed {
+            // Values that the CPU decodes are sent as F32.
+            true => self.on_host("dequantize"),
+            false => self.open.tally.device("dequantize"),
+        }
         let values = rows.len() * tensor.columns;
         let mut sent = None;
         let (bytes, first) = self.stored(weight, matrix, rows, &mut sent)?;
