@@ -145,6 +145,27 @@ fn what_does_not_fit_is_sent_tile_by_tile() {
     assert_eq!(logits(&tight, &model, &Numerics::EXACT), roomy);
 }
 
+/// Memory of a device of which so much is taken that what weights must leave to activations is not there.
+const TIGHT: u64 = 64 << 20;
+const TAKEN: u64 = TIGHT / 5 * 4;
+
+#[test]
+fn packed_weights_that_do_not_fit_are_decoded_there_all_the_same() {
+    let folder = tempfile::tempdir().unwrap();
+    let [packed, plain] = ["packed", "plain"].map(|name| folder.path().join(name));
+    for layout in [Layout::Gptq { bits: 4, group: 64 }, Layout::Nvfp4] {
+        write(&nemoconv_fixtures::nano(), layout, &packed, &plain).unwrap();
+        let model = Arc::new(StoredModel::open(packed.to_str().unwrap()).unwrap());
+        let roomy = logits(&machines()[0].1, &model, &Numerics::EXACT);
+        let device = Device::new(Box::new(Emulator::new(Order::Ascending)), Some(TIGHT));
+        let _taken = device.zeros((TAKEN / 4) as usize).unwrap();
+        let tight = Machines::Devices([Arc::new(OpenDevice::new(device.clone()))].into());
+        assert_eq!(logits(&tight, &model, &Numerics::EXACT), roomy);
+        let decoded = tight.tallies()[0].counts()["dequantize"];
+        assert!(decoded.device > 0 && decoded.host == 0, "{decoded:?}");
+    }
+}
+
 #[test]
 fn second_moments_are_those_of_the_cpu() {
     let (n, width, rows) = (70, 33, 600);

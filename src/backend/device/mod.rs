@@ -77,7 +77,7 @@ pub struct DeviceWeight {
 
 /// What of a weight lies on the device.
 enum Resident {
-    /// Nothing: rows are sent when they are multiplied.
+    /// Nothing: rows, of a packed checkpoint a matrix, are sent when they are multiplied.
     No,
     /// All matrices in the stored type.
     Rows(Bytes),
@@ -163,18 +163,34 @@ impl OnDevice {
 
     /// Sends a packed weight as its checkpoint has it; `None` where a matrix is something else, or there is no room.
     fn send_packed(&self, weight: &CpuWeight) -> Result<Option<Vec<packed::Matrix>>> {
-        let mut all = Vec::new();
-        for matrix in 0..weight.tensor().matrices {
-            let Some(stored) = weight.packed(matrix)? else {
-                return Ok(None);
-            };
-            if !self.has_room(stored.linear.bytes() as u64) {
-                return Ok(None);
-            }
-            let columns = weight.tensor().columns;
-            all.push(packed::Matrix::send(self.device(), &stored, columns)?);
+        let matrices = 0..weight.tensor().matrices;
+        let send = |matrix| self.send_matrix(weight, matrix, |bytes| self.has_room(bytes));
+        matrices.map(send).collect()
+    }
+
+    /// A packed matrix for one product, where the whole weight has no place.
+    fn send_for_now(&self, weight: &DeviceWeight, matrix: usize) -> Result<Option<packed::Matrix>> {
+        if !weight.tensor().is_packed || !matches!(weight.resident, Resident::No) {
+            return Ok(None);
         }
-        Ok(Some(all))
+        let fits = |bytes| bytes <= self.device().free_bytes() / TILES;
+        Ok(or_no_room(self.send_matrix(&weight.host, matrix, fits))?.flatten())
+    }
+
+    fn send_matrix(
+        &self,
+        weight: &CpuWeight,
+        matrix: usize,
+        fits: impl Fn(u64) -> bool,
+    ) -> Result<Option<packed::Matrix>> {
+        let Some(stored) = weight.packed(matrix)? else {
+            return Ok(None);
+        };
+        if !fits(stored.linear.bytes() as u64) {
+            return Ok(None);
+        }
+        let columns = weight.tensor().columns;
+        packed::Matrix::send(self.device(), &stored, columns).map(Some)
     }
 
     fn send_rows(&self, weight: &CpuWeight, bytes: u64) -> Result<Bytes> {
@@ -215,17 +231,21 @@ impl OnDevice {
         Ok((sent.insert(self.device().upload_bytes(stored)?), 0))
     }
 
-    /// Decodes rows of a matrix to the first values of `out`.
+    /// Decodes rows of a matrix to the first values of `out`; `for_now` is what [`Self::send_for_now`] sent of it.
     fn decode(
         &self,
         weight: &DeviceWeight,
         matrix: usize,
+        for_now: Option<&packed::Matrix>,
         rows: Range<usize>,
         out: &mut Array,
     ) -> Result<()> {
-        if let Resident::Packed(matrices) = &weight.resident {
-            let device = self.counted("dequantize");
-            return matrices[matrix].decode(device, rows, out);
+        let packed = match &weight.resident {
+            Resident::Packed(matrices) => Some(&matrices[matrix]),
+            Resident::No | Resident::Rows(_) => for_now,
+        };
+        if let Some(packed) = packed {
+            return packed.decode(self.counted("dequantize"), rows, out);
         }
         let tensor = weight.tensor();
         match tensor.is_packed {
@@ -355,9 +375,11 @@ impl Backend for OnDevice {
         let mut out = device.uninitialized(rows * tensor.rows)?;
         let tile = self.tile_rows(tensor);
         let mut decoded = device.uninitialized(tile * tensor.columns)?;
+        let for_now = self.send_for_now(weight, matrix)?;
         for first in (0..tensor.rows).step_by(tile) {
             let count = tile.min(tensor.rows - first);
-            self.decode(weight, matrix, first..first + count, &mut decoded)?;
+            let part = first..first + count;
+            self.decode(weight, matrix, for_now.as_ref(), part, &mut decoded)?;
             let layout = MatmulLayout::linear(rows, tensor.columns, count, first, tensor.rows);
             device.matmul(&layout, input, &decoded, &mut out)?;
         }
