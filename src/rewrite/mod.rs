@@ -141,8 +141,8 @@ pub struct RewriteSettings {
     pub balance: Balance,
     /// What they are made from.
     pub magnitude: Magnitude,
-    /// Channels before `ssm_out` (inside heads) and before down projections by descending mean square, after smoothing.
-    /// Good for error feedback, bad for rounding without it.
+    /// Channels before `ssm_out` (inside heads) and before down projections by descending mean square, after smoothing: the
+    /// loud are rounded first, and share their scales with the loud. Of no use where smoothing has made them alike.
     pub sort: bool,
     /// Of signs and of random matrices.
     pub seed: u64,
