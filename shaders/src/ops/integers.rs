@@ -6,7 +6,7 @@ use nemoconv_formats::Dtype;
 use nemoconv_formats::packed::bits::WORD_BYTES;
 use nemoconv_formats::packed::{Group, IntegerCodes};
 
-use super::packed::{scale_type, stored, whole_heads};
+use super::packed::{scale_type, stored, stored_items, whole_heads};
 use super::{groups_of, word};
 use crate::array::{Array, Bytes, Device};
 use crate::error::Result;
@@ -138,13 +138,9 @@ impl Device {
         };
         let heads = whole_heads(&rows, layout.head_rows);
         let row_bytes = layout.row_bytes();
-        let (codes, first_code) = stored(codes, heads.start * row_bytes..heads.end * row_bytes);
-        let scale_bytes = layout.scales.bytes();
+        let (codes, first_code) = stored_items(codes, heads.clone(), row_bytes);
         let of_rows = layout.scales_of(&heads);
-        let (scales, first_scale) = stored(
-            scales,
-            of_rows.start * scale_bytes..of_rows.end * scale_bytes,
-        );
+        let (scales, first_scale) = stored_items(scales, of_rows, layout.scales.bytes());
         let (of_rows, first_digit) = layout.zeros_of(&heads);
         let (zeros, first_zero) = match zeros {
             Some(zeros) => stored(zeros, of_rows),

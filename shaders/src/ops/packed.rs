@@ -15,6 +15,11 @@ pub(super) fn stored(bytes: &Bytes, part: Range<usize>) -> (View, usize) {
     (view, first as usize)
 }
 
+/// Some of the items of so many bytes each that lie one after the other, as [`stored`].
+pub(super) fn stored_items(bytes: &Bytes, items: Range<usize>, size: usize) -> (View, usize) {
+    stored(bytes, items.start * size..items.end * size)
+}
+
 /// A type of scales as kernels know it.
 pub(super) fn scale_type(dtype: Dtype) -> usize {
     match dtype {
