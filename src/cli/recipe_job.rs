@@ -51,8 +51,7 @@ pub fn choose(
     talk: &Talk,
     stop: &AtomicBool,
 ) -> Result<Option<Chosen>> {
-    let is_calibrated =
-        args.calibration.calibration.is_some() || entries.calibration_key().is_some();
+    let is_calibrated = is_calibrated(&entries, &args.calibration);
     let recipe = entries.resolve()?;
     let chosen = match recipe.aim {
         Aim::Scheme(scheme) => Chosen::of_scheme(recipe, scheme),
@@ -103,6 +102,11 @@ pub fn require_text(entries: &RecipeEntries, calibration: &CalibrationArgs) -> R
         }
         _ => Ok(()),
     }
+}
+
+/// Whether settings of a calibration count: there is a text, or the recipe speaks of one that will be.
+pub fn is_calibrated(entries: &RecipeEntries, calibration: &CalibrationArgs) -> bool {
+    calibration.calibration.is_some() || entries.calibration_key().is_some()
 }
 
 /// The recipe on stdout, without settings of a calibration where there is none.

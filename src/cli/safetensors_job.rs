@@ -38,8 +38,7 @@ pub fn to_safetensors(
         .entries()
         .or(recipe_job::of_file(args.recipe.as_deref())?);
     if args.print_recipe {
-        let is_calibrated =
-            args.calibration.calibration.is_some() || entries.calibration_key().is_some();
+        let is_calibrated = recipe_job::is_calibrated(&entries, &args.calibration);
         recipe_job::print_recipe(&entries.resolve()?, is_calibrated);
         return Ok(());
     }
