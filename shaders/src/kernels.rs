@@ -32,6 +32,12 @@ const WGSL_BLOCKS: &str = include_str!("../shared/blocks.wgsl");
 const WGSL_HALVES: &str = include_str!("../shared/halves_product.wgsl");
 /// What rows of packed checkpoints share.
 const WGSL_PACKED: &str = include_str!("../shared/packed.wgsl");
+/// Grids of rounding with error feedback.
+const WGSL_FEEDBACK: &str = include_str!("../shared/feedback.wgsl");
+/// First fits of sub-blocks.
+const WGSL_FITS: &str = include_str!("../shared/feedback_fits.wgsl");
+/// The search of blocks with scale and offset.
+const WGSL_LINES: &str = include_str!("../shared/feedback_lines.wgsl");
 /// The loop of every `dequantize_*` of a type of blocks.
 const WGSL_DEQUANTIZE: &str = include_str!("../shared/dequantize.wgsl");
 /// The same of CUDA.
@@ -49,6 +55,12 @@ const CUDA_TENSOR_TILE: &str = include_str!("../shared/tensor_tile.cuh");
 const CUDA_HALVES: &str = include_str!("../shared/halves_product.cuh");
 #[cfg(feature = "cuda")]
 const CUDA_PACKED: &str = include_str!("../shared/packed.cuh");
+#[cfg(feature = "cuda")]
+const CUDA_FEEDBACK: &str = include_str!("../shared/feedback.cuh");
+#[cfg(feature = "cuda")]
+const CUDA_FITS: &str = include_str!("../shared/feedback_fits.cuh");
+#[cfg(feature = "cuda")]
+const CUDA_LINES: &str = include_str!("../shared/feedback_lines.cuh");
 #[cfg(feature = "cuda")]
 const CUDA_DEQUANTIZE: &str = include_str!("../shared/dequantize.cuh");
 
@@ -205,6 +217,15 @@ kernels! {
     DEQUANTIZE_INTEGERS = "dequantize_integers", 256 threads, 4 views, [WGSL_PACKED], [CUDA_BYTES, CUDA_PACKED];
     /// FP8 and NVFP4 of packed checkpoints as values. Views: codes, scales, out.
     DEQUANTIZE_FLOATS = "dequantize_floats", 256 threads, 3 views, [WGSL_PACKED], [CUDA_BYTES, CUDA_PACKED];
+    /// Factors of super-blocks. Views: wanted, repairs, pivots, scales.
+    FEEDBACK_FACTORS = "feedback_factors", 32 threads, 4 views, [WGSL_FEEDBACK, WGSL_FITS], [CUDA_FEEDBACK, CUDA_FITS];
+    /// GPTQ's block step. Views: wanted, repairs, feedback, pivots, errors, values, scales (in place).
+    FEEDBACK_SWEEP = "feedback_sweep", 32 threads, 7 views,
+        [WGSL_FEEDBACK, WGSL_FITS, WGSL_LINES], [CUDA_FEEDBACK, CUDA_FITS, CUDA_LINES];
+    /// A pass after the first. Views: wanted, gradient, moments, errors, values, scales (the last three in place).
+    FEEDBACK_DESCENT = "feedback_descent", 32 threads, 6 views, [WGSL_FEEDBACK], [CUDA_FEEDBACK];
+    /// Views: errors, gradient, losses (in place).
+    FEEDBACK_LOSS = "feedback_loss", 64 threads, 3 views;
 }
 
 stored_products! {

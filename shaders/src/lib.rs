@@ -20,6 +20,7 @@ pub use choice::{DeviceName, Found, devices, open};
 pub use driver::{Description, Driver, Family, Handle, Launch, Limits, View};
 pub use error::{DeviceError, Result};
 pub use ops::{
-    AttentionLayout, ConvLayout, FloatLayout, IntegerLayout, MatmulLayout, Packed, Packing,
-    Rounding, ScanLayout, can_dequantize,
+    AttentionLayout, CodeValues, ConvLayout, FEEDBACK_CHUNK, FeedbackGrid, FeedbackRows,
+    FloatLayout, IntegerLayout, MatmulLayout, Packed, Packing, Rounding, ScaleLattice, ScaleSearch,
+    ScanLayout, Tries, can_dequantize,
 };

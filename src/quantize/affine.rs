@@ -16,7 +16,7 @@ use super::{
 };
 
 /// What tells the affine types apart.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, PartialEq)]
 pub struct AffineGrid {
     /// Largest code.
     pub codes: f32,

@@ -7,7 +7,7 @@ use pulp::Simd;
 use super::{
     lanes::Lanes,
     super_block::{ImportanceWeighting, Problem, SuperBlockType, Sweep, Weighting},
-    symmetric::{Codebook, SymmetricGrid, SymmetricSolution, search},
+    symmetric::{CodeValues, Codebook, SymmetricGrid, SymmetricSolution, search},
 };
 use crate::formats::block::{BlockIQ4XS, IQ4_NL_VALUES};
 
@@ -51,6 +51,7 @@ impl SuperBlockType for IQ4_XS {
 pub struct Iq4Values;
 
 impl Codebook for Iq4Values {
+    const VALUES: CodeValues = CodeValues::Uneven;
     const FIRST: f32 = IQ4_NL_VALUES[0];
     const LAST: f32 = IQ4_NL_VALUES[15];
 

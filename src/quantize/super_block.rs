@@ -50,10 +50,12 @@ pub enum ImportanceWeighting {
 }
 
 /// Evenly spaced values to try.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Sweep {
-    first: f32,
-    step: f32,
+    /// The first one.
+    pub first: f32,
+    /// From one to the next.
+    pub step: f32,
     /// How many.
     pub tries: usize,
 }

@@ -14,8 +14,21 @@ use super::{
     super_block::{Problem, SUPER_BLOCK, Sweep, saturates},
 };
 
+/// What tells codebooks apart, but for where they begin and end.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum CodeValues {
+    /// Whole numbers.
+    Whole,
+    /// The uneven values of IQ4_NL and IQ4_XS.
+    Uneven,
+    /// E2M1, doubled.
+    Floats,
+}
+
 /// The values that codes stand for.
 pub trait Codebook {
+    /// Which they are.
+    const VALUES: CodeValues = CodeValues::Whole;
     /// The value of code 0, the one of largest magnitude.
     const FIRST: f32;
     /// The value of the last code, of the other sign.
@@ -47,7 +60,7 @@ impl<const HALF: i32> Codebook for Whole<HALF> {
 }
 
 /// What tells the symmetric types apart.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, PartialEq)]
 pub struct SymmetricGrid {
     /// `sc` runs from its negative to one less.
     pub scales: f32,

@@ -10,12 +10,14 @@ use nemoconv::backend::device::OpenDevice;
 use nemoconv::backend::{Backend, Machine, Machines};
 use nemoconv::calibrate::second_moments::{CrossMoments, SecondMoments};
 use nemoconv::formats::GgmlType;
+use nemoconv::formats::packed::Width;
 use nemoconv::forward::network::{Network, Sequence};
 use nemoconv::forward::numerics::Numerics;
 use nemoconv::forward::observer::Silent;
 use nemoconv::forward::state::State;
-use nemoconv::quantize::feedback::{Correction, Damping, Feedback, InputMoments};
+use nemoconv::quantize::feedback::{Correction, Damping, Feedback, InputMoments, can_feed_back};
 use nemoconv::quantize::form::Form;
+use nemoconv::quantize::integer::{IntegerGrid, ScaleFloat};
 use nemoconv_cuda_emu::{Emulator, Order};
 use nemoconv_device::{Device, DeviceName, Found, devices, open};
 use nemoconv_fixtures::checkpoint::cases;
@@ -220,16 +222,50 @@ fn blocks_on_several_devices_give_what_one_gives() {
 
 /// Share of bytes that may differ: codes next to a tie, and what follows from them.
 const TIES: f64 = 0.01;
+/// Rows of 96 that may differ on devices that do not fuse products and sums.
+const OTHER_ROWS: usize = 3;
+/// How much more or less a row may lose that differs: from there on its errors are others.
+const OTHER_LOSS: f64 = 0.2;
 /// Relative difference of losses.
 const LOSS: f64 = 1e-6;
 /// Largest difference of targets that make up for inputs, as a share of the largest change. With these moments the CPU is
 /// 1.3e-4 from exact targets and the emulator 0.8e-4.
 const TARGETS: f32 = 5e-4;
 
+/// All that can be rounded to with feedback.
+fn forms() -> Vec<Form> {
+    let types = GgmlType::all().filter(|ty| can_feed_back(*ty));
+    let grid = |width, group_size, has_zero_point, scale| IntegerGrid {
+        width,
+        group_size,
+        has_zero_point,
+        scale,
+    };
+    let grids = [
+        grid(Width::Four, Some(32), false, ScaleFloat::F16),
+        grid(Width::Four, Some(64), true, ScaleFloat::F16),
+        grid(Width::Four, Some(128), false, ScaleFloat::Bf16),
+        grid(Width::Four, Some(128), true, ScaleFloat::Bf16),
+        grid(Width::Eight, None, false, ScaleFloat::Bf16),
+        grid(Width::Eight, Some(64), false, ScaleFloat::F16),
+    ];
+    types
+        .map(Form::Block)
+        .chain(grids.map(Form::Integer))
+        .collect()
+}
+
+/// From -1 to 1, without a pattern: what is regular is full of ties.
+fn noise(at: usize) -> f64 {
+    let mut bits = (at as u64).wrapping_mul(0x9e37_79b9_7f4a_7c15);
+    bits = (bits ^ (bits >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+    bits = (bits ^ (bits >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+    ((bits ^ (bits >> 31)) >> 40) as f64 / f64::from(1 << 23) - 1.0
+}
+
 #[test]
 fn a_matrix_is_rounded_to_the_codes_of_the_cpu() {
     let (n, count) = (512, 96);
-    let noise = |at: usize| ((at * 2_654_435_761) >> 7 & 0xffff) as f64 / 32768.0 - 1.0;
     // Neighbouring inputs have half in common.
     let inputs: Vec<f64> = (0..n * 2 * n).map(noise).collect();
     let mixed = |row: usize, j: usize| inputs[row * n + j] + inputs[row * n + j / 2];
@@ -254,26 +290,31 @@ fn a_matrix_is_rounded_to_the_codes_of_the_cpu() {
     let weights: Vec<f32> = (0..count * n).map(|at| noise(at + 77) as f32).collect();
     let path = nemoconv_fixtures::nano();
     let model = StoredModel::open(path.to_str().unwrap()).unwrap();
-    let forms = [
-        Form::Block(GgmlType::Q4_K),
-        Form::Block(GgmlType::Q4_0),
-        Form::Block(GgmlType::Q8_0),
-    ];
+    let forms = forms();
     for (name, machines) in machines() {
         let machine = machines.without_weights(0, model.config());
         let products = machine.row_products().unwrap();
-        for form in forms {
+        for form in &forms {
             for passes in [0, 3] {
                 let how = Feedback::of_inputs(&moments, passes);
                 let (expected, here) = form.feed_back(Isa::detect(), &weights, how);
                 let (found, there) = form.feed_back_on(products, &weights, how).unwrap();
-                let differing = expected.iter().zip(&found).filter(|(a, b)| a != b).count();
-                let share = differing as f64 / expected.len() as f64;
+                let row_bytes = form.row_bytes(n);
+                let pairs = expected.chunks(row_bytes).zip(found.chunks(row_bytes));
+                let others = pairs.filter(|(a, b)| a != b).count();
                 let change = (there.loss - here.loss).abs() / here.loss;
-                println!("{name}, {form}, {passes} passes: {share:.5} differ, loss {change:.1e}");
-                assert!(share <= TIES, "{name} {form}: {share}");
-                assert!(change <= LOSS, "{name} {form}: {change}");
+                println!("{name}, {form}, {passes} passes: {others} rows, loss {change:.1e}");
+                // The emulator fuses what the CPU fuses, and sums in its order.
+                let most = if name == "emulator" { 0 } else { OTHER_ROWS };
+                assert!(others <= most, "{name} {form}: {others} rows differ");
+                let tolerance = LOSS + OTHER_LOSS * others as f64 / count as f64;
+                assert!(change <= tolerance, "{name} {form}: {change}");
             }
+        }
+        let tally = machines.tallies()[0].counts();
+        assert!(tally.values().all(|count| count.host == 0), "{tally:?}");
+        for step in ["feedback_sweep", "feedback_descent", "feedback_loss"] {
+            assert!(tally[step].device > 0, "{step}");
         }
 
         let corrected = correction.apply(Isa::detect(), &weights, &moments);
@@ -289,7 +330,9 @@ fn a_matrix_is_rounded_to_the_codes_of_the_cpu() {
         let factored = factored.unwrap().unwrap();
         let [here, there] = [&moments, &factored].map(|moments| {
             let how = Feedback::of_inputs(moments, 0);
-            forms[0].feed_back(Isa::detect(), &weights, how).0
+            Form::Block(GgmlType::Q4_K)
+                .feed_back(Isa::detect(), &weights, how)
+                .0
         });
         let differing = here.iter().zip(&there).filter(|(a, b)| a != b).count();
         let share = differing as f64 / here.len() as f64;

@@ -4,6 +4,7 @@
 //! tile whenever they are multiplied.
 
 mod packed;
+mod rounding;
 mod sums;
 
 use std::ops::Range;

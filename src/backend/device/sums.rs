@@ -7,10 +7,13 @@ use std::ops::Range;
 use nemoconv_device::{Array, MatmulLayout};
 use rayon::prelude::*;
 
+use super::rounding::RoundingOnDevice;
 use super::{OnDevice, TILE_BYTES, or_no_room};
 use crate::backend::ProductSums;
 use crate::error::{Error, Result};
-use crate::quantize::feedback::{HeldRows, RowProducts, SUMMED_COLUMNS};
+use crate::quantize::feedback::{
+    GridDescription, HeldRows, RoundingRows, RowProducts, SUMMED_COLUMNS,
+};
 
 /// Sums that a thread of this computer takes at a time.
 const SUMMED: usize = 1 << 16;
@@ -129,6 +132,19 @@ impl RowProducts for OnDevice {
             rows,
             values,
         })))
+    }
+
+    fn rounding(
+        &self,
+        grid: &GridDescription,
+        rows: usize,
+        columns: usize,
+    ) -> Result<Option<Box<dyn RoundingRows + '_>>> {
+        let Some(rows) = RoundingOnDevice::new(self, grid, rows, columns)? else {
+            self.open.tally.host("feedback_sweep");
+            return Ok(None);
+        };
+        Ok(Some(Box::new(rows)))
     }
 }
 

@@ -14,8 +14,9 @@ use super::super::iq4_xs::{self, Iq4Values};
 use super::super::lanes::{F16_MAX, Lanes, Mask};
 use super::super::searched_block::Problem as BlockProblem;
 use super::super::super_block::{Problem, SUPER_BLOCK, Sweep};
-use super::super::symmetric::{self, Codebook, SymmetricGrid, Whole, largest};
+use super::super::symmetric::{self, CodeValues, Codebook, SymmetricGrid, Whole, largest};
 use super::super::{affine_block, mxfp4, q2_k, q3_k, q4_k, q5_k, q6_k};
+use super::description::{GridDescription, Search};
 use super::sweep::Half;
 use crate::formats::block::*;
 
@@ -148,6 +149,21 @@ pub trait FeedbackGrid: Sync + Send {
     /// How scales may be refitted.
     fn lattice(&self) -> Lattice;
 
+    /// How [`Self::begin`] and [`Self::candidates`] find scales.
+    fn search(&self) -> Search;
+
+    /// All that another machine has to know.
+    fn description(&self) -> GridDescription {
+        GridDescription {
+            values: Self::Codebook::VALUES,
+            first: Self::Codebook::FIRST,
+            last: Self::Codebook::LAST,
+            sub: Self::SUB,
+            search: self.search(),
+            lattice: self.lattice(),
+        }
+    }
+
     /// Scales that are chosen before the first pass, on the weights themselves: `pivots` is what an error in each column
     /// counts.
     fn preset(&self, half: &mut Half, pivots: &[f32]) {
@@ -272,6 +288,10 @@ macro_rules! symmetric_block {
                 Lattice::Own(ScaleFloat::F16)
             }
 
+            fn search(&self) -> Search {
+                Search::Ends($first, $last)
+            }
+
             #[inline(always)]
             fn candidates<S: Simd>(&self, _: &Scales<S>, targets: &[Lanes<S>], _: &[Lanes<S>], out: &mut Candidates<S>) {
                 const FIRST: Sweep = $first;
@@ -372,6 +392,10 @@ macro_rules! affine_block {
                 Lattice::HalfWithMin
             }
 
+            fn search(&self) -> Search {
+                Search::Lines(D_AROUND, MIN_AROUND)
+            }
+
             #[inline(always)]
             fn candidates<S: Simd>(&self, _: &Scales<S>, targets: &[Lanes<S>], weights: &[Lanes<S>], out: &mut Candidates<S>) {
                 let problem = BlockProblem::of_lanes(targets, weights);
@@ -417,6 +441,7 @@ pub struct MXFP4;
 pub struct E2M1;
 
 impl Codebook for E2M1 {
+    const VALUES: CodeValues = CodeValues::Floats;
     const FIRST: f32 = -12.0;
     const LAST: f32 = 12.0;
 
@@ -454,6 +479,10 @@ impl FeedbackGrid for MXFP4 {
     #[inline(always)]
     fn lattice(&self) -> Lattice {
         Lattice::Fixed
+    }
+
+    fn search(&self) -> Search {
+        Search::Powers
     }
 
     #[inline(always)]
@@ -547,6 +576,10 @@ macro_rules! affine_super_block {
                 Lattice::Whole(0.0, $room::GRID.scales, Some($room::GRID.scales))
             }
 
+            fn search(&self) -> Search {
+                Search::Affine($room::GRID)
+            }
+
             #[inline(always)]
             fn begin<S: Simd>(&self, simd: S, targets: &[Lanes<S>], weights: &[f32], _: Scales<S>) -> Scales<S> {
                 let problem = Problem::of_lanes(simd, targets, weights);
@@ -602,6 +635,10 @@ macro_rules! symmetric_super_block {
             #[inline(always)]
             fn lattice(&self) -> Lattice {
                 Lattice::Whole(-$room::GRID.scales, $room::GRID.scales - 1.0, None)
+            }
+
+            fn search(&self) -> Search {
+                Search::Symmetric($room::GRID, $reach)
             }
 
             #[inline(always)]

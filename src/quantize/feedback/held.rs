@@ -1,10 +1,11 @@
 //! Rows that another machine holds and multiplies with matrices: nearly all of the work of rounding with feedback.
 //!
 //! What is held: errors of weights while they are rounded, rows of a factor while it is computed, right-hand sides that
-//! were solved. Knows neither of them.
+//! were solved. Knows neither of them. A machine may also round rows by itself, scales and codes included.
 
 use std::ops::Range;
 
+use super::description::GridDescription;
 use crate::error::Result;
 
 /// Columns that are summed in f32 where sums are exact.
@@ -17,6 +18,21 @@ pub trait RowProducts: Sync {
     /// # Errors
     /// The machine fails.
     fn hold(&self, rows: usize, columns: usize) -> Result<Option<Box<dyn HeldRows + '_>>>;
+
+    /// Rows of so many columns that the machine rounds to a grid by itself, `rows` of them or as many as there is room for;
+    /// nothing where it cannot, and this computer chooses scales and codes.
+    ///
+    /// # Errors
+    /// The machine fails.
+    fn rounding(
+        &self,
+        grid: &GridDescription,
+        rows: usize,
+        columns: usize,
+    ) -> Result<Option<Box<dyn RoundingRows + '_>>> {
+        let _ = (grid, rows, columns);
+        Ok(None)
+    }
 }
 
 /// Rows on a machine.
@@ -53,4 +69,54 @@ pub trait HeldRows {
         }
         Ok(sums)
     }
+}
+
+/// Rows that a machine rounds by itself, chunk of columns after chunk. All arrays are `[column, row]`.
+pub trait RoundingRows {
+    /// Rows that it takes at a time.
+    fn capacity(&self) -> usize;
+
+    /// From here on these rows, whose scales are `scales [sub-block][d, dmin, scale, min][row]` where they are chosen
+    /// beforehand.
+    ///
+    /// # Errors
+    /// The machine fails.
+    fn begin(&mut self, wanted: &[f32], scales: Option<&[f32]>) -> Result<()>;
+
+    /// Rounds a chunk, all before it rounded: `factor [chunk.end, chunk]` are the factor's rows up to the chunk's end, `pivots`
+    /// what an error in each of the chunk's columns counts.
+    ///
+    /// # Errors
+    /// The machine fails.
+    fn sweep(&mut self, chunk: Range<usize>, factor: &[f32], pivots: &[f32]) -> Result<()>;
+
+    /// Moves scales and codes of a chunk, all columns rounded; `moments` gives `[columns, chunk]`, the same whenever it is
+    /// asked.
+    ///
+    /// # Errors
+    /// The machine fails.
+    fn descend(&mut self, chunk: Range<usize>, moments: &dyn Fn() -> Vec<f32>) -> Result<()>;
+
+    /// What a chunk adds to the loss `tr(E M E^T)`, summed by the machine.
+    ///
+    /// # Errors
+    /// The machine fails.
+    fn add_loss(&mut self, chunk: Range<usize>, moments: &dyn Fn() -> Vec<f32>) -> Result<()>;
+
+    /// What became of the rows.
+    ///
+    /// # Errors
+    /// The machine fails.
+    fn finish(&mut self) -> Result<RowsRounded>;
+}
+
+/// Rows that a machine rounded.
+#[derive(Debug, Clone, PartialEq)]
+pub struct RowsRounded {
+    /// Values of codes, `[column, row]`.
+    pub values: Vec<f32>,
+    /// `[sub-block][d, dmin, scale, min][row]`.
+    pub scales: Vec<f32>,
+    /// Sum over all rows.
+    pub loss: f64,
 }

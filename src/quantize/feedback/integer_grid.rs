@@ -13,6 +13,7 @@ use super::super::integer::{IntegerGrid, highest, lowest};
 use super::super::lanes::Lanes;
 use super::super::super_block::Sweep;
 use super::super::symmetric::{Codebook, Whole};
+use super::description::Search;
 use super::grid::{Candidates, FeedbackGrid, Lattice, RoundedRow, Scales};
 use super::sweep::{Half, ROWS, Row};
 
@@ -34,6 +35,13 @@ impl<const SUB: usize> FeedbackGrid for Groups<SUB> {
         match self.0.has_zero_point {
             true => Lattice::ZeroPoint(self.0.scale, lowest(Width::Four), highest(Width::Four)),
             false => Lattice::Own(self.0.scale),
+        }
+    }
+
+    fn search(&self) -> Search {
+        match self.0.has_zero_point {
+            true => Search::Ranges(STEPS_WITH_ZERO, self.0.scale),
+            false => Search::Magnitudes(STEPS, self.0.scale),
         }
     }
 
@@ -109,6 +117,10 @@ impl FeedbackGrid for Rows {
     #[inline(always)]
     fn lattice(&self) -> Lattice {
         Lattice::Fixed
+    }
+
+    fn search(&self) -> Search {
+        Search::Preset
     }
 
     fn preset(&self, half: &mut Half, pivots: &[f32]) {

@@ -10,12 +10,14 @@
 pub mod cholesky;
 mod correction;
 mod descent;
+mod description;
 mod grid;
 mod held;
 mod integer_grid;
 mod moments;
 mod outputs;
 mod remote;
+mod remote_steps;
 mod sweep;
 #[cfg(test)]
 mod tests;
@@ -27,7 +29,9 @@ use pulp::Arch;
 use rayon::prelude::*;
 
 use super::integer::IntegerGrid;
-use crate::backend::cpu::gram::CHUNK_ROWS;
+pub use super::integer::ScaleFloat;
+pub use super::super_block::Sweep;
+pub use super::symmetric::CodeValues;
 use crate::backend::cpu::kernels::{self, FLOAT_ROWS, Isa, MAX_TOKENS};
 use crate::error::Result;
 use crate::formats::GgmlType;
@@ -35,8 +39,10 @@ use crate::formats::packed::Width;
 use cholesky::{STRIP, Strips};
 pub use correction::Correction;
 use descent::Pass;
+pub use description::{GridDescription, Search};
+pub use grid::Lattice;
 use grid::{FeedbackGrid, RoundedRow};
-pub use held::{HeldRows, RowProducts, SUMMED_COLUMNS};
+pub use held::{HeldRows, RoundingRows, RowProducts, RowsRounded, SUMMED_COLUMNS};
 pub use moments::{Damping, InputMoments};
 pub use outputs::OutputFactor;
 
@@ -44,6 +50,10 @@ use sweep::{FirstPass, Half, ROWS, Row};
 
 /// Columns that are rounded between two products with everything before them: a multiple of every block.
 const CHUNK: usize = 256;
+
+/// Errors that are multiplied before the sum of the products is added to others: as many as devices' kernels take, so that
+/// codes are the same there.
+const SUMMED: usize = 256;
 
 /// What rounding cost.
 #[derive(Debug, Clone, Copy, Default, PartialEq)]
@@ -486,8 +496,8 @@ fn products(
 ) -> [Vec<Row>; 2] {
     let mut out = [(); 2].map(|()| vec![[0.0; ROWS]; chunk.len()]);
     for first in chunk.clone().step_by(STRIP) {
-        for begin in rows.clone().step_by(CHUNK_ROWS) {
-            let part = begin..(begin + CHUNK_ROWS).min(rows.end);
+        for begin in rows.clone().step_by(SUMMED) {
+            let part = begin..(begin + SUMMED).min(rows.end);
             let errors = [
                 &halves[0].errors[part.clone()],
                 &halves[1].errors[part.clone()],

@@ -1,7 +1,7 @@
 //! The same rounding where another machine multiplies errors with second moments and their factor: nearly all of the work.
 //!
-//! Enters and leaves: as in the module above. All rows go chunk by chunk together, so that products are large; scales and
-//! codes are chosen on this computer's threads as ever.
+//! Enters and leaves: as in the module above. All rows go chunk by chunk together, so that products are large; where the
+//! machine does not round by itself, scales and codes are chosen on this computer's threads as ever.
 
 use std::ops::Range;
 
@@ -104,6 +104,9 @@ impl Job<'_> {
     ) -> Result<Rounded> {
         let columns = self.how.moments.in_features();
         let (matrix, factor) = (&self.how.moments.matrix, &self.how.moments.factor);
+        if let Some(rounded) = self.rounded_by::<G, SUB>(machine, grid, rows, out)? {
+            return Ok(rounded);
+        }
         let panels = Panels::new(machine, rows, columns, |rows| {
             let mut half = Half::new(rows, columns, SUB);
             grid.preset(&mut half, &factor.pivots);
