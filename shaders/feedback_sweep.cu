@@ -167,7 +167,7 @@ static __device__ inline float simulate(const Grid& g, const SubBlock& sub, cons
     return loss;
 }
 
-extern "C" __global__ void __launch_bounds__(32) feedback_sweep(
+extern "C" __global__ void __launch_bounds__(32, 1) feedback_sweep(
     const float* __restrict__ wanted,
     const float* __restrict__ repairs,
     const float* __restrict__ feedback,

@@ -14,12 +14,15 @@ use nemoconv_device::{DeviceError, kernels};
 const ARCHITECTURES: [u32; 6] = [80, 86, 89, 90, 100, 120];
 
 /// Kernels that hold tiles or states in registers.
-const LARGE: [&str; 5] = [
+const LARGE: [&str; 8] = [
     "matmul_tiled",
     "matmul_direct",
     "gram",
     "selective_scan",
     "attention",
+    "feedback_factors",
+    "feedback_sweep",
+    "feedback_descent",
 ];
 
 /// Kernels whose warps hold 64 x 32 sums.

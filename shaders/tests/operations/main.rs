@@ -2,6 +2,7 @@
 //! rows, values that are no numbers.
 
 mod drivers;
+mod feedback;
 mod matmul;
 mod mixers;
 mod page;
