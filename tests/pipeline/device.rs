@@ -222,8 +222,10 @@ fn blocks_on_several_devices_give_what_one_gives() {
 
 /// Share of bytes that may differ: codes next to a tie, and what follows from them.
 const TIES: f64 = 0.01;
-/// Rows of 96 that may differ on devices that do not fuse products and sums.
-const OTHER_ROWS: usize = 3;
+/// Rows of 96 that may differ on devices that do not fuse products and sums, or reorder them.
+const OTHER_ROWS: usize = 1;
+/// The same where scale and minimum are F16 numbers of their own: neighbours of them often lose nearly the same.
+const OTHER_ROWS_OF_LINES: usize = 6;
 /// How much more or less a row may lose that differs: from there on its errors are others.
 const OTHER_LOSS: f64 = 0.2;
 /// Relative difference of losses.
@@ -305,7 +307,11 @@ fn a_matrix_is_rounded_to_the_codes_of_the_cpu() {
                 let change = (there.loss - here.loss).abs() / here.loss;
                 println!("{name}, {form}, {passes} passes: {others} rows, loss {change:.1e}");
                 // The emulator fuses what the CPU fuses, and sums in its order.
-                let most = if name == "emulator" { 0 } else { OTHER_ROWS };
+                let most = match form {
+                    _ if name == "emulator" => 0,
+                    Form::Block(GgmlType::Q4_1 | GgmlType::Q5_1) => OTHER_ROWS_OF_LINES,
+                    _ => OTHER_ROWS,
+                };
                 assert!(others <= most, "{name} {form}: {others} rows differ");
                 let tolerance = LOSS + OTHER_LOSS * others as f64 / count as f64;
                 assert!(change <= tolerance, "{name} {form}: {change}");
