@@ -22,6 +22,13 @@ pub struct Tries {
     pub count: u32,
 }
 
+impl Tries {
+    /// `count` values from `first` on, `step` apart.
+    pub const fn new(first: f32, step: f32, count: u32) -> Self {
+        Self { first, step, count }
+    }
+}
+
 /// What codes stand for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum CodeValues {

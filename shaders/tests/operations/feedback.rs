@@ -25,11 +25,94 @@ const PRESET: FeedbackGrid = FeedbackGrid {
     lattice: ScaleLattice::Fixed,
     has_bf16_scales: false,
 };
-const NONE: Tries = Tries {
-    first: 0.0,
-    step: 0.0,
-    count: 0,
+const NONE: Tries = Tries::new(0.0, 0.0, 0);
+
+/// That of Q4_0.
+pub const Q4_0: FeedbackGrid = FeedbackGrid {
+    search: ScaleSearch::Ends,
+    a: Tries::new(-1.4, 0.1, 25),
+    b: Tries::new(1.0, -0.2, 9),
+    lattice: ScaleLattice::Own,
+    ..PRESET
 };
+/// That of Q4_K.
+pub const Q4_K: FeedbackGrid = FeedbackGrid {
+    first: 0.0,
+    last: 15.0,
+    search: ScaleSearch::Affine,
+    a: Tries::new(-0.6, 0.3, 5),
+    b: Tries::new(-0.9, 0.3, 7),
+    scales: 63.0,
+    factors: Tries::new(-4.0, 0.25, 33),
+    rounds: 3,
+    lattice: ScaleLattice::Multiples(0.0, 63.0, Some(63.0)),
+    ..PRESET
+};
+
+/// Columns that have nothing in common, `[n, n]`.
+pub fn identity(n: usize) -> Vec<f32> {
+    (0..n * n)
+        .map(|at| if at / n == at % n { 1.0 } else { 0.0 })
+        .collect()
+}
+
+/// Scales that are searched: without feedback every sub-block keeps less error than with the scale that just reaches its
+/// largest weight.
+#[test]
+fn searched_scales_are_better_than_those_that_reach() {
+    let (rows, width) = (9, 256);
+    let wanted = numbers(rows * width, 3);
+    for (name, device) in all() {
+        for grid in [Q4_0, Q4_K] {
+            let mut state = device.feedback_rows(rows, width, grid.sub).unwrap();
+            device
+                .feedback_begin(&mut state, rows, &wanted, None)
+                .unwrap();
+            let repairs = device.zeros(rows * width).unwrap();
+            let matrix = device.upload(&identity(width)).unwrap();
+            // No feedback: the factor has nothing above its diagonal.
+            let none = device.zeros(width * width).unwrap();
+            let pivots = device.upload(&vec![1.0; width]).unwrap();
+            device
+                .feedback_sweep(&grid, &mut state, 0..width, &repairs, (&none, 0), &pivots)
+                .unwrap();
+            let loss = |state: &FeedbackRows| -> f64 {
+                let errors = device.download_all(&state.errors).unwrap();
+                errors.iter().map(|error| f64::from(error * error)).sum()
+            };
+            let swept = loss(&state);
+            let gradient = device
+                .upload(&device.download_all(&state.errors).unwrap())
+                .unwrap();
+            device
+                .feedback_descent(&grid, &mut state, 0..width, &gradient, (&matrix, 0))
+                .unwrap();
+            let descended = loss(&state);
+            let reaching = reaching_loss(&wanted, rows, grid.sub);
+            assert!(
+                swept < 0.9 * reaching && descended <= swept,
+                "{name}: {descended}, {swept} and {reaching}"
+            );
+        }
+    }
+}
+
+/// With the largest magnitude of each sub-block at the code of -8.
+fn reaching_loss(wanted: &[f32], rows: usize, sub: usize) -> f64 {
+    let mut loss = 0.0;
+    for row in 0..rows {
+        let row: Vec<f32> = wanted.chunks(rows).map(|column| column[row]).collect();
+        for block in row.chunks(sub) {
+            let largest = |most: f32, x: &f32| if x.abs() > most.abs() { *x } else { most };
+            let step = block.iter().fold(0.0, largest) / -8.0;
+            let errors = block
+                .iter()
+                .map(|x| x - step * (x / step).round().clamp(-8.0, 7.0));
+            loss += errors.map(|error| f64::from(error * error)).sum::<f64>();
+        }
+    }
+    loss
+}
 
 /// One chunk of rows, `[column, row]`.
 struct Case {

@@ -5,11 +5,12 @@
 use std::time::Instant;
 
 use nemoconv_device::{
-    Array, AttentionLayout, ConvLayout, Device, MatmulLayout, Rounding, ScanLayout,
+    Array, AttentionLayout, ConvLayout, Device, FEEDBACK_CHUNK, MatmulLayout, Rounding, ScanLayout,
 };
 use nemoconv_formats::GgmlType;
 
 use crate::drivers::all;
+use crate::feedback::{Q4_0, Q4_K, identity};
 use crate::numbers;
 
 /// Runs of which the fastest counts, after one that compiles.
@@ -125,7 +126,39 @@ fn page(device: &Device) {
         moved,
     );
 
+    rounding(device, intermediate);
     mixers(device, tokens, heads);
+}
+
+/// A chunk of all rows of the widest matrix.
+fn rounding(device: &Device, rows: usize) {
+    let width = FEEDBACK_CHUNK;
+    let upload = |values: &[f32]| device.upload(values).unwrap();
+    let wanted = numbers(rows * width, 9);
+    let repairs = device.zeros(rows * width).unwrap();
+    let (matrix, pivots) = (upload(&identity(width)), upload(&vec![1.0; width]));
+    for (name, grid) in [("Q4_0", Q4_0), ("Q4_K", Q4_K)] {
+        let mut state = device.feedback_rows(rows, width, grid.sub).unwrap();
+        device
+            .feedback_begin(&mut state, rows, &wanted, None)
+            .unwrap();
+        let shape = format!("{rows} x {width} to {name}");
+        let codes = (rows * width) as f64;
+        let sweep = time(device, || {
+            device
+                .feedback_sweep(&grid, &mut state, 0..width, &repairs, (&matrix, 0), &pivots)
+                .unwrap();
+            device.zeros(1).unwrap()
+        });
+        line("feedback_sweep", &shape, sweep, 0.0, 16.0 * codes);
+        let descent = time(device, || {
+            device
+                .feedback_descent(&grid, &mut state, 0..width, &repairs, (&matrix, 0))
+                .unwrap();
+            device.zeros(1).unwrap()
+        });
+        line("feedback_descent", &shape, descent, 0.0, 24.0 * codes);
+    }
 }
 
 fn mixers(device: &Device, tokens: usize, heads: usize) {

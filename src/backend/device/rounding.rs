@@ -242,11 +242,7 @@ fn lattice_for_device(lattice: Lattice) -> ScaleLattice {
 }
 
 fn tries(sweep: Sweep) -> Tries {
-    Tries {
-        first: sweep.first,
-        step: sweep.step,
-        count: count(sweep.tries),
-    }
+    Tries::new(sweep.first, sweep.step, count(sweep.tries))
 }
 
 /// Few enough for the parameters of kernels.

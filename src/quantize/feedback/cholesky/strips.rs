@@ -6,6 +6,8 @@ use rayon::prelude::*;
 
 /// Columns that lie side by side in [`Strips`].
 pub const STRIP: usize = 8;
+/// Rows that a thread copies at a time.
+const DENSE_ROWS: usize = 256;
 
 /// A square matrix in strips of eight columns, `[strip][row][8]`: what products with panels of rows read in order.
 #[derive(Debug, Clone)]
@@ -50,10 +52,19 @@ impl Strips {
         &self.strips[strip][rows.start * STRIP..rows.end * STRIP]
     }
 
-    /// Rows `rows` of columns `columns`, row-major.
+    /// Rows `rows` of columns `columns`, row-major. Runs in rayon's current pool.
     pub fn dense(&self, rows: Range<usize>, columns: Range<usize>) -> Vec<f32> {
-        let row = |i| columns.clone().map(move |j| self.at(i, j));
-        rows.flat_map(row).collect()
+        let mut dense = vec![0.0; rows.len() * columns.len()];
+        let parts = dense.par_chunks_mut((DENSE_ROWS * columns.len()).max(1));
+        parts.enumerate().for_each(|(part, dense)| {
+            let first = rows.start + part * DENSE_ROWS;
+            let of_rows = dense.chunks_exact_mut(columns.len().max(1));
+            for (row, dense) in (first..).zip(of_rows) {
+                let places = dense.iter_mut().zip(columns.clone());
+                places.for_each(|(value, column)| *value = self.at(row, column));
+            }
+        });
+        dense
     }
 
     /// One element.
