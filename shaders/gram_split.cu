@@ -36,6 +36,7 @@ extern "C" __global__ void __launch_bounds__(256, 1) gram_split(
         reinterpret_cast<const u8*>(x + tile_j * row_words),
         p.n - tile_j,
         p.inner,
+        0u,
         true
     );
     float2* to = sums + tile_i * p.n + tile_j;

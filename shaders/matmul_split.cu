@@ -33,19 +33,28 @@ extern "C" __global__ void __launch_bounds__(256, 1) matmul_split(
     const u32 row_words = PARTS * part_words(p.inner);
     const u32* left = x + p.x_first + first_i * row_words;
     const u32* right = y + p.y_first + first_j * row_words;
-    float totals[DOWN][ACROSS][4] = {};
-    multiply_parts<PARTS>(
-        totals,
-        left,
-        p.rows - first_i,
-        reinterpret_cast<const u8*>(right),
-        p.columns - first_j,
-        p.inner,
-        true
-    );
     float* to = out + p.out_first + first_i * p.out_row + first_j;
-    for_each_total(totals, p.rows - first_i, p.columns - first_j, [&](u32 row, u32 column, float total) {
-        float& value = to[row * p.out_row + column];
-        value = p.beta == 0.0f ? p.alpha * total : fmaf(p.alpha, total, p.beta * value);
-    });
+    u32 k = 0u;
+    do {
+        float totals[DOWN][ACROSS][4] = {};
+        multiply_parts<PARTS>(
+            totals,
+            left,
+            p.rows - first_i,
+            reinterpret_cast<const u8*>(right),
+            p.columns - first_j,
+            p.inner,
+            k,
+            true
+        );
+        const float beta = k == 0u ? p.beta : 1.0f;
+        // Else the places of all outputs are computed before the loop, and held.
+        u32 out_row = p.out_row;
+        asm volatile("" : "+r"(out_row));
+        for_each_total(totals, p.rows - first_i, p.columns - first_j, [&](u32 row, u32 column, float total) {
+            float& value = to[row * out_row + column];
+            value = beta == 0.0f ? p.alpha * total : fmaf(p.alpha, total, beta * value);
+        });
+        k += CHUNK;
+    } while (k < p.inner);
 }

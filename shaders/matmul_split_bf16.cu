@@ -29,15 +29,28 @@ extern "C" __global__ void __launch_bounds__(256, 1) matmul_split_bf16(
     if (first_j >= p.columns) {
         return;
     }
-    float totals[DOWN][ACROSS][4] = {};
-    multiply_parts<1u>(
-        totals,
-        x + p.x_first + first_i * PARTS * part_words(p.inner),
-        p.rows - first_i,
-        bytes + p.first_byte + first_j * p.inner * 2u,
-        p.columns - first_j,
-        p.inner,
-        p.inner % 8u == 0u && p.first_byte % 16u == 0u
-    );
-    store(out + p.out_first + first_i * p.out_row + first_j, p.out_row, totals, p.rows - first_i, p.columns - first_j);
+    float* to = out + p.out_first + first_i * p.out_row + first_j;
+    u32 k = 0u;
+    do {
+        float totals[DOWN][ACROSS][4] = {};
+        multiply_parts<1u>(
+            totals,
+            x + p.x_first + first_i * PARTS * part_words(p.inner),
+            p.rows - first_i,
+            bytes + p.first_byte + first_j * p.inner * 2u,
+            p.columns - first_j,
+            p.inner,
+            k,
+            p.inner % 8u == 0u && p.first_byte % 16u == 0u
+        );
+        const bool is_first = k == 0u;
+        // Else the places of all outputs are computed before the loop, and held.
+        u32 out_row = p.out_row;
+        asm volatile("" : "+r"(out_row));
+        for_each_total(totals, p.rows - first_i, p.columns - first_j, [&](u32 row, u32 column, float total) {
+            float& value = to[row * out_row + column];
+            value = is_first ? total : value + total;
+        });
+        k += CHUNK;
+    } while (k < p.inner);
 }

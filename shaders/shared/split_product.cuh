@@ -9,7 +9,8 @@
 // rounded, in order of k. Where a device takes subnormal numbers for zero, parts below 2^-126 are lost. An infinity times
 // a finite number may be NaN; results within 2^-8 of the largest float may be infinite.
 //
-// 16 values of k of all parts are in shared memory, and the next 16 on their way to registers.
+// 16 values of k of all parts are in shared memory, and the next 16 on their way to registers. After CHUNK of them sums are
+// added to the result: errors of longer ones would grow beyond those of matmul_tiled.
 // Twins: split_product.wgsl, halves_product.cuh.
 
 #define PARTS 3u
@@ -17,6 +18,7 @@
 #define DEPTH 16u
 #define WORDS 8u
 #define PITCH 12u
+#define CHUNK 4096u
 
 // Words of a part of a row.
 static __device__ inline u32 part_words(u32 inner) { return (inner + 31u) / 32u * 16u; }
@@ -42,8 +44,9 @@ static __device__ inline void add_products(
     }
 }
 
-// `totals` of the warp: rows of `left`, of PARTS parts, times rows of `right`, of PARTS parts or as they are stored. Both
-// begin with the tile and have at least one row; beyond the last it is repeated: computed and not stored.
+// `totals` of the warp, of values from `first_k` on: rows of `left`, of PARTS parts, times rows of `right`, of PARTS parts or
+// as they are stored. Both begin with the tile and have at least one row; beyond the last it is repeated: computed and not
+// stored.
 template <u32 RIGHT_PARTS>
 static __device__ inline void multiply_parts(
     float (&totals)[DOWN][ACROSS][4],
@@ -52,6 +55,7 @@ static __device__ inline void multiply_parts(
     const u8* right,
     u32 right_rows,
     u32 inner,
+    u32 first_k,
     bool is_aligned
 ) {
     __shared__ __align__(16) u32 lefts[PARTS][TILE][PITCH];
@@ -77,11 +81,12 @@ static __device__ inline void multiply_parts(
                 : *reinterpret_cast<const uint4*>(from_right + part * words * 4u + k * 2u + 16u * half);
         }
     };
-    if (inner > 0u) {
-        fetch(0u);
+    const u32 end = min(inner, first_k + CHUNK);
+    if (first_k < end) {
+        fetch(first_k);
     }
     const bool has_outputs = warp_row() < left_rows && warp_column() < right_rows;
-    for (u32 k = 0u; k < inner; k += DEPTH) {
+    for (u32 k = first_k; k < end; k += DEPTH) {
         #pragma unroll
         for (u32 part = 0u; part < PARTS; part++) {
             *reinterpret_cast<uint4*>(&lefts[part][place][4u * half]) = held_left[part];
@@ -91,7 +96,7 @@ static __device__ inline void multiply_parts(
             *reinterpret_cast<uint4*>(&rights[part][place][4u * half]) = held_right[part];
         }
         __syncthreads();
-        if (k + DEPTH < inner) {
+        if (k + DEPTH < end) {
             fetch(k + DEPTH);
         }
         if (has_outputs) {

@@ -127,6 +127,8 @@ static __device__ inline void for_each_total(
                     put(row, column, totals[down][across][part]);
                 }
             }
+            // What `put` loads for these values is not held beside what it loads for others.
+            asm volatile("" ::: "memory");
         }
     }
 }

@@ -31,7 +31,7 @@ const IN_PARTS: [&str; 3] = ["matmul_split", "matmul_split_bf16", "gram_split"];
 /// Registers of a thread: up to 255 let 256 threads of a multiprocessor run at once, 128 let 512, 64 let 1024.
 fn budget(kernel: &str) -> u32 {
     match kernel {
-        _ if IN_PARTS.contains(&kernel) => 224,
+        _ if IN_PARTS.contains(&kernel) => 240,
         _ if LARGEST.contains(&kernel) => 200,
         _ if LARGE.contains(&kernel) => 128,
         _ => 64,
