@@ -23,10 +23,10 @@ pub enum Splitting {
 
 /// Products with so many multiplications are split: an assumption, not a measurement, as for libraries.
 const SPLIT_FROM: u64 = 1 << 27;
-/// So often at least each value is multiplied that is split for it. On an H100 a value takes 3 ps to be split, at the bandwidth
-/// of memory, and a product with it 9 ps less per 1000 multiplications, at the peaks of both arithmetics: even at 170.
+/// So often at least each value is multiplied that is split for it. On an H100 it takes 3 ps to be read and written in parts, and
+/// 1000 products with it 18 ps less, at the peaks of memory and of both arithmetics: even at 170.
 const SPLIT_USES: usize = 256;
-/// The same where weights are there in BF16, and inputs alone are split: half a tile, of which a quarter of the F32 peak is left.
+/// The same where weights are there in BF16, and inputs alone are split: half a tile, for which half the peak is left.
 const STORED_USES: usize = TILE / 2;
 
 /// Rows and columns that a group of threads of `split_floats` takes.
