@@ -54,7 +54,7 @@ impl Device {
         }
     }
 
-    /// `rows` rows of `inner` values in parts; `at`: their first value, and the steps to the next row and column.
+    /// As `try_split`, where there is room.
     ///
     /// # Errors
     /// Out of memory, device lost; the values or the parts are more than a view may span.
@@ -168,7 +168,8 @@ impl Device {
         Ok(right.map(|right| [left, right]))
     }
 
-    /// As [`Self::split`]; `None` where there is no room for the parts, or no view of the values or of them.
+    /// `rows` rows of `inner` values in parts; `at`: their first value, and the steps to the next row and column. `None` where
+    /// there is no room for the parts, or no view of the values or of them.
     ///
     /// # Errors
     /// Device lost.

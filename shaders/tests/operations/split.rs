@@ -82,7 +82,7 @@ fn parts_make_up_the_whole_value() {
         f32::from_bits(0x3f80_80ff),
         -f32::from_bits(0x3fff_ffff),
         2.0_f32.powi(-110) * 1.999_999_9,
-        -2.0_f32.powi(-109) * 1.111_111_1,
+        -2.0_f32.powi(-109) * 1.111_111,
         0.0,
         -0.0,
     ];

@@ -40,7 +40,7 @@ fn expected(rows: &[f32], inner: usize) -> Vec<u16> {
         let split: Vec<_> = row.iter().map(|x| parts(*x)).collect();
         for part in 0..PARTS {
             let halves = split.iter().map(|x| (x[part].to_bits() >> 16) as u16);
-            let zeros = std::iter::repeat(0).take(2 * part_words(inner) - inner);
+            let zeros = std::iter::repeat_n(0, 2 * part_words(inner) - inner);
             all.extend(halves.chain(zeros));
         }
     }
