@@ -26,20 +26,17 @@ struct Parameters {
 // As an integer 1.5 * 2^23: the F32 of the same bits, and of those plus a dot, which is below 2^22, is that plus the dot.
 #define OFFSET 0x4b400000
 
-static __device__ inline void multiply(int (&dots)[4], const u32 (&left)[4], const u32 (&right)[2]) {
+static __device__ inline void multiply(int (&dots)[4], const u32 (&left)[LEFT_WORDS], const u32 (&right)[RIGHT_WORDS]) {
 #ifdef TENSOR_CORES
     asm volatile(
         "mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
         : "+r"(dots[0]), "+r"(dots[1]), "+r"(dots[2]), "+r"(dots[3])
         : "r"(left[0]), "r"(left[1]), "r"(left[2]), "r"(left[3]), "r"(right[0]), "r"(right[1]));
 #else
-    u32 rows[2][8];
-    u32 columns[2][8];
-    gather(rows, columns, left, right);
     for (u32 part = 0u; part < 4u; part++) {
         for (u32 at = 0u; at < BLOCK; at++) {
-            const signed char x = (signed char)((rows[part / 2u][at / 4u] >> (at % 4u * 8u)) & 0xffu);
-            const signed char w = (signed char)((columns[part % 2u][at / 4u] >> (at % 4u * 8u)) & 0xffu);
+            const signed char x = (signed char)((left[part / 2u * 8u + at / 4u] >> (at % 4u * 8u)) & 0xffu);
+            const signed char w = (signed char)((right[part % 2u * 8u + at / 4u] >> (at % 4u * 8u)) & 0xffu);
             dots[part] += (int)x * (int)w;
         }
     }
@@ -104,7 +101,7 @@ extern "C" __global__ void __launch_bounds__(256, 1) matmul_q8_0(
             held_scale = part_of == 0u ? *input_scale : half_at(weight, 0u);
         }
         if (has_rows) {
-            u32 a[DOWN][4];
+            u32 a[DOWN][LEFT_WORDS];
             float a_scales[DOWN][2];
             #pragma unroll
             for (u32 down = 0u; down < DOWN; down++) {
@@ -116,7 +113,7 @@ extern "C" __global__ void __launch_bounds__(256, 1) matmul_q8_0(
             #pragma unroll
             for (u32 across = 0u; across < ACROSS; across++) {
                 const u32 column = warp_column() + 8u * across;
-                u32 b[2];
+                u32 b[RIGHT_WORDS];
                 load_right(b, &right[stage][column + lane_row()][lane_word()]);
                 const float* b_scales = &right_scales[stage][column + 2u * lane_word()];
                 #pragma unroll

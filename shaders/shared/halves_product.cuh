@@ -22,22 +22,6 @@ struct Parameters {
 #define WORDS 16u
 #define PITCH 20u
 
-// Eight weights of a row from k on, zeros beyond the last. Rows that are whole multiples of 16 bytes are loaded so.
-static __device__ inline uint4 fetch_weights(const u8* row, u32 k, u32 inner, bool is_aligned) {
-    if (is_aligned) {
-        return k < inner ? *reinterpret_cast<const uint4*>(row + 2u * k) : make_uint4(0u, 0u, 0u, 0u);
-    }
-    u32 words[4];
-    #pragma unroll
-    for (u32 word = 0u; word < 4u; word++) {
-        const u32 at = k + 2u * word;
-        const u32 low = at < inner ? short_at(row, 2u * at) : 0u;
-        const u32 high = at + 1u < inner ? short_at(row, 2u * at + 2u) : 0u;
-        words[word] = low | high << 16;
-    }
-    return make_uint4(words[0], words[1], words[2], words[3]);
-}
-
 extern "C" __global__ void __launch_bounds__(256, 1) KERNEL(
     const u8* __restrict__ bytes,
     const u32* __restrict__ x,
@@ -91,7 +75,7 @@ extern "C" __global__ void __launch_bounds__(256, 1) KERNEL(
             held[1][part] = fetch_weights(weights[part], k + DEPTH + 8u * quarter, p.inner, is_aligned);
         }
         if (has_rows) {
-            u32 a[DOWN][2][4];
+            u32 a[DOWN][2][LEFT_WORDS];
             #pragma unroll
             for (u32 down = 0u; down < DOWN; down++) {
                 const u32* row = &left[stage][warp_row() + 16u * down + lane_row()][lane_word()];
@@ -101,7 +85,7 @@ extern "C" __global__ void __launch_bounds__(256, 1) KERNEL(
             #pragma unroll
             for (u32 across = 0u; across < ACROSS; across++) {
                 const u32* column = &right[stage][warp_column() + 8u * across + lane_row()][lane_word()];
-                u32 b[2][2];
+                u32 b[2][RIGHT_WORDS];
                 load_right(b[0], column);
                 load_right(b[1], column + 8u);
                 #pragma unroll

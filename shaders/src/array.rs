@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use crate::driver::{Description, Driver, Handle, Launch, View};
 use crate::error::{DeviceError, Result};
 use crate::kernels::Kernel;
-use crate::ops::MatmulLayout;
+use crate::ops::{MatmulLayout, Splitting};
 
 /// A device with its memory. Clones share it.
 #[derive(Clone)]
@@ -15,6 +15,7 @@ pub struct Device {
     inner: Arc<Inner>,
     matmul: MatmulKernel,
     library_from: u64,
+    splitting: Splitting,
 }
 
 /// Products with so many multiplications go to the device's library. An assumption, not a measurement: 512 x 512 x 512 keep
@@ -204,10 +205,15 @@ impl Device {
             true => MatmulKernel::Direct,
             false => MatmulKernel::Tiled,
         };
+        let splitting = match inner.driver.description().splits_floats {
+            true => Splitting::WherePays,
+            false => Splitting::Never,
+        };
         Self {
             inner: Arc::new(inner),
             matmul,
             library_from: LIBRARY_FROM,
+            splitting,
         }
     }
 
@@ -222,6 +228,15 @@ impl Device {
             library_from,
             ..self
         }
+    }
+
+    /// The same with these products computed of parts, whatever the device.
+    pub fn with_splitting(self, splitting: Splitting) -> Self {
+        Self { splitting, ..self }
+    }
+
+    pub(crate) fn splitting(&self) -> Splitting {
+        self.splitting
     }
 
     /// The product of a library; `None` where the own kernel has to compute it.

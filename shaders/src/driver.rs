@@ -51,6 +51,8 @@ pub struct Description {
     pub detail: String,
     /// Whether it is a processor that stands in for a GPU.
     pub is_software: bool,
+    /// Whether six products of BF16 on its tensor cores, with sums in F32, take less time than one of F32.
+    pub splits_floats: bool,
     /// What it allows.
     pub limits: Limits,
 }

@@ -30,6 +30,8 @@ const WGSL_BYTES: &str = include_str!("../shared/bytes.wgsl");
 const WGSL_BLOCKS: &str = include_str!("../shared/blocks.wgsl");
 /// Products of packed inputs with weights of 16 bits.
 const WGSL_HALVES: &str = include_str!("../shared/halves_product.wgsl");
+/// Products of operands in parts of BF16.
+const WGSL_SPLIT: &str = include_str!("../shared/split_product.wgsl");
 /// What rows of packed checkpoints share.
 const WGSL_PACKED: &str = include_str!("../shared/packed.wgsl");
 /// Grids of rounding with error feedback.
@@ -53,6 +55,8 @@ const CUDA_BLOCKS: &str = include_str!("../shared/blocks.cuh");
 const CUDA_TENSOR_TILE: &str = include_str!("../shared/tensor_tile.cuh");
 #[cfg(feature = "cuda")]
 const CUDA_HALVES: &str = include_str!("../shared/halves_product.cuh");
+#[cfg(feature = "cuda")]
+const CUDA_SPLIT: &str = include_str!("../shared/split_product.cuh");
 #[cfg(feature = "cuda")]
 const CUDA_PACKED: &str = include_str!("../shared/packed.cuh");
 #[cfg(feature = "cuda")]
@@ -226,6 +230,14 @@ kernels! {
     FEEDBACK_DESCENT = "feedback_descent", 32 threads, 6 views, [WGSL_FEEDBACK], [CUDA_FEEDBACK];
     /// Views: errors, gradient, losses (in place).
     FEEDBACK_LOSS = "feedback_loss", 64 threads, 3 views;
+    /// Operands of products in three parts of BF16. Views: x, out.
+    SPLIT_FLOATS = "split_floats", 256 threads, 2 views;
+    /// `out = alpha X Y^T + beta out` of operands in parts. Views: x, y, out.
+    MATMUL_SPLIT = "matmul_split", 256 threads, 3 views, [WGSL_SPLIT], [CUDA_BYTES, CUDA_TENSOR_TILE, CUDA_SPLIT];
+    /// `x W^T` of inputs in parts and weights stored in BF16. Views: bytes, x, out.
+    MATMUL_SPLIT_BF16 = "matmul_split_bf16", 256 threads, 3 views, [WGSL_BYTES, WGSL_SPLIT], [CUDA_BYTES, CUDA_TENSOR_TILE, CUDA_SPLIT];
+    /// `sums += X X^T` of rows in parts, with sums in two floats. Views: x, sums.
+    GRAM_SPLIT = "gram_split", 256 threads, 2 views, [WGSL_SPLIT], [CUDA_BYTES, CUDA_TENSOR_TILE, CUDA_SPLIT];
 }
 
 stored_products! {

@@ -72,6 +72,7 @@ fn describe(adapter: &wgpu::Adapter) -> Description {
     Description {
         family: Family::Wgpu,
         is_software: is_software(&info),
+        splits_floats: false,
         detail: format!("{} {} ({:?})", info.driver, info.driver_info, info.backend),
         name: info.name,
         limits: Limits {

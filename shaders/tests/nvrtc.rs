@@ -28,9 +28,13 @@ const LARGE: [&str; 8] = [
 /// Kernels whose warps hold 64 x 32 sums.
 const LARGEST: [&str; 3] = ["matmul_bf16", "matmul_f16", "matmul_q8_0"];
 
-/// Registers of a thread: 200 let 256 threads of a multiprocessor run at once, 128 let 512 threads of a multiprocessor run at once, 64 let 1024.
+/// The same with operands in parts.
+const IN_PARTS: [&str; 3] = ["matmul_split", "matmul_split_bf16", "gram_split"];
+
+/// Registers of a thread: up to 255 let 256 threads of a multiprocessor run at once, 128 let 512, 64 let 1024.
 fn budget(kernel: &str) -> u32 {
     match kernel {
+        _ if IN_PARTS.contains(&kernel) => 240,
         _ if LARGEST.contains(&kernel) => 200,
         _ if LARGE.contains(&kernel) => 128,
         _ => 64,

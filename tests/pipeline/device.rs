@@ -19,7 +19,7 @@ use nemoconv::quantize::feedback::{Correction, Damping, Feedback, InputMoments, 
 use nemoconv::quantize::form::Form;
 use nemoconv::quantize::integer::{IntegerGrid, ScaleFloat};
 use nemoconv_cuda_emu::{Emulator, Order};
-use nemoconv_device::{Device, DeviceName, Found, devices, open};
+use nemoconv_device::{Device, DeviceName, Found, Splitting, devices, open};
 use nemoconv_fixtures::checkpoint::cases;
 use nemoconv_fixtures::packed::{Layout, write};
 
@@ -55,6 +55,14 @@ pub fn machines() -> Vec<(String, Machines)> {
         .collect()
 }
 
+/// The emulator with all products of F32 in parts of BF16, however small they are.
+fn in_parts() -> (String, Machines) {
+    let device = Device::new(Box::new(Emulator::new(Order::Strided)), None);
+    let open = OpenDevice::new(device.with_splitting(Splitting::Always));
+    let machines = Machines::Devices([Arc::new(open)].into());
+    ("emulator, in parts".to_string(), machines)
+}
+
 fn sequence<'a>(tokens: &'a [u32], state: &'a mut State<Machine>) -> Sequence<'a, Machine> {
     Sequence { tokens, state }
 }
@@ -82,11 +90,21 @@ fn logits(machines: &Machines, model: &Arc<StoredModel>, numerics: &Numerics) ->
 
 #[track_caller]
 fn check(path: &Path, numerics: impl Fn(&StoredModel) -> Numerics, tolerance: f32) {
+    check_on(machines(), path, numerics, tolerance);
+}
+
+#[track_caller]
+fn check_on(
+    machines: Vec<(String, Machines)>,
+    path: &Path,
+    numerics: impl Fn(&StoredModel) -> Numerics,
+    tolerance: f32,
+) {
     let model = Arc::new(StoredModel::open(path.to_str().unwrap()).unwrap());
     let numerics = numerics(&model);
     let expected = logits(&Machines::Cpu, &model, &numerics);
     let largest = expected.iter().fold(0.0_f32, |max, x| max.max(x.abs()));
-    for (name, machines) in machines() {
+    for (name, machines) in machines {
         let found = logits(&machines, &model, &numerics);
         let pairs = found.iter().zip(&expected);
         let distance = pairs.fold(0.0_f32, |max, (a, b)| max.max((a - b).abs())) / largest;
@@ -109,6 +127,25 @@ fn check(path: &Path, numerics: impl Fn(&StoredModel) -> Numerics, tolerance: f3
 fn networks_give_the_logits_of_the_cpu() {
     for model in nemoconv_fixtures::models() {
         check(&model, |_| Numerics::EXACT, LOGITS);
+    }
+}
+
+/// Weights in BF16 as they are stored, and decoded ones.
+#[test]
+fn products_in_parts_give_the_logits_of_the_cpu() {
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("q4_k_m.gguf");
+    to_gguf(
+        &nemoconv_fixtures::nano(),
+        &file,
+        &["-t", "q4_k_m", "--allow-fallback"],
+    );
+    for path in nemoconv_fixtures::models().into_iter().chain([file]) {
+        check_on(vec![in_parts()], &path, |_| Numerics::EXACT, LOGITS);
+        let model = Arc::new(StoredModel::open(path.to_str().unwrap()).unwrap());
+        let [whole, parts] = [&machines()[0].1, &in_parts().1]
+            .map(|machines| logits(machines, &model, &Numerics::EXACT));
+        assert!(whole != parts, "{}: nothing was split", path.display());
     }
 }
 
@@ -189,7 +226,7 @@ fn second_moments_are_those_of_the_cpu() {
         upper.chain(cross).collect::<Vec<f64>>()
     };
     let expected = sums(&Machines::Cpu);
-    for (name, machines) in machines() {
+    for (name, machines) in machines().into_iter().chain([in_parts()]) {
         for (found, expected) in sums(&machines).iter().zip(&expected) {
             assert!(
                 (found - expected).abs() < 1e-6 * rows as f64,
@@ -293,7 +330,7 @@ fn a_matrix_is_rounded_to_the_codes_of_the_cpu() {
     let path = nemoconv_fixtures::nano();
     let model = StoredModel::open(path.to_str().unwrap()).unwrap();
     let forms = forms();
-    for (name, machines) in machines() {
+    for (name, machines) in machines().into_iter().chain([in_parts()]) {
         let machine = machines.without_weights(0, model.config());
         let products = machine.row_products().unwrap();
         for form in &forms {

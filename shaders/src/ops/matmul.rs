@@ -1,4 +1,4 @@
-//! Matrix products and second moments.
+//! Matrix products.
 
 use std::ops::Range;
 
@@ -78,15 +78,8 @@ fn span([first, row, column]: [usize; 3], rows: usize, columns: usize) -> Range<
     first..first + rows.saturating_sub(1) * row + columns.saturating_sub(1) * column + 1
 }
 
-/// Rows of inputs that are summed in f32 before the sums are added without loss.
-const GRAM_ROWS: usize = 512;
-/// Rows and columns of second moments that a group of threads computes.
-const GRAM_TILE: usize = 32;
-/// Bytes of second moments that are held together.
-const GRAM_BYTES: u64 = 512 << 20;
-
 impl Device {
-    /// A matrix product.
+    /// A matrix product: of parts where that is faster and there is room for them, a library's, or the own kernel's.
     ///
     /// # Errors
     /// Device lost; B alone is larger than a view may be.
@@ -115,6 +108,10 @@ impl Device {
             layout.out_values().end <= out.len(),
             "the result is too short"
         );
+        if let Some([left, right]) = self.split_operands(layout, a, b)? {
+            let factors = [layout.alpha, layout.beta];
+            return self.matmul_split(&left, 0..layout.rows, &right, factors, layout.out, out);
+        }
         let step = self.rows_in_a_view(layout);
         for first in (0..layout.rows).step_by(step) {
             let part = layout.part(first..layout.rows.min(first + step));
@@ -167,43 +164,6 @@ impl Device {
         };
         let groups = layout.rows.div_ceil(tile) * layout.columns.div_ceil(tile);
         self.launch(kernel, word(groups), &views, &parameters)
-    }
-
-    /// Rows of second moments of width `n` that [`Self::gram`] may be asked for together.
-    pub fn gram_strips(&self, n: usize) -> impl Iterator<Item = Range<usize>> + use<> {
-        let limits = self.description().limits;
-        let rows = (limits.view_bytes.min(GRAM_BYTES) as usize / (8 * n.max(1))).max(1);
-        (0..n)
-            .step_by(rows)
-            .map(move |first| first..n.min(first + rows))
-    }
-
-    /// `sums += X^T X` for `x [_, n]`, of it the rows `strip`: `sums [strip, n]` pairs of floats, the large and the small
-    /// part of each sum; columns from about the row on are meant.
-    ///
-    /// # Errors
-    /// Device lost; the sums are larger than a view may be (see [`Self::gram_strips`]).
-    ///
-    /// # Panics
-    /// The lengths do not belong together.
-    pub fn gram(&self, x: &Array, n: usize, strip: Range<usize>, sums: &mut Array) -> Result<()> {
-        assert!(x.len().is_multiple_of(n) && sums.len() == 2 * strip.len() * n);
-        let groups = strip.len().div_ceil(GRAM_TILE) * n.div_ceil(GRAM_TILE);
-        let count = x.len() / n;
-        for first in (0..count).step_by(GRAM_ROWS) {
-            let part = GRAM_ROWS.min(count - first);
-            let (view, first_value) = x.part(first * n..(first + part) * n);
-            let sizes = [part, n, strip.start, strip.len()].map(word);
-            // The last one is a zero that compilers must not know.
-            let parameters = [&sizes[..], &[first_value, 0]].concat();
-            self.launch(
-                &kernels::GRAM,
-                word(groups),
-                &[view, sums.view()],
-                &parameters,
-            )?;
-        }
-        Ok(())
     }
 }
 

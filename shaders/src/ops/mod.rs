@@ -3,11 +3,13 @@
 mod decode;
 mod feedback;
 mod floats;
+mod gram;
 mod integers;
 mod matmul;
 mod mixers;
 mod packed;
 mod rows;
+mod split;
 mod stored;
 mod values;
 
@@ -20,6 +22,7 @@ pub use integers::IntegerLayout;
 pub use matmul::MatmulLayout;
 pub use mixers::{AttentionLayout, ConvLayout, ScanLayout};
 pub use rows::Rounding;
+pub use split::Splitting;
 pub use stored::{Packed, Packing};
 
 /// Groups for so many threads' work.

@@ -7,6 +7,7 @@ use nemoconv_formats::GgmlType;
 use super::rows::Rounding;
 use super::{groups_of, word};
 use crate::array::{Array, Bytes, Device};
+use crate::driver::View;
 use crate::error::Result;
 use crate::kernels::{self, Kernel};
 
@@ -19,23 +20,27 @@ pub enum Packing {
     F16,
     /// Quantized to blocks of Q8_0.
     Q8_0,
+    /// Three parts of BF16 each, for weights in BF16 or for other rows in parts: inputs as they are.
+    Parts,
 }
 
-/// Rows of inputs that were packed.
+/// Rows of inputs, or of weights in parts, that were packed.
 pub struct Packed {
     packing: Packing,
     rows: usize,
     width: usize,
-    /// Halves in rows of whole multiples of [`DEPTH`], or codes.
+    /// Halves in rows or parts of rows of whole multiples of [`DEPTH`], or codes.
     words: Bytes,
     /// Of each block of Q8_0.
     scales: Option<Array>,
 }
 
 /// Rows and columns of outputs that a group of threads computes.
-const TILE: usize = 128;
-/// Values that are multiplied at a time, and those of a block of Q8_0.
+pub(super) const TILE: usize = 128;
+/// Rows of halves are whole multiples of this; values of a block of Q8_0.
 const DEPTH: usize = 32;
+/// Parts of a value of F32.
+pub(super) const PARTS: usize = 3;
 
 impl Packing {
     /// Inputs rounded so, times weights of this type; `None` where that is no product of two packed operands.
@@ -53,23 +58,65 @@ impl Packing {
             Self::Bf16 => &kernels::MATMUL_BF16,
             Self::F16 => &kernels::MATMUL_F16,
             Self::Q8_0 => &kernels::MATMUL_Q8_0,
+            Self::Parts => &kernels::MATMUL_SPLIT_BF16,
         }
     }
 
     /// Bytes of a row of packed inputs.
-    fn row_bytes(self, width: usize) -> usize {
+    pub(super) fn row_bytes(self, width: usize) -> usize {
         match self {
             Self::Bf16 | Self::F16 => width.next_multiple_of(DEPTH) * 2,
             Self::Q8_0 => width,
+            Self::Parts => PARTS * width.next_multiple_of(DEPTH) * 2,
         }
     }
 
     /// Bytes of a row of stored weights.
     fn weight_bytes(self, width: usize) -> usize {
         match self {
-            Self::Bf16 | Self::F16 => width * 2,
+            Self::Bf16 | Self::F16 | Self::Parts => width * 2,
             Self::Q8_0 => width / DEPTH * GgmlType::Q8_0.block_bytes(),
         }
+    }
+}
+
+impl Packed {
+    /// Rows without values in them yet.
+    pub(super) fn reserve(
+        device: &Device,
+        rows: usize,
+        width: usize,
+        packing: Packing,
+    ) -> Result<Self> {
+        let bytes = rows * packing.row_bytes(width);
+        Ok(Self {
+            packing,
+            rows,
+            width,
+            words: device.reserve_bytes(bytes as u64)?,
+            scales: None,
+        })
+    }
+
+    pub(super) fn packing(&self) -> Packing {
+        self.packing
+    }
+
+    pub(super) fn rows(&self) -> usize {
+        self.rows
+    }
+
+    /// Values of a row.
+    pub(super) fn width(&self) -> usize {
+        self.width
+    }
+
+    /// Some rows: the view, and their first word in it.
+    pub(super) fn part(&self, rows: Range<usize>) -> (View, u32) {
+        let row = self.packing.row_bytes(self.width) as u64;
+        let bytes = rows.start as u64 * row..rows.end as u64 * row;
+        let (view, first) = self.words.part(bytes);
+        (view, word(first as usize / 4))
     }
 }
 
@@ -89,48 +136,51 @@ impl Device {
         packing: Packing,
     ) -> Result<Packed> {
         assert!(rows * width <= input.len(), "rows are missing");
-        let bytes = rows * packing.row_bytes(width);
-        let words = self.reserve_bytes(bytes as u64)?;
-        let scales = match packing {
-            Packing::Bf16 | Packing::F16 => {
-                let kernel = &kernels::PACK_HALVES;
-                let count = bytes / 4;
-                let row_words = packing.row_bytes(width) / 4;
-                let mode = u32::from(packing == Packing::F16);
-                let parameters = [word(count), word(width), word(row_words), mode];
-                let views = [input.view(), words.view()];
-                self.launch(
-                    kernel,
-                    groups_of(count, kernel.threads),
-                    &views,
-                    &parameters,
-                )?;
-                None
-            }
-            Packing::Q8_0 => {
-                assert!(width.is_multiple_of(DEPTH), "whole blocks");
-                let kernel = &kernels::QUANTIZE_Q8_0;
-                let blocks = rows * width / DEPTH;
-                let scales = self.uninitialized(blocks)?;
-                let views = [input.view(), words.view(), scales.view()];
-                let groups = groups_of(blocks, kernel.threads);
-                self.launch(kernel, groups, &views, &[word(blocks)])?;
-                Some(scales)
-            }
-        };
+        match packing {
+            Packing::Bf16 | Packing::F16 => self.pack_halves(input, rows, width, packing),
+            Packing::Q8_0 => self.quantize_q8_0(input, rows, width),
+            Packing::Parts => self.split(input, [0, width, 1], rows, width),
+        }
+    }
+
+    fn pack_halves(
+        &self,
+        input: &Array,
+        rows: usize,
+        width: usize,
+        packing: Packing,
+    ) -> Result<Packed> {
+        let packed = Packed::reserve(self, rows, width, packing)?;
+        let kernel = &kernels::PACK_HALVES;
+        let row_words = packing.row_bytes(width) / 4;
+        let count = rows * row_words;
+        let mode = u32::from(packing == Packing::F16);
+        let parameters = [word(count), word(width), word(row_words), mode];
+        let views = [input.view(), packed.words.view()];
+        let groups = groups_of(count, kernel.threads);
+        self.launch(kernel, groups, &views, &parameters)?;
+        Ok(packed)
+    }
+
+    fn quantize_q8_0(&self, input: &Array, rows: usize, width: usize) -> Result<Packed> {
+        assert!(width.is_multiple_of(DEPTH), "whole blocks");
+        let packed = Packed::reserve(self, rows, width, Packing::Q8_0)?;
+        let kernel = &kernels::QUANTIZE_Q8_0;
+        let blocks = rows * width / DEPTH;
+        let scales = self.uninitialized(blocks)?;
+        let views = [input.view(), packed.words.view(), scales.view()];
+        let groups = groups_of(blocks, kernel.threads);
+        self.launch(kernel, groups, &views, &[word(blocks)])?;
         Ok(Packed {
-            packing,
-            rows,
-            width,
-            words,
-            scales,
+            scales: Some(scales),
+            ..packed
         })
     }
 
     /// `x W^T`: `x` packed, `W [columns, width]` as stored from `first_byte` on, written to columns `first_column..` of
     /// rows of `out_row` values.
     ///
-    /// BF16 and F16: exact products, summed 32 at a time and in order. Q8_0: for each block the dot of its codes in integers,
+    /// BF16 and F16: exact products, summed 32 at a time and in order. Parts: as F32 rounds, summed 16 at a time. Q8_0: for each block the dot of its codes in integers,
     /// times both scales, summed in order.
     ///
     /// # Errors
@@ -160,7 +210,8 @@ impl Device {
             "a row of the result is too short"
         );
         assert!(x.rows * out_row <= out.len(), "the result is too short");
-        let (row_step, column_step) = self.parts_of_views(x, out_row);
+        let row_step = self.rows_of_views(x, out_row);
+        let column_step = (self.least_view() / stored.max(1)).max(1);
         for first in (0..columns).step_by(column_step) {
             let part = first..columns.min(first + column_step);
             let begin = first_byte + (part.start * stored) as u64;
@@ -174,14 +225,16 @@ impl Device {
         Ok(())
     }
 
-    /// Rows of inputs and results, and rows of weights, that fit views.
-    fn parts_of_views(&self, x: &Packed, out_row: usize) -> (usize, usize) {
+    /// Bytes that fit a view wherever they begin: at most an alignment before what it shows.
+    pub(super) fn least_view(&self) -> usize {
         let limits = self.description().limits;
-        // Views begin at most an alignment before what they show.
-        let bytes = (limits.view_bytes - limits.view_alignment) as usize;
+        (limits.view_bytes - limits.view_alignment) as usize
+    }
+
+    /// Rows of packed inputs, and of results, that fit views.
+    pub(super) fn rows_of_views(&self, x: &Packed, out_row: usize) -> usize {
         let row = x.packing.row_bytes(x.width).max(4 * out_row).max(1);
-        let stored = x.packing.weight_bytes(x.width).max(1);
-        ((bytes / row).max(1), (bytes / stored).max(1))
+        (self.least_view() / row).max(1)
     }
 
     #[allow(
@@ -198,16 +251,13 @@ impl Device {
         [first_column, out_row]: [usize; 2],
         out: &Array,
     ) -> Result<()> {
-        let row_bytes = x.packing.row_bytes(x.width) as u64;
         let (weights, first_byte) = weights.part(bytes);
-        let (words, x_first) = x
-            .words
-            .part(rows.start as u64 * row_bytes..rows.end as u64 * row_bytes);
+        let (words, x_first) = x.part(rows.clone());
         let first = rows.start * out_row + first_column;
         let end = (rows.end - 1) * out_row + first_column + columns;
         let (out, out_first) = out.part(first..end);
         let mut parameters = [rows.len(), columns, x.width].map(word).to_vec();
-        parameters.extend([word(first_byte as usize), word(x_first as usize / 4)]);
+        parameters.extend([word(first_byte as usize), x_first]);
         let mut views = vec![weights, words];
         if let Some(scales) = &x.scales {
             let blocks = x.width / DEPTH;

@@ -7,6 +7,7 @@ mod matmul;
 mod mixers;
 mod page;
 mod rows;
+mod split;
 mod stored;
 mod values;
 

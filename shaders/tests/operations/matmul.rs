@@ -1,6 +1,6 @@
 //! Products in every layout, and second moments.
 
-use nemoconv_device::{MatmulKernel, MatmulLayout};
+use nemoconv_device::{MatmulKernel, MatmulLayout, Splitting};
 
 use crate::drivers::all;
 use crate::{TOLERANCE, check, numbers};
@@ -37,11 +37,14 @@ fn products_of_every_layout() {
     let devices = all().into_iter().flat_map(|(name, device)| {
         let own = |kernel| {
             let device = device.clone().with_library_from(u64::MAX);
+            let device = device.with_splitting(Splitting::Never);
             (format!("{name} {kernel:?}"), device.with_matmul(kernel))
         };
+        let in_parts = device.clone().with_splitting(Splitting::Always);
         [
             own(MatmulKernel::Tiled),
             own(MatmulKernel::Direct),
+            (format!("{name}, in parts"), in_parts),
             (format!("{name}, library"), device.with_library_from(0)),
         ]
     });
@@ -77,19 +80,26 @@ fn products_of_every_layout() {
 
 #[test]
 fn second_moments_lose_nothing_between_calls() {
-    for (name, device) in all() {
+    let devices = all().into_iter().flat_map(|(name, device)| {
+        [Splitting::Never, Splitting::Always].map(|splitting| {
+            let device = device.clone().with_splitting(splitting);
+            (format!("{name}, {splitting:?} in parts"), device)
+        })
+    });
+    for (name, device) in devices {
         for (rows, n) in [(1, 1), (7, 33), (700, 40)] {
             let values = numbers(rows * n, 5);
             let input = device.upload(&values).unwrap();
             let calls = 40;
-            let mut found = Vec::new();
-            for strip in [0..n / 3, n / 3..n] {
-                let mut sums = device.zeros(2 * strip.len() * n).unwrap();
-                for _ in 0..calls {
-                    device.gram(&input, n, strip.clone(), &mut sums).unwrap();
-                }
-                found.extend(device.download_all(&sums).unwrap());
+            let mut strips = [0..n / 3, n / 3..n].map(|strip| {
+                let sums = device.zeros(2 * strip.len() * n).unwrap();
+                (strip, sums)
+            });
+            for _ in 0..calls {
+                device.gram(&input, n, &mut strips).unwrap();
             }
+            let found = strips.map(|(_, sums)| device.download_all(&sums).unwrap());
+            let found = found.concat();
             for i in 0..n {
                 for j in i..n {
                     let product = |row: usize| {

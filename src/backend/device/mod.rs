@@ -22,9 +22,10 @@ use crate::backend::ExpertRows;
 use crate::error::{Error, Result};
 use crate::quantize::feedback::RowProducts;
 use nemoconv_device::{
-    Array, AttentionLayout, Bytes, ConvLayout, Device, DeviceError, Family, MatmulLayout, Packing,
-    Rounding, ScanLayout, can_dequantize,
+    Array, AttentionLayout, Bytes, ConvLayout, Device, DeviceError, Family, MatmulLayout, Packed,
+    Packing, Rounding, ScanLayout, can_dequantize,
 };
+use nemoconv_formats::GgmlType;
 use sums::{CrossGramOnDevice, GramOnDevice};
 
 /// Bytes of decoded weights that are multiplied at a time.
@@ -263,14 +264,63 @@ impl OnDevice {
     }
 
     /// How inputs are packed for a product with weights as they are stored; `None` where these are decoded before.
-    fn packing(&self, tensor: &StoredTensor, activation: Activation) -> Option<Packing> {
+    fn packing(
+        &self,
+        tensor: &StoredTensor,
+        rows: usize,
+        activation: Activation,
+    ) -> Option<Packing> {
+        let device = self.device();
+        let Some(rounding) = rounding(activation) else {
+            let splits = device.splits_inputs(rows, tensor.rows, tensor.columns);
+            return (splits && tensor.ty == GgmlType::BF16).then_some(Packing::Parts);
+        };
         // The WGSL twins multiply without tiles and tensor cores: there decoded weights are multiplied.
-        let has_tensor_cores = self.device().description().family == Family::Cuda;
-        let packing = Packing::of(tensor.ty, rounding(activation)?)?;
+        let has_tensor_cores = device.description().family == Family::Cuda;
+        let packing = Packing::of(tensor.ty, rounding)?;
         (has_tensor_cores && activation.fits(tensor.columns)).then_some(packing)
     }
 
-    /// A product in the arithmetic of runtimes, without decoded weights.
+    /// Inputs of a product in parts, if it is one of parts.
+    fn in_parts(
+        &self,
+        tensor: &StoredTensor,
+        input: &Array,
+        rows: usize,
+    ) -> Result<Option<Packed>> {
+        let (device, width) = (self.device(), tensor.columns);
+        match device.splits(rows, tensor.rows, width) {
+            true => Ok(device.try_split(input, [0, width, 1], rows, width)?),
+            false => Ok(None),
+        }
+    }
+
+    /// `x W^T` for some decoded rows of a weight.
+    fn multiply_decoded(
+        &self,
+        layout: &MatmulLayout,
+        (input, parts): (&Array, Option<&Packed>),
+        decoded: &Array,
+        out: &mut Array,
+    ) -> Result<()> {
+        let device = self.device();
+        let weights = match parts {
+            Some(_) => {
+                device.try_split(decoded, [0, layout.inner, 1], layout.columns, layout.inner)?
+            }
+            None => None,
+        };
+        match parts.zip(weights) {
+            Some((x, w)) => {
+                let factors = [layout.alpha, layout.beta];
+                device.matmul_split(x, 0..layout.rows, &w, factors, layout.out, out)?;
+            }
+            None => device.matmul(layout, input, decoded, out)?,
+        }
+        Ok(())
+    }
+
+    /// A product without decoded weights: in the arithmetic of runtimes, or of inputs in parts.
     fn matmul_stored(
         &self,
         weight: &DeviceWeight,
@@ -364,7 +414,7 @@ impl Backend for OnDevice {
         if !can_dequantize(tensor.ty) {
             return default_bodies::matmul(self, weight, matrix, input, rows, activation);
         }
-        if let Some(packing) = self.packing(tensor, activation) {
+        if let Some(packing) = self.packing(tensor, rows, activation) {
             return self.matmul_stored(weight, matrix, input, rows, packing);
         }
         let device = self.counted("matmul");
@@ -375,6 +425,7 @@ impl Backend for OnDevice {
         let input = rounded.as_ref().unwrap_or(input);
         let mut out = device.uninitialized(rows * tensor.rows)?;
         let tile = self.tile_rows(tensor);
+        let parts = self.in_parts(tensor, input, rows)?;
         let mut decoded = device.uninitialized(tile * tensor.columns)?;
         let for_now = self.send_for_now(weight, matrix)?;
         for first in (0..tensor.rows).step_by(tile) {
@@ -382,7 +433,7 @@ impl Backend for OnDevice {
             let part = first..first + count;
             self.decode(weight, matrix, for_now.as_ref(), part, &mut decoded)?;
             let layout = MatmulLayout::linear(rows, tensor.columns, count, first, tensor.rows);
-            device.matmul(&layout, input, &decoded, &mut out)?;
+            self.multiply_decoded(&layout, (input, parts.as_ref()), &decoded, &mut out)?;
         }
         Ok(out)
     }

@@ -4,7 +4,7 @@
 
 use std::ops::Range;
 
-use nemoconv_device::{Array, MatmulLayout};
+use nemoconv_device::{Array, MatmulLayout, Packed};
 use rayon::prelude::*;
 
 use super::rounding::RoundingOnDevice;
@@ -42,10 +42,7 @@ impl ProductSums for GramOnDevice<'_> {
     fn add(&mut self, _: &[f32], u: &[f32]) -> Result<()> {
         let device = self.on.counted("gram");
         let rows = device.upload(u)?;
-        for (strip, sums) in &mut self.strips {
-            device.gram(&rows, self.n, strip.clone(), sums)?;
-        }
-        Ok(())
+        Ok(device.gram(&rows, self.n, &mut self.strips)?)
     }
 
     fn finish(&self, sums: &mut [f64]) -> Result<()> {
@@ -87,6 +84,17 @@ impl<'a> CrossGramOnDevice<'a> {
             strips: strips.collect::<Result<_>>()?,
         })
     }
+
+    /// Columns of both kinds of rows in parts, if their products are those of parts.
+    fn in_parts(&self, v: &Array, u: &Array, rows: usize) -> Result<Option<[Packed; 2]>> {
+        let device = self.on.device();
+        if !device.splits(self.width, self.n, rows) {
+            return Ok(None);
+        }
+        let v = device.try_split(v, [0, 1, self.width], self.width, rows)?;
+        let u = device.try_split(u, [0, 1, self.n], self.n, rows)?;
+        Ok(v.zip(u).map(|(v, u)| [v, u]))
+    }
 }
 
 impl ProductSums for CrossGramOnDevice<'_> {
@@ -94,7 +102,12 @@ impl ProductSums for CrossGramOnDevice<'_> {
         let device = self.on.counted("cross_gram");
         let rows = u.len() / self.n;
         let (v, u) = (device.upload(v)?, device.upload(u)?);
+        let parts = self.in_parts(&v, &u, rows)?;
         for (strip, sums) in &mut self.strips {
+            if let Some([v, u]) = &parts {
+                device.matmul_split(v, strip.clone(), u, [1.0, 1.0], [0, self.n], sums)?;
+                continue;
+            }
             let layout = MatmulLayout {
                 a: [strip.start, 1, self.width],
                 b: [0, self.n, 1],

@@ -73,6 +73,7 @@ impl Emulator {
                 name: "CUDA emulator".to_owned(),
                 detail: format!("C++ on the processor, threads {order:?}").to_lowercase(),
                 is_software: true,
+                splits_floats: false,
                 limits: Limits {
                     view_bytes: 1 << 30,
                     view_alignment: VIEW_ALIGNMENT,
