@@ -15,11 +15,11 @@ mod ops;
 #[cfg(feature = "wgpu")]
 pub mod wgpu;
 
-pub use array::{Array, Bytes, Device, MatmulKernel};
+pub use array::{Array, Bytes, Device, Doubles, MatmulKernel};
 pub use choice::{DeviceName, Found, devices, open};
 pub use driver::{Description, Driver, Family, Handle, Launch, Limits, View};
 pub use error::{DeviceError, Result};
 pub use ops::{
-    AttentionLayout, ConvLayout, FloatLayout, IntegerLayout, MatmulLayout, Packed, Packing,
-    Rounding, ScanLayout, can_dequantize,
+    AttentionLayout, BlockDiagonal, ConvLayout, FloatLayout, IntegerLayout, MatmulLayout, Packed,
+    Packing, Rounding, ScanLayout, can_dequantize,
 };

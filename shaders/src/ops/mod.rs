@@ -1,6 +1,7 @@
 //! One typed method per kernel: shapes in, launch grid and parameters out. What does not fit one view is cut into parts.
 
 mod decode;
+mod doubles;
 mod floats;
 mod integers;
 mod matmul;
@@ -11,6 +12,7 @@ mod stored;
 mod values;
 
 pub use decode::can_dequantize;
+pub use doubles::BlockDiagonal;
 pub use floats::FloatLayout;
 pub use integers::IntegerLayout;
 pub use matmul::MatmulLayout;
