@@ -5,15 +5,6 @@ use crate::array::{Array, Device, Doubles};
 use crate::error::Result;
 use crate::kernels;
 
-/// Q of a product with `diag(Q, Q, ...)`.
-#[derive(Clone, Copy)]
-pub struct BlockDiagonal<'a> {
-    /// One block, `[size, size]`, row-major.
-    pub block: &'a Doubles,
-    /// Rows of a block, and columns.
-    pub size: usize,
-}
-
 /// Rows and columns of outputs that a group of threads computes.
 const TILE: usize = 64;
 
@@ -74,7 +65,7 @@ impl Device {
         Ok(out)
     }
 
-    /// `x (diag(before) Q diag(after))` for `x [_, before]`, Q as it is for every run of columns.
+    /// `x (diag(before) Q diag(after))` for `x [_, before]`, with the same `q [size, size]`, row-major, for every run of columns.
     ///
     /// # Errors
     /// Out of memory, device lost; an array is larger than a view may be.
@@ -84,13 +75,13 @@ impl Device {
     pub fn mix_columns(
         &self,
         x: &Doubles,
-        q: BlockDiagonal,
+        q: &Doubles,
         before: &Doubles,
         after: &Doubles,
     ) -> Result<Doubles> {
-        let (width, size) = (before.len(), q.size);
+        let (width, size) = (before.len(), q.len().isqrt());
         assert!(after.len() == width && x.len().is_multiple_of(width.max(1)));
-        assert!(width.is_multiple_of(size) && q.block.len() == size * size);
+        assert!(width.is_multiple_of(size) && q.len() == size * size);
         let layout = Layout {
             rows: x.len() / width.max(1),
             columns: size,
@@ -100,19 +91,19 @@ impl Device {
             factors: [size, size],
             out: [size, width],
         };
-        self.matmul_f64(&layout, width / size, [x, q.block, before, after])
+        self.matmul_f64(&layout, width / size, [x, q, before, after])
     }
 
-    /// `Q^T (diag(before) x)` for `x [before, width]`, Q as it is for every run of rows.
+    /// `Q^T (diag(before) x)` for `x [before, width]`, with the same `q [size, size]`, row-major, for every run of rows.
     ///
     /// # Errors
     /// Out of memory, device lost; an array is larger than a view may be.
     ///
     /// # Panics
     /// The lengths do not belong together.
-    pub fn mix_rows(&self, x: &Doubles, q: BlockDiagonal, before: &Doubles) -> Result<Doubles> {
-        let (rows, size) = (before.len(), q.size);
-        assert!(rows.is_multiple_of(size) && q.block.len() == size * size);
+    pub fn mix_rows(&self, x: &Doubles, q: &Doubles, before: &Doubles) -> Result<Doubles> {
+        let (rows, size) = (before.len(), q.len().isqrt());
+        assert!(rows.is_multiple_of(size) && q.len() == size * size);
         assert!(x.len().is_multiple_of(rows.max(1)));
         let width = x.len() / rows.max(1);
         let ones = self.upload_doubles(&vec![1.0; width])?;
@@ -125,7 +116,7 @@ impl Device {
             factors: [size, 0],
             out: [size * width, width],
         };
-        self.matmul_f64(&layout, rows / size, [q.block, x, before, &ones])
+        self.matmul_f64(&layout, rows / size, [q, x, before, &ones])
     }
 
     /// A product of every run; the result is as long as all runs of it.

@@ -12,7 +12,6 @@ mod stored;
 mod values;
 
 pub use decode::can_dequantize;
-pub use doubles::BlockDiagonal;
 pub use floats::FloatLayout;
 pub use integers::IntegerLayout;
 pub use matmul::MatmulLayout;

@@ -1,6 +1,6 @@
 //! Products in f64, to the bit, on devices that have f64.
 
-use nemoconv_device::{BlockDiagonal, Device};
+use nemoconv_device::Device;
 
 use crate::drivers::all;
 use crate::numbers;
@@ -48,13 +48,9 @@ fn columns_of_runs_are_mixed() {
                 }
                 expected.push(sum);
             }
-            let [x, block, before, after] =
+            let [x, q, before, after] =
                 [&x, &q, &before, &after].map(|values| device.upload_doubles(values).unwrap());
-            let q = BlockDiagonal {
-                block: &block,
-                size,
-            };
-            let found = device.mix_columns(&x, q, &before, &after).unwrap();
+            let found = device.mix_columns(&x, &q, &before, &after).unwrap();
             let found = device.download_doubles(&found).unwrap();
             assert!(
                 bits(&found) == bits(&expected),
@@ -83,13 +79,9 @@ fn rows_of_runs_are_mixed() {
                 }
                 expected.push(sum);
             }
-            let [x, block, before] =
+            let [x, q, before] =
                 [&x, &q, &before].map(|values| device.upload_doubles(values).unwrap());
-            let q = BlockDiagonal {
-                block: &block,
-                size,
-            };
-            let found = device.mix_rows(&x, q, &before).unwrap();
+            let found = device.mix_rows(&x, &q, &before).unwrap();
             let found = device.download_doubles(&found).unwrap();
             assert!(
                 bits(&found) == bits(&expected),
