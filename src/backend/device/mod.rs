@@ -3,6 +3,7 @@
 //! Enters: stored weights, f32 rows. Leaves: f32 rows. Weights lie on the device while they fit; the others are sent tile by
 //! tile whenever they are multiplied.
 
+mod mixing;
 mod packed;
 mod sums;
 
@@ -20,6 +21,7 @@ use crate::artifact::StoredTensor;
 use crate::backend::ExpertRows;
 use crate::error::{Error, Result};
 use crate::quantize::feedback::RowProducts;
+use mixing::HeldMatrices;
 use nemoconv_device::{
     Array, AttentionLayout, Bytes, ConvLayout, Device, DeviceError, Family, MatmulLayout, Packing,
     Rounding, ScanLayout, can_dequantize,
@@ -41,6 +43,7 @@ const MATRIX_ALIGNMENT: u64 = 256;
 pub struct OpenDevice {
     device: Device,
     tally: Tally,
+    matrices: HeldMatrices,
 }
 
 impl OpenDevice {
@@ -49,6 +52,7 @@ impl OpenDevice {
         Self {
             device,
             tally: Tally::default(),
+            matrices: HeldMatrices::default(),
         }
     }
 
