@@ -340,7 +340,11 @@ impl Device {
     ///
     /// # Errors
     /// Out of memory.
+    ///
+    /// # Panics
+    /// The device has no f64.
     pub fn uninitialized_doubles(&self, len: usize) -> Result<Doubles> {
+        assert!(self.has_f64(), "f64 on a device without it");
         let bytes = self.allocate(len as u64 * 8)?;
         Ok(Doubles { bytes, len })
     }
@@ -349,7 +353,11 @@ impl Device {
     ///
     /// # Errors
     /// Out of memory, device lost.
+    ///
+    /// # Panics
+    /// The device has no f64.
     pub fn upload_doubles(&self, values: &[f64]) -> Result<Doubles> {
+        assert!(self.has_f64(), "f64 on a device without it");
         let bytes = self.upload_bytes(bytemuck::cast_slice(values))?;
         let len = values.len();
         Ok(Doubles { bytes, len })
