@@ -212,6 +212,14 @@ fn emulated_cuda() -> Option<TempDir> {
     for name in ["libcuda.so", "libnvrtc.so"] {
         std::fs::copy(&library, folder.path().join(name)).expect("the library can be copied");
     }
+    let mut listed = Command::new(binary);
+    listed.arg("devices").env("LD_LIBRARY_PATH", folder.path());
+    let listed = listed.output().expect("the binary starts");
+    if !stdout(&listed).contains("cuda:0") {
+        // One with sanitizers cannot be loaded by a program without them.
+        println!("skipped: {} does not load", library.display());
+        return None;
+    }
     Some(folder)
 }
 
