@@ -4,7 +4,7 @@ use std::collections::HashMap;
 use std::ops::Range;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use crate::driver::{Description, Driver, Handle, Launch, View};
+use crate::driver::{Description, Driver, Family, Handle, Launch, View};
 use crate::error::{DeviceError, Result};
 use crate::kernels::Kernel;
 use crate::ops::{MatmulLayout, Splitting};
@@ -54,6 +54,12 @@ pub struct Bytes {
 
 /// f32 values on a device.
 pub struct Array {
+    bytes: Bytes,
+    len: usize,
+}
+
+/// f64 values on a device that computes with them, see [`Device::has_f64`].
+pub struct Doubles {
     bytes: Bytes,
     len: usize,
 }
@@ -186,6 +192,22 @@ impl Array {
             .bytes
             .part(values.start as u64 * 4..values.end as u64 * 4);
         (view, (first / 4) as u32)
+    }
+}
+
+impl Doubles {
+    /// Values.
+    pub fn len(&self) -> usize {
+        self.len
+    }
+
+    /// Whether there are none.
+    pub fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+
+    pub(crate) fn view(&self) -> View {
+        self.bytes.view()
     }
 }
 
@@ -322,6 +344,51 @@ impl Device {
         let bytes = self.upload_bytes(bytemuck::cast_slice(values))?;
         let len = values.len();
         Ok(Array { bytes, len })
+    }
+
+    /// Whether it computes in f64 as this computer does; WGSL has no such type.
+    pub fn has_f64(&self) -> bool {
+        self.description().family == Family::Cuda
+    }
+
+    /// f64 values of undefined content, to be written by a kernel.
+    ///
+    /// # Errors
+    /// Out of memory.
+    ///
+    /// # Panics
+    /// The device has no f64.
+    pub fn uninitialized_doubles(&self, len: usize) -> Result<Doubles> {
+        assert!(self.has_f64(), "f64 on a device without it");
+        let bytes = self.allocate(len as u64 * 8)?;
+        Ok(Doubles { bytes, len })
+    }
+
+    /// Copies f64 values to the device.
+    ///
+    /// # Errors
+    /// Out of memory, device lost.
+    ///
+    /// # Panics
+    /// The device has no f64.
+    pub fn upload_doubles(&self, values: &[f64]) -> Result<Doubles> {
+        assert!(self.has_f64(), "f64 on a device without it");
+        let bytes = self.upload_bytes(bytemuck::cast_slice(values))?;
+        let len = values.len();
+        Ok(Doubles { bytes, len })
+    }
+
+    /// Copies all f64 values back.
+    ///
+    /// # Errors
+    /// Device lost, or a kernel before failed.
+    pub fn download_doubles(&self, doubles: &Doubles) -> Result<Vec<f64>> {
+        let mut out = vec![0.0; doubles.len];
+        if !out.is_empty() {
+            let bytes = bytemuck::cast_slice_mut(&mut out);
+            self.inner.driver.read(doubles.bytes.handle, 0, bytes)?;
+        }
+        Ok(out)
     }
 
     /// Copies bytes to the device.

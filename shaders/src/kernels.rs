@@ -13,7 +13,7 @@ pub struct Kernel {
     pub threads: u32,
     /// Views it takes, in order.
     pub views: usize,
-    /// WGSL, pieces to be joined.
+    /// WGSL, pieces to be joined; none of kernels in f64, which it lacks.
     pub wgsl: &'static [&'static str],
     /// CUDA C++, pieces to be joined.
     #[cfg(feature = "cuda")]
@@ -138,6 +138,28 @@ macro_rules! stored_products {
     };
 }
 
+macro_rules! doubles {
+    ($(
+        $(#[$doc:meta])*
+        $constant:ident = $name:literal, $views:literal views;
+    )*) => {
+        $(
+            $(#[$doc])*
+            pub static $constant: Kernel = Kernel {
+                name: $name,
+                threads: 256,
+                views: $views,
+                wgsl: &[],
+                #[cfg(feature = "cuda")]
+                cuda: &[CUDA_GRID, include_str!(concat!("../", $name, ".cu"))],
+            };
+        )*
+
+        /// Kernels in f64, for CUDA alone.
+        static DOUBLES: &[&Kernel] = &[$(&$constant),*];
+    };
+}
+
 macro_rules! decoders {
     ($($ty:ident = $name:literal;)*) => {
         /// The kernel that decodes a type. Views: bytes, values.
@@ -249,6 +271,13 @@ stored_products! {
     MATMUL_Q8_0 = "matmul_q8_0", 4 views, [], [];
 }
 
+doubles! {
+    /// Products with a block-diagonal matrix. Views: a, b, before, after, out.
+    MATMUL_F64 = "matmul_f64", 5 views;
+    /// f32 in f64, by a factor before and one after of every column. Views: x, before, after, out.
+    WIDEN_F64 = "widen_f64", 4 views;
+}
+
 decoders! {
     F32 = "dequantize_f32";
     F16 = "dequantize_f16";
@@ -276,7 +305,7 @@ decoders! {
 /// Every kernel.
 pub fn all() -> impl Iterator<Item = &'static Kernel> {
     let decoders = DECODED.iter().filter_map(|ty| dequantize(*ty));
-    let plain = PLAIN.iter().chain(STORED_PRODUCTS).copied();
+    let plain = PLAIN.iter().chain(STORED_PRODUCTS).chain(DOUBLES).copied();
     plain.chain(decoders)
 }
 

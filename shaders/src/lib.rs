@@ -15,7 +15,7 @@ mod ops;
 #[cfg(feature = "wgpu")]
 pub mod wgpu;
 
-pub use array::{Array, Bytes, Device, MatmulKernel};
+pub use array::{Array, Bytes, Device, Doubles, MatmulKernel};
 pub use choice::{DeviceName, Found, devices, open};
 pub use driver::{Description, Driver, Family, Handle, Launch, Limits, View};
 pub use error::{DeviceError, Result};

@@ -14,9 +14,10 @@ use nemoconv_device::{DeviceError, kernels};
 const ARCHITECTURES: [u32; 6] = [80, 86, 89, 90, 100, 120];
 
 /// Kernels that hold tiles or states in registers.
-const LARGE: [&str; 8] = [
+const LARGE: [&str; 9] = [
     "matmul_tiled",
     "matmul_direct",
+    "matmul_f64",
     "gram",
     "selective_scan",
     "attention",

@@ -19,6 +19,7 @@ use crate::artifact::{StoredModel, StoredTensor};
 use crate::error::Result;
 use crate::model::config::NemotronHConfig;
 use crate::quantize::feedback::RowProducts;
+use crate::rewrite::Mixer;
 
 /// Where networks are run.
 #[derive(Clone, Default)]
@@ -76,6 +77,15 @@ impl Machines {
         let nothing = StoredModel::in_memory(path, config.clone(), Vec::new());
         let nothing = Arc::new(nothing.expect("nothing cannot be malformed"));
         self.nth(index, nothing, Residence::Mapped)
+    }
+
+    /// Who mixes rows and columns of weights, if not the CPU: of several devices the first.
+    pub fn mixer(&self) -> Option<Arc<dyn Mixer>> {
+        match self {
+            Self::Cpu => None,
+            #[cfg(feature = "device")]
+            Self::Devices(open) => Some(Arc::clone(&open[0]) as _),
+        }
     }
 
     /// Does something for each of a few parts of the work: on the CPU side by side, on devices, which do that by themselves,

@@ -223,6 +223,7 @@ impl Calibration {
             floats: flags.floats,
             ..settings
         });
+        let mixer = flags.machines.mixer();
         let stages = Stages {
             stored: &stored,
             samples: &samples,
@@ -250,7 +251,8 @@ impl Calibration {
                     .rewrite
                     .is_none_or(|rewrite| rewrite.rotation.decided().is_some());
                 if is_decided {
-                    let rewrites = Rewrites::choose(&stored, &settings, &statistics)?;
+                    let rewrites =
+                        Rewrites::choose_on(mixer.as_deref(), &stored, &settings, &statistics)?;
                     return Ok(RotationChoice::without_trial(rewrites));
                 }
                 let trial = RotationTrial {
@@ -259,6 +261,7 @@ impl Calibration {
                     statistics: &statistics,
                     rounding: recipe.rounding,
                     type_of,
+                    mixer: mixer.as_deref(),
                     watch: &watch,
                 };
                 trial.choose()
@@ -277,7 +280,7 @@ impl Calibration {
         };
         Ok(Self {
             machines: flags.machines.clone(),
-            weights: RewrittenModel::new(stored, Arc::new(rewrites)),
+            weights: RewrittenModel::new(stored, Arc::new(rewrites)).mixed_by(mixer),
             samples,
             rounding: recipe.rounding,
             shards,

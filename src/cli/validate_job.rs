@@ -64,7 +64,8 @@ pub fn validate(
         return Ok(exit::DONE);
     }
     let reference = job.reference()?;
-    let mut report = static_levels::inspect(&args.artifact, reference.model())?;
+    let mixer = machines.mixer();
+    let mut report = static_levels::inspect(&args.artifact, reference.model(), mixer.as_deref())?;
     job.logits(&mut report, reference)?;
     report.judge(&gates);
     job.write(&report)?;

@@ -8,7 +8,8 @@ use std::sync::Arc;
 
 use rayon::prelude::*;
 
-use super::matrix::{SquareMatrix, product};
+use super::matrix::{SquareMatrix, product_on};
+use super::mixer::Mixer;
 use super::model::Rewritten;
 use super::smoothing::scales;
 use super::space::Space;
@@ -35,6 +36,19 @@ impl Rewrites {
         settings: &RewriteSettings,
         statistics: &RewriteStatistics,
     ) -> Result<Self> {
+        Self::choose_on(None, model, settings, statistics)
+    }
+
+    /// The same with products in f64 left to a machine, if there is one; the choice stays the same.
+    ///
+    /// # Errors
+    /// As [`Self::choose`]; the machine fails.
+    pub fn choose_on(
+        mixer: Option<&dyn Mixer>,
+        model: &StoredModel,
+        settings: &RewriteSettings,
+        statistics: &RewriteStatistics,
+    ) -> Result<Self> {
         let rewrites = Self {
             settings: settings.clone(),
             ..Self::default()
@@ -45,6 +59,7 @@ impl Rewrites {
             return Err(Error::Plan(obstacle.in_file(model.path())));
         }
         let mut choice = Choice {
+            mixer,
             model,
             settings,
             statistics,
@@ -90,6 +105,7 @@ fn has_latent(config: &NemotronHConfig) -> bool {
 }
 
 struct Choice<'a> {
+    mixer: Option<&'a dyn Mixer>,
     model: &'a StoredModel,
     settings: &'a RewriteSettings,
     statistics: &'a RewriteStatistics,
@@ -102,6 +118,7 @@ impl Choice<'_> {
         Rewritten {
             stored: self.model,
             rewrites: &self.rewrites,
+            mixer: self.mixer,
         }
     }
 
@@ -421,7 +438,7 @@ impl Choice<'_> {
             .zip(factors)
             .map(|(w, g)| f64::from(*w) * f64::from(*g));
         let weighted: Vec<f64> = weighted.collect();
-        let images = product(&weighted, size, &moments);
+        let images = product_on(self.mixer, &weighted, size, &moments)?;
         let rows = weighted.chunks_exact(size).zip(images.chunks_exact(size));
         let dot = |(a, b): (&[f64], &[f64])| a.iter().zip(b).map(|(a, b)| a * b).sum::<f64>();
         Ok(rows.map(|rows| dot(rows).max(0.0)).collect())
@@ -467,7 +484,7 @@ impl Choice<'_> {
             let diagonal = moments.iter().step_by(size + 1);
             return Ok(diagonal.map(|m| m.max(0.0).sqrt()).collect());
         };
-        let images = product(&moments, size, rotation);
+        let images = product_on(self.mixer, &moments, size, rotation)?;
         let mut sums = vec![0.0; size];
         let rows = rotation
             .values()

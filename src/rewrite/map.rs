@@ -9,6 +9,8 @@ use std::ops::Range;
 use rayon::prelude::*;
 
 use super::matrix::{Packed, SquareMatrix, padded, strips};
+use super::mixer::{MixedPart, Mixer, Mixing};
+use crate::error::Result;
 
 /// What becomes of one axis: `out_j = after_j * sum over k of Q[k, j] * before_k * in_k`, then `out = out[order]`.
 ///
@@ -92,18 +94,94 @@ pub struct StoredRows<'a> {
 /// Strips whose results wait to be put in place.
 const STRIPS_AT_ONCE: usize = 32;
 
-/// Rows `wanted` of the mapped matrix, `[wanted, columns]`, converted by `of` from f64. Runs in rayon's current pool.
+impl StoredRows<'_> {
+    /// Where a row is among these.
+    fn place(&self, index: usize) -> usize {
+        self.indices.partition_point(|stored| *stored < index)
+    }
+}
+
+/// Rows `wanted` of the mapped matrix, `[wanted, columns]`, converted by `of` from f64. What is mixed is mixed by `mixer`,
+/// if there is one, with the same bits where all values are finite. Runs in rayon's current pool.
 ///
-/// `stored` must hold what [`AxisMap::needed`] of the rows says, and both maps must fit.
+/// `stored` must hold what [`AxisMap::needed`] of the rows says and nothing else, and both maps must fit.
+///
+/// # Errors
+/// The machine that mixes fails.
 pub fn apply<T: Copy + Default + Send>(
+    mixer: Option<&dyn Mixer>,
     stored: &StoredRows,
     wanted: &[usize],
     rows: &AxisMap,
     columns: &AxisMap,
     of: impl Fn(f64) -> T + Sync,
-) -> Vec<T> {
+) -> Result<Vec<T>> {
+    let mut out = vec![T::default(); wanted.len() * stored.columns];
+    let is_mixed = rows.mix.is_some() || columns.mix.is_some();
+    if let Some(mixer) = mixer.filter(|_| is_mixed)
+        && apply_on(mixer, stored, wanted, rows, columns, &of, &mut out)?
+    {
+        return Ok(out);
+    }
+    apply_here(stored, wanted, rows, columns, of, &mut out);
+    Ok(out)
+}
+
+/// Writes what a machine mixed, ordered and scaled; `false` where it had no room.
+fn apply_on<T: Send>(
+    mixer: &dyn Mixer,
+    stored: &StoredRows,
+    wanted: &[usize],
+    rows: &AxisMap,
+    columns: &AxisMap,
+    of: impl Fn(f64) -> T + Sync,
+    out: &mut [T],
+) -> Result<bool> {
     let width = stored.columns;
-    let mut out = vec![T::default(); wanted.len() * width];
+    let all = || 0..width;
+    let rows_before = || stored.indices.iter().map(|index| rows.before(*index));
+    let mixing = Mixing {
+        values: stored.values,
+        columns: columns.mix,
+        columns_before: all().map(|column| columns.before(column)).collect(),
+        columns_after: all().map(|column| columns.after(column)).collect(),
+        rows: rows.mix.map(|matrix| (matrix, rows_before().collect())),
+    };
+    mixer.mix(&mixing, &mut |part: MixedPart| {
+        let sources = all().map(|column| (column, columns.source(column)));
+        let sources: Vec<(usize, usize)> = sources
+            .filter(|(_, source)| part.columns.contains(source))
+            .map(|(column, source)| (column, source - part.columns.start))
+            .collect();
+        let slots = out.par_chunks_exact_mut(width).zip(wanted);
+        slots.for_each(|(out, row)| {
+            let source = rows.source(*row);
+            let place = stored.place(source);
+            if !part.rows.contains(&place) {
+                return;
+            }
+            let factor = match rows.mix {
+                Some(_) => rows.after(source),
+                None => rows.before(source) * rows.after(source),
+            };
+            let made = &part.values[(place - part.rows.start) * part.columns.len()..];
+            for (column, at) in &sources {
+                out[*column] = of(factor * made[*at]);
+            }
+        });
+    })
+}
+
+/// The same on this computer, strip by strip of columns.
+fn apply_here<T: Send>(
+    stored: &StoredRows,
+    wanted: &[usize],
+    rows: &AxisMap,
+    columns: &AxisMap,
+    of: impl Fn(f64) -> T + Sync,
+    out: &mut [T],
+) {
+    let width = stored.columns;
     for batch in strips(width).chunks(STRIPS_AT_ONCE) {
         let made: Vec<Vec<f64>> = batch
             .par_iter()
@@ -121,7 +199,6 @@ pub fn apply<T: Copy + Default + Send>(
             }
         }
     }
-    out
 }
 
 /// Columns `strip` of all stored rows after the map of columns: `[indices, padded strip]`.
@@ -186,13 +263,12 @@ fn map_rows(
     inner: &[f64],
     width: usize,
 ) -> Vec<f64> {
-    let place = |index: usize| stored.indices.partition_point(|stored| *stored < index);
     let mut out = vec![0.0; wanted.len() * width];
     let Some(mix) = map.mix else {
         for (out, row) in out.chunks_exact_mut(width).zip(wanted) {
             let source = map.source(*row);
             let factor = map.before(source) * map.after(source);
-            let from = &inner[place(source) * width..][..width];
+            let from = &inner[stored.place(source) * width..][..width];
             out.iter_mut()
                 .zip(from)
                 .for_each(|(out, x)| *out = factor * x);
@@ -208,7 +284,7 @@ fn map_rows(
     by_run.sort_by_key(|(_, source)| source / size);
     for group in by_run.chunk_by(|a, b| a.1 / size == b.1 / size) {
         let run = group[0].1 / size;
-        let begin = place(run * size);
+        let begin = stored.place(run * size);
         let right = Packed::of(size, width, |k, column| {
             map.before(run * size + k) * inner[(begin + k) * width + column]
         });
@@ -233,6 +309,64 @@ mod tests {
     use super::super::orthogonal;
     use super::super::random::SplitMix64;
     use super::*;
+
+    /// Mixes by loops, a third of the runs of each axis at a time.
+    struct Thirds;
+
+    impl Mixer for Thirds {
+        fn mix(&self, mixing: &Mixing, take: &mut dyn FnMut(MixedPart)) -> Result<bool> {
+            let ([rows, columns], [row_run, column_run]) = (mixing.shape(), mixing.runs());
+            let third = |len: usize, run: usize| (len / run).div_ceil(3) * run;
+            for first_row in (0..rows).step_by(third(rows, row_run)) {
+                for first in (0..columns).step_by(third(columns, column_run)) {
+                    let rows = first_row..rows.min(first_row + third(rows, row_run));
+                    let columns = first..columns.min(first + third(columns, column_run));
+                    let entries = rows
+                        .clone()
+                        .flat_map(|i| columns.clone().map(move |j| (i, j)));
+                    take(MixedPart {
+                        values: entries.map(|(i, j)| entry(mixing, i, j)).collect(),
+                        rows,
+                        columns,
+                    });
+                }
+            }
+            Ok(true)
+        }
+
+        fn product(&self, _: &[f64], _: &SquareMatrix) -> Result<Option<Vec<f64>>> {
+            Ok(None)
+        }
+    }
+
+    /// Mixed rows of mixed columns.
+    fn entry(mixing: &Mixing, i: usize, j: usize) -> f64 {
+        match &mixing.rows {
+            None => inner(mixing, i, j),
+            Some((q, before)) => run_of(q, i).fold(0.0, |sum, k| {
+                let size = q.size();
+                sum + q.row(k % size)[i % size] * (before[k] * inner(mixing, k, j))
+            }),
+        }
+    }
+
+    /// Mixed columns.
+    fn inner(mixing: &Mixing, i: usize, j: usize) -> f64 {
+        let row = &mixing.values[i * mixing.shape()[1]..];
+        let (before, after) = (&mixing.columns_before, &mixing.columns_after);
+        match mixing.columns {
+            None => f64::from(row[j]) * before[j] * after[j],
+            Some(q) => run_of(q, j).fold(0.0, |sum, k| {
+                let size = q.size();
+                sum + f64::from(row[k]) * (before[k] * q.row(k % size)[j % size] * after[j])
+            }),
+        }
+    }
+
+    fn run_of(q: &SquareMatrix, index: usize) -> Range<usize> {
+        let run = index / q.size();
+        run * q.size()..(run + 1) * q.size()
+    }
 
     /// The definition, entry by entry.
     fn expected(map: &AxisMap, len: usize, entry: impl Fn(usize) -> f64, index: usize) -> f64 {
@@ -314,7 +448,9 @@ mod tests {
                     columns: width,
                     values: &part,
                 };
-                let found = apply(&stored, &wanted, rows, columns, |x| x);
+                let found = apply(None, &stored, &wanted, rows, columns, |x| x).unwrap();
+                let parts = apply(Some(&Thirds), &stored, &wanted, rows, columns, |x| x);
+                assert_eq!(parts.unwrap(), found);
                 for (index, row) in wanted.iter().enumerate() {
                     for column in 0..width {
                         let inner = |row: usize| {

@@ -4,12 +4,14 @@
 //! runs in index order, vector lanes lie across columns, nothing is fused.
 
 use std::ops::Range;
-use std::sync::OnceLock;
+use std::sync::{Arc, OnceLock};
 
 use rayon::prelude::*;
 
+use super::mixer::Mixer;
 use crate::backend::cpu::kernels::Isa;
 use crate::backend::cpu::multiversion::multiversion;
+use crate::error::Result;
 
 /// Columns that a panel holds side by side.
 pub const PANEL: usize = 8;
@@ -22,7 +24,7 @@ const CHUNK_ROWS: usize = 16;
 #[derive(Debug)]
 pub struct SquareMatrix {
     size: usize,
-    values: Vec<f64>,
+    values: Arc<Vec<f64>>,
     transposed: OnceLock<Vec<f64>>,
 }
 
@@ -35,7 +37,7 @@ impl SquareMatrix {
         assert_eq!(values.len(), size * size, "a square has equal sides");
         Self {
             size,
-            values,
+            values: Arc::new(values),
             transposed: OnceLock::new(),
         }
     }
@@ -47,6 +49,11 @@ impl SquareMatrix {
 
     /// All values, row-major.
     pub fn values(&self) -> &[f64] {
+        &self.values
+    }
+
+    /// The same, shared: machines that hold a copy know it by this.
+    pub fn shared(&self) -> &Arc<Vec<f64>> {
         &self.values
     }
 
@@ -81,7 +88,11 @@ impl SquareMatrix {
 
 impl Clone for SquareMatrix {
     fn clone(&self) -> Self {
-        Self::new(self.size, self.values.clone())
+        Self {
+            size: self.size,
+            values: Arc::clone(&self.values),
+            transposed: OnceLock::new(),
+        }
     }
 }
 
@@ -111,6 +122,23 @@ pub fn product(a: &[f64], size: usize, b: &SquareMatrix) -> Vec<f64> {
         }
     }
     out
+}
+
+/// The same by a machine, if there is one that has room, with the same bits where all values are finite.
+///
+/// # Errors
+/// The machine fails.
+pub fn product_on(
+    mixer: Option<&dyn Mixer>,
+    a: &[f64],
+    size: usize,
+    b: &SquareMatrix,
+) -> Result<Vec<f64>> {
+    let elsewhere = match mixer {
+        Some(mixer) => mixer.product(a, b)?,
+        None => None,
+    };
+    Ok(elsewhere.unwrap_or_else(|| product(a, size, b)))
 }
 
 /// Columns `0..columns` in parts that are multiplied together.

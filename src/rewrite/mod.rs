@@ -27,6 +27,7 @@ mod exact_floats;
 mod kept;
 mod map;
 mod matrix;
+mod mixer;
 mod model;
 mod orthogonal;
 mod random;
@@ -46,7 +47,8 @@ use serde::{Deserialize, Serialize};
 
 pub use kept::Kept;
 pub use matrix::SquareMatrix;
-pub(crate) use matrix::product;
+pub(crate) use matrix::product_on;
+pub use mixer::{MixedPart, Mixer, Mixing};
 pub(crate) use model::Rewritten;
 pub use model::RewrittenModel;
 pub use restore::Restore;

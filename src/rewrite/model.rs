@@ -7,6 +7,7 @@ use std::sync::Arc;
 
 use super::Rewrites;
 use super::map::{AxisMap, StoredRows, apply};
+use super::mixer::Mixer;
 use super::table::{Change, Columns};
 use crate::artifact::{MemoryTensor, StoredModel, StoredTensor};
 use crate::error::{Error, Fault, Result};
@@ -15,17 +16,27 @@ use crate::error::{Error, Fault, Result};
 const TILE_WEIGHTS: usize = 1 << 20;
 
 /// A model whose tensors are those of the stored one after the rewrites: the same names and shapes, the same function.
-#[derive(Debug, Clone)]
+#[derive(Clone)]
 pub struct RewrittenModel {
     stored: Arc<StoredModel>,
     rewrites: Arc<Rewrites>,
+    mixer: Option<Arc<dyn Mixer>>,
 }
 
 impl RewrittenModel {
     /// The rewrites must be those of this model ([`Rewrites::check`]); if they are not, reading a tensor that they do not
     /// fit is an error.
     pub fn new(stored: Arc<StoredModel>, rewrites: Arc<Rewrites>) -> Self {
-        Self { stored, rewrites }
+        Self {
+            stored,
+            rewrites,
+            mixer: None,
+        }
+    }
+
+    /// The same with rows and columns mixed by a machine, if there is one; the bits stay the same.
+    pub fn mixed_by(self, mixer: Option<Arc<dyn Mixer>>) -> Self {
+        Self { mixer, ..self }
     }
 
     /// The model before the rewrites.
@@ -129,17 +140,20 @@ impl RewrittenModel {
         Rewritten {
             stored: &self.stored,
             rewrites: &self.rewrites,
+            mixer: self.mixer.as_deref(),
         }
     }
 }
 
 /// A model and rewrites of it, borrowed.
-#[derive(Debug, Clone, Copy)]
+#[derive(Clone, Copy)]
 pub(crate) struct Rewritten<'a> {
     /// The model before the rewrites.
     pub stored: &'a StoredModel,
     /// Rewrites of it.
     pub rewrites: &'a Rewrites,
+    /// Who mixes rows and columns, if not this computer.
+    pub mixer: Option<&'a dyn Mixer>,
 }
 
 impl<'a> Rewritten<'a> {
@@ -238,7 +252,7 @@ impl<'a> Rewritten<'a> {
             columns: tensor.columns,
             values: &values,
         };
-        Ok(apply(&stored, wanted, &rows, &columns, of))
+        apply(self.mixer, &stored, wanted, &rows, &columns, of)
     }
 
     /// A vector, or a norm in groups, under a map of its elements.
@@ -263,7 +277,8 @@ impl<'a> Rewritten<'a> {
         let elements: Vec<usize> = rows
             .flat_map(|row| row * tensor.columns..(row + 1) * tensor.columns)
             .collect();
-        Ok(apply(&stored, &elements, map, &AxisMap::default(), of))
+        let columns = AxisMap::default();
+        apply(self.mixer, &stored, &elements, map, &columns, of)
     }
 
     /// Stored rows as f32, `[indices, columns]`.

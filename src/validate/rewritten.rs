@@ -194,7 +194,7 @@ mod tests {
         /// Findings above notes.
         fn faults(&self) -> Vec<Finding> {
             let artifact = StoredModel::open(self.path("m.gguf").to_str().unwrap()).unwrap();
-            let weights = weights::inspect(&artifact, Some(&self.reference)).unwrap();
+            let weights = weights::inspect(&artifact, Some(&self.reference), None).unwrap();
             let mut findings = weights.found.into_findings();
             findings.retain(|finding| finding.severity > Severity::Note);
             findings

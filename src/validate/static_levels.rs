@@ -10,13 +10,19 @@ use crate::artifact::{Container, StoredModel, StoredTensor, locate};
 use crate::error::Result;
 use crate::plan::file_type::FileType;
 use crate::report::{Finding, Level, LevelReport, Rule, Subject, ValidationReport};
+use crate::rewrite::Mixer;
 
-/// Runs the container, weights and tokenizer levels. The report has not been judged.
+/// Runs the container, weights and tokenizer levels, with rewrites left to `mixer` if there is one. The report has not been
+/// judged.
 ///
 /// # Errors
 /// The artifact is not there, a file cannot be read, or the reference is no model. That the artifact is corrupt, of
 /// another architecture or another model is a finding.
-pub fn inspect(artifact: &str, reference: Option<&str>) -> Result<ValidationReport> {
+pub fn inspect(
+    artifact: &str,
+    reference: Option<&str>,
+    mixer: Option<&dyn Mixer>,
+) -> Result<ValidationReport> {
     let path = locate(artifact)?;
     let mut report = ValidationReport::new(
         Subject {
@@ -52,7 +58,7 @@ pub fn inspect(artifact: &str, reference: Option<&str>) -> Result<ValidationRepo
         }
     };
     report.artifact = subject(&model, artifact);
-    let weights = weights::inspect(&model, reference_model.as_ref())?;
+    let weights = weights::inspect(&model, reference_model.as_ref(), mixer)?;
     report.tensors = weights.tensors;
     ran(&mut report, Level::Weights, weights.found);
     let found = tokenizer::inspect(&model, reference_model.as_ref())?;

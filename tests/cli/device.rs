@@ -6,6 +6,7 @@ use std::process::{Command, Output};
 use nemoconv_device::{DeviceName, Found, devices, open};
 use nemoconv_fixtures::nano;
 use serde_json::Value;
+use tempfile::TempDir;
 
 use crate::support::{Place, stderr, to_gguf};
 
@@ -191,6 +192,83 @@ fn calibrated_files_of_devices_are_as_good_as_those_of_the_cpu() {
         assert!((kl - cpu).abs() < 0.2 * cpu, "{name}: {kl}, {cpu}");
         assert!(
             said.contains("on the device: ") && said.contains("matmul"),
+            "{said}"
+        );
+    }
+}
+
+/// A folder with a `libcuda` and a `libnvrtc` that are the emulator's, where it was built.
+fn emulated_cuda() -> Option<TempDir> {
+    let binary = Path::new(env!("CARGO_BIN_EXE_nemoconv"));
+    let library = binary.parent()?.join("examples").join("libcuda.so");
+    if !library.exists() {
+        println!(
+            "skipped: `cargo build -p nemoconv-cuda-emu --examples` makes {}",
+            library.display()
+        );
+        return None;
+    }
+    let folder = tempfile::tempdir().expect("there is a temporary folder");
+    for name in ["libcuda.so", "libnvrtc.so"] {
+        std::fs::copy(&library, folder.path().join(name)).expect("the library can be copied");
+    }
+    let mut listed = Command::new(binary);
+    listed.arg("devices").env("LD_LIBRARY_PATH", folder.path());
+    let listed = listed.output().expect("the binary starts");
+    if !stdout(&listed).contains("cuda:0") {
+        // One with sanitizers cannot be loaded by a program without them.
+        println!("skipped: {} does not load", library.display());
+        return None;
+    }
+    Some(folder)
+}
+
+/// A rotated file that is rounded to the nearest: no sum of a network decides a byte of it.
+fn rotated(place: &Place, device: &str, libraries: Option<&Path>) -> (Vec<u8>, String) {
+    let file = place.file("rotated.gguf");
+    let mut command = Command::new(env!("CARGO_BIN_EXE_nemoconv"));
+    command.arg("to-gguf").arg(nano()).arg("-o").arg(&file);
+    command.arg("--calibration").arg(&place.text);
+    command.args([
+        "--calibration-context",
+        "64",
+        "--calibration-sequences",
+        "2",
+    ]);
+    command.args(["-t", "q8_0", "--method", "rtn", "--rotate", "hadamard"]);
+    command.args(["--no-smoothing", "--device", device]);
+    if let Some(folder) = libraries {
+        command.env("LD_LIBRARY_PATH", folder);
+        command.env("XDG_CACHE_HOME", folder);
+    }
+    let output = command.output().expect("the binary starts");
+    assert!(output.status.success(), "{}", stderr(&output));
+    let bytes = std::fs::read(&file).expect("the file was written");
+    std::fs::remove_file(&file).expect("the file can be removed");
+    (bytes, stderr(&output))
+}
+
+#[test]
+fn rotated_files_of_devices_are_those_of_the_cpu() {
+    let place = place();
+    let (expected, _) = rotated(&place, "cpu", None);
+    for name in names() {
+        let (found, said) = rotated(&place, &name, None);
+        assert!(found == expected, "{name}");
+        let (on_device, on_cpu) = said.rsplit_once("on the CPU: ").expect("a tally is said");
+        let taken = if name.starts_with("cuda") {
+            on_device
+        } else {
+            on_cpu
+        };
+        assert!(taken.contains("mix "), "{name}: {said}");
+    }
+    if let Some(folder) = emulated_cuda() {
+        let (found, said) = rotated(&place, "cuda", Some(folder.path()));
+        assert!(found == expected, "the emulator");
+        let (on_device, on_cpu) = said.rsplit_once("on the CPU: ").expect("a tally is said");
+        assert!(
+            on_device.contains("mix ") && !on_cpu.contains("mix "),
             "{said}"
         );
     }

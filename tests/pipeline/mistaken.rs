@@ -134,7 +134,7 @@ fn no_byte_of_the_header_makes_it_panic() {
         let mut file = whole.clone();
         file[at] = !file[at];
         std::fs::write(&path, file).unwrap();
-        let answer = static_levels::inspect(path.to_str().unwrap(), None);
+        let answer = static_levels::inspect(path.to_str().unwrap(), None, None);
         assert!(answer.is_ok(), "byte {at:#x}: {}", answer.unwrap_err());
     }
 }
@@ -162,6 +162,6 @@ fn what_is_not_there_is_an_error() {
         ("/nonexistent.gguf".into(), None),
         (nano(), Some("/nonexistent")),
     ] {
-        assert!(static_levels::inspect(artifact.to_str().unwrap(), reference).is_err());
+        assert!(static_levels::inspect(artifact.to_str().unwrap(), reference, None).is_err());
     }
 }

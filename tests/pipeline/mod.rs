@@ -6,6 +6,8 @@ mod defects;
 #[cfg(feature = "device")]
 mod device;
 mod mistaken;
+#[cfg(feature = "device")]
+mod mixing;
 mod packed;
 
 use nemoconv::report::{Finding, Severity};
@@ -16,7 +18,7 @@ use std::path::Path;
 fn findings(artifact: &Path, reference: Option<&Path>) -> Vec<Finding> {
     let text = |path: &Path| path.to_str().expect("test paths are UTF-8").to_owned();
     let reference = reference.map(text);
-    let report = static_levels::inspect(&text(artifact), reference.as_deref());
+    let report = static_levels::inspect(&text(artifact), reference.as_deref(), None);
     report.expect("both models can be read").findings
 }
 

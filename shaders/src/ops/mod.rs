@@ -1,6 +1,7 @@
 //! One typed method per kernel: shapes in, launch grid and parameters out. What does not fit one view is cut into parts.
 
 mod decode;
+mod doubles;
 mod feedback;
 mod floats;
 mod gram;

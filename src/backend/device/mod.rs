@@ -3,6 +3,7 @@
 //! Enters: stored weights, f32 rows. Leaves: f32 rows. Weights lie on the device while they fit; the others are sent tile by
 //! tile whenever they are multiplied.
 
+mod mixing;
 mod packed;
 mod rounding;
 mod sums;
@@ -21,6 +22,7 @@ use crate::artifact::StoredTensor;
 use crate::backend::ExpertRows;
 use crate::error::{Error, Result};
 use crate::quantize::feedback::RowProducts;
+use mixing::HeldMatrices;
 use nemoconv_device::{
     Array, AttentionLayout, Bytes, ConvLayout, Device, DeviceError, Family, MatmulLayout, Packed,
     Packing, Rounding, ScanLayout, can_dequantize,
@@ -43,6 +45,7 @@ const MATRIX_ALIGNMENT: u64 = 256;
 pub struct OpenDevice {
     device: Device,
     tally: Tally,
+    matrices: HeldMatrices,
 }
 
 impl OpenDevice {
@@ -51,6 +54,7 @@ impl OpenDevice {
         Self {
             device,
             tally: Tally::default(),
+            matrices: HeldMatrices::default(),
         }
     }
 

@@ -22,7 +22,8 @@ use crate::model::nemotron_h::stream_readers;
 use crate::quantize::feedback::{self, Feedback, InputMoments, can_feed_back};
 use crate::quantize::{is_searched, quantize_rows};
 use crate::rewrite::{
-    RewriteSettings, RewriteStatistics, Rewrites, Rewritten, Rotation, SquareMatrix, product,
+    Mixer, RewriteSettings, RewriteStatistics, Rewrites, Rewritten, Rotation, SquareMatrix,
+    product_on,
 };
 
 /// Blocks of each kind that are tried, evenly spread.
@@ -48,6 +49,8 @@ pub struct RotationTrial<'a> {
     pub rounding: Rounding,
     /// What a tensor will be stored as.
     pub type_of: &'a (dyn Fn(&str) -> GgmlType + Sync),
+    /// Who multiplies in f64, if not this computer.
+    pub mixer: Option<&'a dyn Mixer>,
     /// Called before every block; an error ends the trial.
     pub watch: &'a (dyn Fn() -> Result<()> + Sync),
 }
@@ -124,7 +127,7 @@ impl RotationTrial<'_> {
             rotation,
             ..self.settings.clone()
         };
-        Rewrites::choose(self.model, &settings, self.statistics)
+        Rewrites::choose_on(self.mixer, self.model, &settings, self.statistics)
     }
 
     /// Sum of the relative losses of readers, writers and embedding.
@@ -134,6 +137,7 @@ impl RotationTrial<'_> {
             rewritten: Rewritten {
                 stored: self.model,
                 rewrites,
+                mixer: self.mixer,
             },
         };
         let mut views = Vec::new();
@@ -212,6 +216,13 @@ impl RotationTrial<'_> {
         }
         errors_of(ty, &bytes, rows)
     }
+
+    /// `tr(A M A^T)`, without the damping that rounding adds to M: that is not the same in every basis.
+    fn energy(&self, rows: &[f32], moments: &SquareMatrix) -> Result<f64> {
+        let rows: Vec<f64> = rows.iter().map(|value| f64::from(*value)).collect();
+        let images = product_on(self.mixer, &rows, moments.size(), moments)?;
+        Ok(rows.iter().zip(&images).map(|(a, b)| a * b).sum())
+    }
 }
 
 /// A model under one of the rotations.
@@ -252,9 +263,12 @@ impl Rotated<'_> {
                     .rewritten
                     .rows(name, matrix, &rows, |value| value as f32)?;
                 let inputs = inputs.as_ref().map(|inputs| (inputs, &importance[..]));
-                let energy = energy(&rows, &moments);
+                let energy = self.trial.energy(&rows, &moments)?;
                 let error = match is_searched(ty) {
-                    true => energy_of_errors(self.trial, ty, &rows, inputs, &moments),
+                    true => {
+                        let errors = self.trial.errors(ty, moments.size(), &rows, inputs);
+                        self.trial.energy(&errors, &moments)?
+                    }
                     false => 0.0,
                 };
                 shares.add(error, energy);
@@ -278,8 +292,8 @@ impl Rotated<'_> {
         let rotated = match self.rewritten.rewrites.rotation() {
             None => stored,
             Some(rotation) => {
-                let back = SquareMatrix::new(size, rotation.transposed().to_vec());
-                back.times(&stored).times(rotation)
+                let image = product_on(self.trial.mixer, rotation.transposed(), size, &stored)?;
+                SquareMatrix::new(size, product_on(self.trial.mixer, &image, size, rotation)?)
             }
         };
         let value = |(at, value): (usize, &f64)| value * weight[at / size] * weight[at % size];
@@ -436,23 +450,6 @@ fn errors_of(ty: GgmlType, bytes: &[u8], rows: &[f32]) -> Vec<f32> {
     errors
 }
 
-fn energy_of_errors(
-    trial: &RotationTrial,
-    ty: GgmlType,
-    rows: &[f32],
-    inputs: Option<(&InputMoments, &[f32])>,
-    moments: &SquareMatrix,
-) -> f64 {
-    energy(&trial.errors(ty, moments.size(), rows, inputs), moments)
-}
-
-/// `tr(A M A^T)`, without the damping that rounding adds to M: that is not the same in every basis.
-fn energy(rows: &[f32], moments: &SquareMatrix) -> f64 {
-    let rows: Vec<f64> = rows.iter().map(|value| f64::from(*value)).collect();
-    let images = product(&rows, moments.size(), moments);
-    rows.iter().zip(&images).map(|(a, b)| a * b).sum()
-}
-
 /// `tr(V A D A^T V^T)`: what readers V see of columns A `[hidden, columns]` of a writer whose inputs have mean squares D.
 fn seen(views: &[View], columns: &[f32], squares: &[f32]) -> f64 {
     let width = squares.len();
@@ -547,6 +544,7 @@ mod tests {
             statistics: &statistics,
             rounding: Rounding::default(),
             type_of: &|_| ty,
+            mixer: None,
             watch: &|| Ok(()),
         };
         let pool = rayon::ThreadPoolBuilder::new().num_threads(threads);

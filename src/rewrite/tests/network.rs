@@ -20,7 +20,11 @@ pub struct Network {
 impl Network {
     /// The network of a model after rewrites.
     pub fn new(stored: &StoredModel, rewrites: &Rewrites) -> Self {
-        let view = Rewritten { stored, rewrites };
+        let view = Rewritten {
+            stored,
+            rewrites,
+            mixer: None,
+        };
         let tensors = stored.tensors().iter().map(|tensor| {
             let all: Vec<usize> = (0..tensor.rows).collect();
             let matrix = |matrix| -> Rows {

@@ -21,7 +21,7 @@ use super::rewritten::{Recorded, of_same_widths, recorded};
 use crate::artifact::{StoredModel, StoredTensor};
 use crate::error::Result;
 use crate::report::{Finding, Rule, TensorError};
-use crate::rewrite::{Rewrites, Rewritten};
+use crate::rewrite::{Mixer, Rewrites, Rewritten};
 use block_facts::BlockFacts;
 use expectation::{Expectation, Rounding};
 use nemoconv_formats::gguf::{Metadata, Value};
@@ -44,17 +44,21 @@ pub struct Weights {
 }
 
 /// Compares every tensor with the reference, under the rewrites that the artifact records, or looks at the stored values
-/// alone. Runs in rayon's current pool.
+/// alone. The reference's rows and columns are mixed by `mixer`, if there is one. Runs in rayon's current pool.
 ///
 /// # Errors
-/// A file cannot be read.
-pub fn inspect(artifact: &StoredModel, reference: Option<&StoredModel>) -> Result<Weights> {
+/// A file cannot be read, the machine that mixes fails.
+pub fn inspect(
+    artifact: &StoredModel,
+    reference: Option<&StoredModel>,
+    mixer: Option<&dyn Mixer>,
+) -> Result<Weights> {
     let recorded = reference.map_or(Recorded::None, |_| recorded(artifact));
     let (rewrites, reference) = match recorded {
         Recorded::None => (None, reference),
         Recorded::Rewrites(rewrites) => (Some(*rewrites), reference),
         Recorded::Unknown(why) => {
-            let mut weights = compare(artifact, None, None)?;
+            let mut weights = compare(artifact, None, None, None)?;
             weights.found.push(Finding::new(Rule::RewritesMissing, why));
             return Ok(weights);
         }
@@ -72,7 +76,7 @@ pub fn inspect(artifact: &StoredModel, reference: Option<&StoredModel>) -> Resul
         weights.found.push(finding);
         return Ok(weights);
     }
-    compare(artifact, reference, rewrites.as_ref())
+    compare(artifact, reference, rewrites.as_ref(), mixer)
 }
 
 /// The same with the rewrites known that the reference has to undergo.
@@ -80,6 +84,7 @@ fn compare(
     artifact: &StoredModel,
     reference: Option<&StoredModel>,
     rewrites: Option<&Rewrites>,
+    mixer: Option<&dyn Mixer>,
 ) -> Result<Weights> {
     let mut weights = Weights::default();
     let pairing = reference.map(|reference| Pairing::new(artifact, reference, rewrites));
@@ -102,7 +107,7 @@ fn compare(
             continue;
         };
         let rewritten = match &pairing {
-            Some(pairing) => pairing.rewritten(tensor)?,
+            Some(pairing) => pairing.rewritten(tensor, mixer)?,
             None => None,
         };
         let pair = pairing.as_ref();
@@ -278,13 +283,18 @@ impl<'a> Pairing<'a> {
     }
 
     /// The reference's tensor after its rewrites: a model of this tensor alone.
-    fn rewritten(&self, tensor: &StoredTensor) -> Result<Option<StoredModel>> {
+    fn rewritten(
+        &self,
+        tensor: &StoredTensor,
+        mixer: Option<&dyn Mixer>,
+    ) -> Result<Option<StoredModel>> {
         let (Some(rewrites), Some(_)) = (self.rewrites, self.reference.tensor(&tensor.name)) else {
             return Ok(None);
         };
         let view = Rewritten {
             stored: self.reference,
             rewrites,
+            mixer,
         };
         let config = self.reference.config().clone();
         let tensors = vec![view.in_memory(&tensor.name)?];

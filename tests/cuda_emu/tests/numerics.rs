@@ -121,6 +121,77 @@ fn matmuls_agree_to_the_bit() {
     assert!(tiled[2] == direct[2]);
 }
 
+/// f64 values of which no two products round alike.
+fn doubles(count: usize, seed: u64) -> Vec<f64> {
+    let tails = values(count, seed + 100);
+    let pairs = values(count, seed).into_iter().zip(tails);
+    pairs
+        .map(|(x, tail)| f64::from(x) + f64::from(tail) * 1e-9)
+        .collect()
+}
+
+/// Words of f64 values, the low one first.
+fn words(values: &[f64]) -> Vec<u32> {
+    let halves = |x: &f64| [x.to_bits() as u32, (x.to_bits() >> 32) as u32];
+    values.iter().flat_map(halves).collect()
+}
+
+#[test]
+fn matmul_f64() {
+    for sizes in [
+        [1, 1, 1, 1],
+        [3, 5, 70, 33],
+        [2, 67, 3, 300],
+        [1, 64, 129, 16],
+        [2, 5, 6, 0],
+    ] {
+        check_matmul_f64(sizes, false);
+        check_matmul_f64(sizes, true);
+    }
+}
+
+/// To the bit. Runs share a transposed A and have their own B, or the other way round.
+fn check_matmul_f64([runs, rows, columns, inner]: [usize; 4], shares_a: bool) {
+    let [a_row, a_column] = strides(rows, inner, shares_a);
+    let a_run = usize::from(!shares_a) * (rows + 3) * (inner + 3);
+    let b_run = usize::from(shares_a) * inner * columns;
+    let out_row = columns + 1;
+    let a = doubles(runs * (rows + 3) * (inner + 3), 1);
+    let b = doubles((runs * inner * columns).max(1), 2);
+    let before = doubles((runs * inner).max(1), 3);
+    let after = doubles(columns, 4);
+    let unwritten = doubles(runs * rows * out_row, 5);
+    let mut expected = unwritten.clone();
+    for at in 0..runs * rows * columns {
+        let (run, i, j) = (at / columns / rows, at / columns % rows, at % columns);
+        let mut sum = 0.0;
+        for k in 0..inner {
+            let factor = before[run * inner + k] * b[run * b_run + k * columns + j];
+            sum += a[run * a_run + i * a_row + k * a_column] * (factor * after[j]);
+        }
+        expected[(run * rows + i) * out_row + j] = sum;
+    }
+    let sizes = [runs, rows, columns, inner];
+    let steps = [a_run, a_row, a_column, b_run, columns, inner, 0];
+    let parameters = [&sizes[..], &steps, &[rows * out_row, out_row]].concat();
+    let parameters: Vec<u32> = parameters.iter().map(|size| *size as u32).collect();
+    let groups = runs * rows.div_ceil(64) * columns.div_ceil(64) + 1;
+    let views = [&a, &b, &before, &after, &unwritten].map(|values| words(values));
+    let results = run(&kernels::MATMUL_F64, groups as u32, &views, &parameters);
+    assert!(results[4] == words(&expected), "{sizes:?}, {shares_a}");
+}
+
+#[test]
+fn widen_f64() {
+    let (x, before, after) = (values(300, 1), doubles(7, 2), doubles(7, 3));
+    let views = [bits(&x), words(&before), words(&after), unknown(600)];
+    let results = run(&kernels::WIDEN_F64, 3, &views, &[299, 7]);
+    let value = |at: usize| f64::from(x[at]) * before[at % 7] * after[at % 7];
+    let expected: Vec<f64> = (0..299).map(value).collect();
+    assert!(results[3][..598] == words(&expected));
+    assert!(results[3][598..] == unknown(2));
+}
+
 #[test]
 fn gram() {
     for (n, rows) in [(1, 1), (33, 7), (70, 50), (64, 129)] {
