@@ -9,8 +9,8 @@ use nemoconv_device::{
 };
 use nemoconv_formats::GgmlType;
 
+use super::feedback::{Q4_0, Q4_K, identity};
 use crate::drivers::all;
-use crate::feedback::{Q4_0, Q4_K, identity};
 use crate::numbers;
 
 /// Runs of which the fastest counts, after one that compiles.
