@@ -201,7 +201,7 @@ kernels! {
     SCATTER_ADD = "scatter_add", 256 threads, 4 views;
     /// Rounds inputs of matrix products as a runtime does. Views: input, out.
     ROUND_ACTIVATION = "round_activation", 64 threads, 2 views;
-    /// Integers of compressed-tensors as values. Views: codes, scales, zero points, out.
+    /// Integers of packed checkpoints as values. Views: codes, scales, zero points, out.
     DEQUANTIZE_INTEGERS = "dequantize_integers", 256 threads, 4 views, [WGSL_PACKED], [CUDA_BYTES, CUDA_PACKED];
     /// FP8 and NVFP4 of packed checkpoints as values. Views: codes, scales, out.
     DEQUANTIZE_FLOATS = "dequantize_floats", 256 threads, 3 views, [WGSL_PACKED], [CUDA_BYTES, CUDA_PACKED];

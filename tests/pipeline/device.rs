@@ -166,6 +166,28 @@ fn packed_weights_that_do_not_fit_are_decoded_there_all_the_same() {
     }
 }
 
+/// Bytes that a device may see at once: fewer than the codes of nano's `ssm_in`, more than anything else that is whole.
+const NARROW: u64 = 256 << 10;
+
+#[test]
+fn packed_weights_that_no_view_spans_are_decoded_by_the_host() {
+    let folder = tempfile::tempdir().unwrap();
+    let [packed, plain] = ["packed", "plain"].map(|name| folder.path().join(name));
+    let layout = Layout::Gptq {
+        bits: 8,
+        group: 128,
+    };
+    write(&nemoconv_fixtures::nano(), layout, &packed, &plain).unwrap();
+    let model = Arc::new(StoredModel::open(packed.to_str().unwrap()).unwrap());
+    let wide = logits(&machines()[0].1, &model, &Numerics::EXACT);
+    let emulator = Emulator::new(Order::Ascending).with_view_bytes(NARROW);
+    let device = Device::new(Box::new(emulator), None);
+    let narrow = Machines::Devices([Arc::new(OpenDevice::new(device))].into());
+    assert_eq!(logits(&narrow, &model, &Numerics::EXACT), wide);
+    let decoded = narrow.tallies()[0].counts()["dequantize"];
+    assert!(decoded.device > 0 && decoded.host > 0, "{decoded:?}");
+}
+
 #[test]
 fn second_moments_are_those_of_the_cpu() {
     let (n, width, rows) = (70, 33, 600);

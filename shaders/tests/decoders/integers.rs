@@ -93,7 +93,7 @@ pub fn on_every_device(
             };
             let what = format!("{name}, {}, {layout:?}", linear.scheme());
             let send = |bytes: &[u8]| device.upload_bytes(bytes).unwrap();
-            let (codes, scales) = (send(&stored.codes), send(&stored.scales));
+            let (codes, scales) = (send(stored.codes), send(&stored.scales));
             let zeros = stored.zeros.as_deref().map(send);
             let decode = |rows, out: &mut Array| {
                 let zeros = zeros.as_ref();

@@ -186,7 +186,10 @@ impl OnDevice {
         let Some(stored) = weight.packed(matrix)? else {
             return Ok(None);
         };
-        if !fits(stored.linear.bytes() as u64) {
+        let limits = self.device().description().limits;
+        if !fits(stored.linear.bytes() as u64)
+            || packed::bytes_in_a_view(&stored.linear) > limits.view_bytes
+        {
             return Ok(None);
         }
         let columns = weight.tensor().columns;
