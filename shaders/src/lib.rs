@@ -21,5 +21,5 @@ pub use driver::{Description, Driver, Family, Handle, Launch, Limits, View};
 pub use error::{DeviceError, Result};
 pub use ops::{
     AttentionLayout, ConvLayout, FloatLayout, IntegerLayout, MatmulLayout, Packed, Packing,
-    Rounding, ScanLayout, can_dequantize,
+    Rounding, ScanLayout, can_dequantize, has_minima,
 };

@@ -3,6 +3,7 @@
 
 mod drivers;
 mod matmul;
+mod minima;
 mod mixers;
 mod page;
 mod rows;
