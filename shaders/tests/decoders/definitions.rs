@@ -126,7 +126,7 @@ impl Integers {
             Layout::PackQuantized { .. } => self.words([self.rows, words], |row, word, at| {
                 code(row, word * per_word + at)
             }),
-            _ => self.signed_bytes([self.rows, self.columns], |row, column| code(row, column)),
+            _ => self.signed_bytes([self.rows, self.columns], code),
         }
     }
 
