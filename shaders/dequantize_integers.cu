@@ -1,7 +1,7 @@
-// Rows of compressed-tensors' integers as values: `out[row, column] = (code - zero) scale`. One thread per value.
-// Codes are consecutive digits of `bits` bits, from the lowest bits of a row on: of 32-bit words (`pack-quantized`),
-// each `2^(bits - 1)` too large, or signed bytes (`int-quantized`). Where a device takes subnormal numbers for zero,
-// values below 2^-126 are lost.
+// Rows of packed integers as values: `out[row, column] = (code - zero) scale`. One thread per value.
+// Codes are consecutive digits of `bits` bits, from the lowest bits of a row's 32-bit words on: each `2^(bits - 1)` too
+// large (`pack-quantized`, GPTQ), or signed bytes (`int-quantized`). Words of a row lie side by side, or one of every row
+// does (GPTQ). Where a device takes subnormal numbers for zero, values below 2^-126 are lost.
 // Twins: dequantize_integers.wgsl, `PackedLinear::dequantize` in formats/src/packed/linear.rs.
 
 struct Parameters {
@@ -12,9 +12,10 @@ struct Parameters {
     u32 bits;
     // 128 where codes are signed bytes: their highest bit changed, they are 128 too large as well.
     u32 flip;
-    // Where codes begin, and the step to the next row, in bytes.
+    // Where codes begin, and the steps to the next row and to the next 32 bits of a row, in bytes.
     u32 first_code;
     u32 row_bytes;
+    u32 word_bytes;
     // Columns that share a scale.
     u32 group_columns;
     // Scales of a row, or 0 where all rows share one.
@@ -39,8 +40,9 @@ static __device__ inline int digit(const Parameters& p, const u8* bytes, u32 byt
 }
 
 static __device__ inline int code_at(const Parameters& p, const u8* codes, u32 row, u32 column) {
-    const u32 byte = p.first_code + row * p.row_bytes + column * p.bits / 8u;
-    return digit(p, codes, byte, column * p.bits % 8u);
+    const u32 bit = column * p.bits;
+    const u32 byte = p.first_code + row * p.row_bytes + bit / 32u * p.word_bytes + bit % 32u / 8u;
+    return digit(p, codes, byte, bit % 8u);
 }
 
 static __device__ inline int zero_at(const Parameters& p, const u8* zeros, u32 row, u32 group) {

@@ -1,7 +1,7 @@
-// Rows of compressed-tensors' integers as values: `out[row, column] = (code - zero) scale`. One thread per value.
-// Codes are consecutive digits of `bits` bits, from the lowest bits of a row on: of 32-bit words (`pack-quantized`),
-// each `2^(bits - 1)` too large, or signed bytes (`int-quantized`). Where a device takes subnormal numbers for zero,
-// values below 2^-126 are lost.
+// Rows of packed integers as values: `out[row, column] = (code - zero) scale`. One thread per value.
+// Codes are consecutive digits of `bits` bits, from the lowest bits of a row's 32-bit words on: each `2^(bits - 1)` too
+// large (`pack-quantized`, GPTQ), or signed bytes (`int-quantized`). Words of a row lie side by side, or one of every row
+// does (GPTQ). Where a device takes subnormal numbers for zero, values below 2^-126 are lost.
 // Twins: dequantize_integers.cu, `PackedLinear::dequantize` in formats/src/packed/linear.rs.
 
 struct Parameters {
@@ -12,9 +12,10 @@ struct Parameters {
     bits: u32,
     // 128 where codes are signed bytes: their highest bit changed, they are 128 too large as well.
     flip: u32,
-    // Where codes begin, and the step to the next row, in bytes.
+    // Where codes begin, and the steps to the next row and to the next 32 bits of a row, in bytes.
     first_code: u32,
     row_bytes: u32,
+    word_bytes: u32,
     // Columns that share a scale.
     group_columns: u32,
     // Scales of a row, or 0 where all rows share one.
@@ -45,8 +46,9 @@ fn digit(word: u32, byte: u32, bit: u32) -> i32 {
 }
 
 fn code_at(row: u32, column: u32) -> i32 {
-    let byte = p.first_code + row * p.row_bytes + column * p.bits / 8u;
-    return digit(codes[byte >> 2u], byte, column * p.bits % 8u);
+    let bit = column * p.bits;
+    let byte = p.first_code + row * p.row_bytes + bit / 32u * p.word_bytes + bit % 32u / 8u;
+    return digit(codes[byte >> 2u], byte, bit % 8u);
 }
 
 fn zero_at(row: u32, group: u32) -> i32 {

@@ -10,5 +10,16 @@ use std::process::ExitCode;
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
 fn main() -> ExitCode {
+    quiet_drivers();
     cli::main()
+}
+
+/// Mesa's drivers look for a compositor there, and complain on stderr where the variable is unset. In the place that it is
+/// set to there is none.
+fn quiet_drivers() {
+    const RUNTIME: &str = "XDG_RUNTIME_DIR";
+    if cfg!(target_os = "linux") && std::env::var_os(RUNTIME).is_none() {
+        // SAFETY: no other thread has been started, so none reads the environment.
+        unsafe { std::env::set_var(RUNTIME, "/dev/null") };
+    }
 }

@@ -239,7 +239,11 @@ kernels! {
     SCATTER_ADD = "scatter_add", 256 threads, 4 views;
     /// Rounds inputs of matrix products as a runtime does. Views: input, out.
     ROUND_ACTIVATION = "round_activation", 64 threads, 2 views;
-    /// Integers of compressed-tensors as values. Views: codes, scales, zero points, out.
+    /// What inputs in Q8_1 have beside those in Q8_0. Views: input, out.
+    Q8_1_REMAINDERS = "q8_1_remainders", 64 threads, 2 views;
+    /// Minima of blocks of Q4_1 and Q5_1. Views: bytes, out.
+    BLOCK_MINIMA = "block_minima", 256 threads, 2 views, [WGSL_BYTES], [CUDA_BYTES];
+    /// Integers of packed checkpoints as values. Views: codes, scales, zero points, out.
     DEQUANTIZE_INTEGERS = "dequantize_integers", 256 threads, 4 views, [WGSL_PACKED], [CUDA_BYTES, CUDA_PACKED];
     /// FP8 and NVFP4 of packed checkpoints as values. Views: codes, scales, out.
     DEQUANTIZE_FLOATS = "dequantize_floats", 256 threads, 3 views, [WGSL_PACKED], [CUDA_BYTES, CUDA_PACKED];

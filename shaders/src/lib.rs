@@ -22,5 +22,5 @@ pub use error::{DeviceError, Result};
 pub use ops::{
     AttentionLayout, CodeValues, ConvLayout, FEEDBACK_CHUNK, FeedbackGrid, FeedbackRows,
     FloatLayout, IntegerLayout, MatmulLayout, Packed, Packing, Rounding, ScaleLattice, ScaleSearch,
-    ScanLayout, Splitting, Tries, can_dequantize,
+    ScanLayout, Splitting, Tries, can_dequantize, has_minima,
 };

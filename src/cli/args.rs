@@ -9,6 +9,7 @@ use nemoconv::eval::shard::Shard;
 use nemoconv::eval::tasks::Task;
 use nemoconv::formats::gguf::Value;
 use nemoconv::forward::numerics::TimeStepRule;
+use nemoconv::model::tokenizer::runtime_splits::is_runtime_name;
 use nemoconv::plan::packed::entries::PackedEntries;
 use nemoconv::plan::packed::scheme::NamedScheme;
 use nemoconv::plan::phase::Phase;
@@ -161,6 +162,15 @@ fn probability(text: &str) -> Result<f64, String> {
     let number = text.parse().ok();
     let number = number.filter(|number| (0.0..1.0).contains(number));
     number.ok_or_else(|| "expected a number from 0 up, below 1".into())
+}
+
+fn pre_tokenizer(name: &str) -> Result<String, String> {
+    let known = is_runtime_name(name).then(|| name.to_owned());
+    known.ok_or_else(|| {
+        "llama.cpp b11434 has none of this name; Nemotron-H files carry pixtral, llama-bpe or tekken, and all names are in \
+         its src/llama-vocab.cpp"
+            .into()
+    })
 }
 
 fn time_step_rule(text: &str) -> Result<TimeStepRule, String> {
@@ -377,7 +387,7 @@ pub struct ToGguf {
     #[arg(long)]
     pub no_mtp: bool,
     /// Name of the pre-tokenizer, where the tokenizer is not recognised
-    #[arg(long, value_name = "NAME")]
+    #[arg(long, value_name = "NAME", value_parser = pre_tokenizer)]
     pub pre_tokenizer: Option<String>,
     /// Name of the model, for general.name
     #[arg(long, value_name = "NAME")]

@@ -133,8 +133,6 @@ impl NemotronHConfig {
 
     /// Reads the sizes out of `config.json`.
     ///
-    /// A vision-language wrapper's `llm_config` is used when present, as the stock converter does.
-    ///
     /// # Errors
     /// The first field that is missing, of the wrong type or out of range.
     pub fn parse(json: &Value) -> Result<Self, Fault> {

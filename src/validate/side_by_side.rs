@@ -420,6 +420,8 @@ pub fn score_chunk<B: Backend>(
 }
 
 /// Largest magnitude of every matrix input over some chunks, divided by 127: the scales of static 8-bit activations.
+///
+/// Of a chunk that leaves the numbers counts what comes before: whoever compares meets the same, and says whose it is.
 pub fn static_scales<B: Backend>(
     network: &Network<B>,
     text: &ChunkedText,
@@ -427,16 +429,9 @@ pub fn static_scales<B: Backend>(
 ) -> Result<std::collections::BTreeMap<String, f32>> {
     let mut seen = Magnitudes::default();
     for chunk in text.chunks().take(chunks) {
-        let tokens = chunk.input();
-        let mut state = network.empty_state()?;
-        let sequence = Sequence {
-            tokens: &tokens,
-            state: &mut state,
-        };
-        let normed = network.run(&mut [sequence], &mut seen)?;
-        let all: Vec<u32> = (0..tokens.len() as u32).collect();
-        for rows in all.chunks((LOGITS_AT_ONCE / network.config().vocab_size).max(1)) {
-            network.logits(&normed, rows, &mut seen)?;
+        match seen.add(network, &chunk) {
+            Ok(()) | Err(Error::NotFinite(_)) => {}
+            Err(error) => return Err(error),
         }
     }
     let scales = seen.0.into_iter().map(|(name, max)| (name, max / 127.0));
@@ -446,6 +441,23 @@ pub fn static_scales<B: Backend>(
 /// The largest magnitude of each tensor's input.
 #[derive(Default)]
 struct Magnitudes(std::collections::BTreeMap<String, f32>);
+
+impl Magnitudes {
+    fn add<B: Backend>(&mut self, network: &Network<B>, chunk: &Chunk) -> Result<()> {
+        let tokens = chunk.input();
+        let mut state = network.empty_state()?;
+        let sequence = Sequence {
+            tokens: &tokens,
+            state: &mut state,
+        };
+        let normed = network.run(&mut [sequence], self)?;
+        let all: Vec<u32> = (0..tokens.len() as u32).collect();
+        for rows in all.chunks((LOGITS_AT_ONCE / network.config().vocab_size).max(1)) {
+            network.logits(&normed, rows, self)?;
+        }
+        Ok(())
+    }
+}
 
 impl<B: Backend> Observer<B> for Magnitudes {
     fn input(

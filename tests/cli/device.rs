@@ -127,6 +127,17 @@ fn devices_are_listed() {
     }
     let output = without_vulkan(&["devices"]);
     assert!(output.status.success() && !stdout(&output).is_empty());
+    // Drivers have nothing to say about a session that is not there.
+    let output = Command::new(env!("CARGO_BIN_EXE_nemoconv"))
+        .arg("devices")
+        .env_remove("XDG_RUNTIME_DIR")
+        .output()
+        .unwrap();
+    assert!(
+        !stderr(&output).contains("XDG_RUNTIME_DIR"),
+        "{}",
+        stderr(&output)
+    );
 }
 
 /// Mean KL divergence and top-1 agreement of a file, measured on the CPU.

@@ -421,6 +421,21 @@ fn wrong_usage_is_64() {
     assert_eq!(nemoconv(["--help"]).status.code(), Some(0));
 }
 
+/// Llama.cpp would refuse to load the artifact.
+#[test]
+fn a_pre_tokenizer_that_no_runtime_has_is_wrong_usage() {
+    let to_gguf = |name| nemoconv(["to-gguf", "/nonexistent-model", "--pre-tokenizer", name]);
+    let refused = to_gguf("nosuch");
+    assert_eq!(refused.status.code(), Some(64));
+    for word in ["nosuch", "pixtral", "llama-vocab.cpp"] {
+        assert!(stderr(&refused).contains(word), "{}", stderr(&refused));
+    }
+    for name in ["tekken", "llama-bpe", "kimi-k2"] {
+        let output = to_gguf(name);
+        assert_eq!(output.status.code(), Some(1), "{}", stderr(&output));
+    }
+}
+
 /// `SIGTERM` in the middle: exit code 130 and an empty folder.
 #[cfg(unix)]
 #[test]

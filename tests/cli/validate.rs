@@ -73,10 +73,7 @@ fn an_artifact_that_computes_no_numbers_has_a_report() {
         let made = place.validate(&nano(), &nano(), &flags);
         assert!(made.status.success(), "{}", stderr(&made));
     }
-    let mut bytes = std::fs::read(&artifact).unwrap();
-    let last = bytes.len() - 1000;
-    bytes[last..].fill(0xff);
-    std::fs::write(&artifact, bytes).unwrap();
+    spoil(&artifact);
     let html = place.file("r.html");
     let flags = ["--json", "--max-kld", "1", "--html", html.to_str().unwrap()];
     for reference in [nano()].iter().chain(&saved) {
@@ -104,6 +101,43 @@ fn an_artifact_that_computes_no_numbers_has_a_report() {
         "{}",
         stderr(&output)
     );
+}
+
+/// Fixed scales are measured on the artifact itself where it was rewritten, else on the reference.
+#[test]
+fn fixed_scales_of_a_network_without_numbers_change_no_verdict() {
+    let place = place();
+    let act = ["--act", "static-int8", "--json"];
+    let calibration = ["--calibration", place.text.to_str().unwrap()];
+    let few = ["--calibration-context", "128", "--passes", "0"];
+    let artifact = place.file("rewritten.gguf");
+    let flags = [&["-t", "q8_0"], &calibration[..], &few].concat();
+    to_gguf(&nano(), &artifact, &flags);
+    let output = place.validate(&artifact, &nano(), &act);
+    assert_eq!(output.status.code(), Some(0), "{}", stderr(&output));
+    spoil(&artifact);
+    let output = place.validate(&artifact, &nano(), &act);
+    assert_eq!(output.status.code(), Some(2), "{}", stderr(&output));
+    let found = report(&output);
+    let findings = found["findings"].as_array().unwrap();
+    let not_finite = findings.iter().find(|f| f["id"] == "weights/not-finite");
+    assert_eq!(not_finite.unwrap()["place"]["tensor"], "output.weight");
+    assert_eq!(found["logits"]["positions"], 0);
+    let output = place.validate(&place.artifact("q8_0"), &artifact, &act);
+    assert_eq!(output.status.code(), Some(1), "{}", stderr(&output));
+    assert!(
+        stderr(&output).contains("the reference computes no numbers"),
+        "{}",
+        stderr(&output)
+    );
+}
+
+/// Makes the last weights NaN.
+fn spoil(artifact: &Path) {
+    let mut bytes = std::fs::read(artifact).unwrap();
+    let last = bytes.len() - 1000;
+    bytes[last..].fill(0xff);
+    std::fs::write(artifact, bytes).unwrap();
 }
 
 #[test]

@@ -4,6 +4,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use nemoconv::artifact::StoredModel;
+use nemoconv::backend::activation::Activation;
 use nemoconv::backend::cpu::Residence;
 use nemoconv::backend::cpu::kernels::Isa;
 use nemoconv::backend::device::OpenDevice;
@@ -155,6 +156,8 @@ fn files_of_every_mix_give_the_logits_of_the_cpu() {
     for mix in [
         "q4_k_m",
         "q5_0",
+        "q4_1",
+        "q5_1",
         "iq4_xs",
         "q2_k",
         "mxfp4_moe",
@@ -202,6 +205,66 @@ fn packed_weights_that_do_not_fit_are_decoded_there_all_the_same() {
         assert_eq!(logits(&tight, &model, &Numerics::EXACT), roomy);
         let decoded = tight.tallies()[0].counts()["dequantize"];
         assert!(decoded.device > 0 && decoded.host == 0, "{decoded:?}");
+    }
+}
+
+/// Bytes that a device may see at once: fewer than the codes of nano's `ssm_in`, more than anything else that is whole.
+const NARROW: u64 = 256 << 10;
+
+#[test]
+fn packed_weights_that_no_view_spans_are_decoded_by_the_host() {
+    let folder = tempfile::tempdir().unwrap();
+    let [packed, plain] = ["packed", "plain"].map(|name| folder.path().join(name));
+    let layout = Layout::Gptq {
+        bits: 8,
+        group: 128,
+    };
+    write(&nemoconv_fixtures::nano(), layout, &packed, &plain).unwrap();
+    let model = Arc::new(StoredModel::open(packed.to_str().unwrap()).unwrap());
+    let wide = logits(&machines()[0].1, &model, &Numerics::EXACT);
+    let emulator = Emulator::new(Order::Ascending).with_view_bytes(NARROW);
+    let device = Device::new(Box::new(emulator), None);
+    let narrow = Machines::Devices([Arc::new(OpenDevice::new(device))].into());
+    assert_eq!(logits(&narrow, &model, &Numerics::EXACT), wide);
+    let decoded = narrow.tallies()[0].counts()["dequantize"];
+    assert!(decoded.device > 0 && decoded.host > 0, "{decoded:?}");
+}
+
+/// Largest difference of a product whose inputs are rounded alike, as a share of the largest: another order of sums.
+const PRODUCT: f32 = 3e-6;
+
+/// Sums of inputs that Q8_1 rounds to F16 go into products as on the CPU.
+#[test]
+fn products_of_runtimes_with_minima_are_those_of_the_cpu() {
+    let folder = tempfile::tempdir().unwrap();
+    for mix in ["q4_1", "q5_1", "q8_0"] {
+        let file = folder.path().join(format!("{mix}.gguf"));
+        to_gguf(&nemoconv_fixtures::nano(), &file, &["-t", mix]);
+        let model = Arc::new(StoredModel::open(file.to_str().unwrap()).unwrap());
+        let tensor = model.tensor("blk.0.ssm_in.weight").unwrap();
+        let (rows, activation) = (7, Activation::of_runtime(tensor.ty));
+        // Far from zero in the mean, so that sums of blocks are large.
+        let value = |at: usize| ((at * 7919) % 1009) as f32 / 300.0 - 1.0;
+        let input: Vec<f32> = (0..rows * tensor.columns).map(value).collect();
+        let product = |machines: &Machines| {
+            let all = machines.all(&model, Residence::Mapped);
+            let machine = all.first().unwrap();
+            let weight = machine.weight(tensor).unwrap();
+            let input = machine.upload(input.clone()).unwrap();
+            let out = machine
+                .matmul(&weight, 0, &input, rows, activation)
+                .unwrap();
+            machine.download_all(out).unwrap()
+        };
+        let expected = product(&Machines::Cpu);
+        let largest = expected.iter().fold(0.0_f32, |max, x| max.max(x.abs()));
+        for (name, machines) in machines() {
+            let found = product(&machines);
+            let pairs = found.iter().zip(&expected);
+            let distance = pairs.fold(0.0_f32, |max, (a, b)| max.max((a - b).abs())) / largest;
+            println!("{name}, {mix}: {distance:.1e}");
+            assert!(distance <= PRODUCT, "{name}, {mix}: {distance}");
+        }
     }
 }
 

@@ -1,4 +1,4 @@
-//! Integers of compressed-tensors as values.
+//! Integers of packed checkpoints as values.
 
 use std::ops::Range;
 
@@ -12,7 +12,7 @@ use crate::array::{Array, Bytes, Device};
 use crate::error::Result;
 use crate::kernels;
 
-/// Integers of compressed-tensors: how rows of codes, scales and zero points lie in their bytes.
+/// Integers of a packed checkpoint: how rows of codes, scales and zero points lie in their bytes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct IntegerLayout {
     /// How codes are stored.
@@ -28,11 +28,23 @@ pub struct IntegerLayout {
 }
 
 impl IntegerLayout {
-    /// Bytes of a row of codes.
-    fn row_bytes(&self) -> usize {
+    /// Bytes from one row of codes to the next, and from 32 bits of a row to the next, where all codes have so many bytes.
+    fn steps(&self, bytes: usize) -> [usize; 2] {
         match self.codes {
-            IntegerCodes::Packed(width) => width.words(self.columns) * WORD_BYTES,
-            IntegerCodes::Bytes => self.columns,
+            IntegerCodes::Packed(width) => [width.words(self.columns) * WORD_BYTES, WORD_BYTES],
+            IntegerCodes::Transposed(width) => {
+                [WORD_BYTES, bytes / width.words(self.columns).max(1)]
+            }
+            IntegerCodes::Bytes => [self.columns, WORD_BYTES],
+        }
+    }
+
+    /// The bytes of codes from the first to the last that these rows need, where all codes have so many.
+    fn codes_of(&self, rows: &Range<usize>, bytes: usize) -> Range<usize> {
+        let [row_bytes, _] = self.steps(bytes);
+        match self.codes {
+            IntegerCodes::Transposed(_) => rows.start * row_bytes..bytes,
+            _ => rows.start * row_bytes..rows.end * row_bytes,
         }
     }
 
@@ -65,7 +77,7 @@ impl IntegerLayout {
             is_whole || group_columns > 0 && self.columns.is_multiple_of(group_columns),
             "groups do not divide rows: {self:?}"
         );
-        let is_packed = matches!(self.codes, IntegerCodes::Packed(_));
+        let is_packed = self.codes != IntegerCodes::Bytes;
         assert!(
             !(has_zeros && is_packed && self.group == Group::Tensor),
             "packed zero points of a whole tensor"
@@ -84,7 +96,7 @@ impl IntegerLayout {
     fn zeros_of(&self, rows: &Range<usize>) -> (Range<usize>, usize) {
         match self.codes {
             IntegerCodes::Bytes => (self.scales_of(rows), 0),
-            IntegerCodes::Packed(width) => {
+            IntegerCodes::Packed(width) | IntegerCodes::Transposed(width) => {
                 let row_of_words = self.groups() * WORD_BYTES;
                 let words = rows.start / width.per_word()..width.words(rows.end);
                 let bytes = words.start * row_of_words..words.end * row_of_words;
@@ -96,7 +108,7 @@ impl IntegerLayout {
     /// Bits of a code, and what to change in it so that all are too large by half their number.
     fn digits(&self) -> [usize; 2] {
         match self.codes {
-            IntegerCodes::Packed(width) => [width.bits(), 0],
+            IntegerCodes::Packed(width) | IntegerCodes::Transposed(width) => [width.bits(), 0],
             IntegerCodes::Bytes => [8, 0x80],
         }
     }
@@ -134,11 +146,12 @@ impl Device {
         let zero_type = match (zeros, layout.codes) {
             (None, _) => 0,
             (Some(_), IntegerCodes::Bytes) => 1,
-            (Some(_), IntegerCodes::Packed(_)) => 2,
+            (Some(_), _) => 2,
         };
         let heads = whole_heads(&rows, layout.head_rows);
-        let row_bytes = layout.row_bytes();
-        let (codes, first_code) = stored_items(codes, heads.clone(), row_bytes);
+        let all = codes.len() as usize;
+        let [row_bytes, word_bytes] = layout.steps(all);
+        let (codes, first_code) = stored(codes, layout.codes_of(&heads, all));
         let of_rows = layout.scales_of(&heads);
         let (scales, first_scale) = stored_items(scales, of_rows, layout.scales.bytes());
         let (of_rows, first_digit) = layout.zeros_of(&heads);
@@ -155,6 +168,7 @@ impl Device {
             flip,
             first_code,
             row_bytes,
+            word_bytes,
             layout.group_columns(),
             layout.scale_step(),
             scale_type(layout.scales),

@@ -7,6 +7,7 @@ mod floats;
 mod gram;
 mod integers;
 mod matmul;
+mod minima;
 mod mixers;
 mod packed;
 mod rows;
@@ -21,6 +22,7 @@ pub use feedback::{
 pub use floats::FloatLayout;
 pub use integers::IntegerLayout;
 pub use matmul::MatmulLayout;
+pub use minima::has_minima;
 pub use mixers::{AttentionLayout, ConvLayout, ScanLayout};
 pub use rows::Rounding;
 pub use split::Splitting;

@@ -1,9 +1,12 @@
 //! `dequantize_integers` on the linears that compressed-tensors and GPTQ write.
 
-use nemoconv_device::IntegerLayout;
+use std::ops::Range;
+
+use nemoconv_device::{Array, IntegerLayout};
 use nemoconv_formats::Dtype;
 use nemoconv_formats::packed::{GptqZeros, Group, Inputs, Layout, Scheme, StoredLinear, Width};
 
+use super::assert_same;
 use super::packed::{Linear, check_parts};
 use crate::drivers;
 
@@ -64,11 +67,22 @@ fn check(layout: Layout, shape: [usize; 2], scales: Dtype, head_rows: usize) {
     };
     let linear = Linear::random(scheme, shape, scales, 0);
     let expected = linear.values(head_rows);
+    on_every_device(&linear, head_rows, |what, found, places| {
+        assert_same(what, found, &expected[places]);
+    });
+}
+
+/// Decodes parts of a linear on every device, and has them compared as [`check_parts`] does.
+pub fn on_every_device(
+    linear: &Linear,
+    head_rows: usize,
+    compare: impl Fn(&str, &[f32], Range<usize>),
+) {
+    let shape = linear.shape();
     for (name, device) in drivers::all() {
-        let what = format!("{name}, {layout:?}, scales in {scales}");
         linear.with(|linear, checkpoint| {
             let StoredLinear::Integers(stored) = linear.stored(checkpoint).unwrap() else {
-                panic!("{what}: these are integers");
+                panic!("these are integers");
             };
             let layout = IntegerLayout {
                 codes: stored.storage,
@@ -77,15 +91,17 @@ fn check(layout: Layout, shape: [usize; 2], scales: Dtype, head_rows: usize) {
                 scales: stored.scale_dtype,
                 head_rows,
             };
+            let what = format!("{name}, {}, {layout:?}", linear.scheme());
             let send = |bytes: &[u8]| device.upload_bytes(bytes).unwrap();
-            let (codes, scales) = (send(&stored.codes), send(&stored.scales));
+            let (codes, scales) = (send(stored.codes), send(&stored.scales));
             let zeros = stored.zeros.as_deref().map(send);
-            check_parts(&what, &device, shape[1], &expected, 0, |rows, out| {
+            let decode = |rows, out: &mut Array| {
                 let zeros = zeros.as_ref();
                 device
                     .dequantize_integers(&layout, &codes, &scales, zeros, rows, out)
                     .unwrap();
-            });
+            };
+            check_parts(&what, &device, shape, decode, &compare);
         });
     }
 }

@@ -1,6 +1,7 @@
 //! Stored weights on every device that is there against the decoders of `formats`, bit for bit but for quotients in WGSL.
 
 mod blocks;
+mod definitions;
 #[path = "../operations/drivers.rs"]
 mod drivers;
 mod floats;

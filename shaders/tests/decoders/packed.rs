@@ -9,7 +9,7 @@ use nemoconv_formats::checkpoint::Checkpoint;
 use nemoconv_formats::packed::{Group, PackedLinear, Role, RowBuffers, Scheme};
 use safetensors::tensor::{Dtype as Stored, TensorView};
 
-use super::{HALVES, Random, assert_within};
+use super::{HALVES, Random};
 
 /// The tensors of a linear.
 pub struct Linear {
@@ -30,25 +30,41 @@ impl Linear {
     /// Random codes, scales of a type, in one of the shapes that the layout has for them.
     pub fn random(
         scheme: Scheme,
-        [rows, columns]: [usize; 2],
+        shape: [usize; 2],
         scale_dtype: Dtype,
         scale_shape: usize,
     ) -> Self {
         let mut random = Random::new(7);
+        let columns = shape[1];
+        let group_index = group_index(&scheme, columns);
+        Self::of(
+            scheme,
+            shape,
+            (scale_dtype, scale_shape),
+            |role, dtype, count| match role {
+                Role::Scale => scales(dtype, count * dtype.bytes(), &mut random),
+                Role::SecondScale => 2688.7_f32.to_le_bytes().to_vec(),
+                Role::GroupIndex => group_index.clone(),
+                Role::Shape => shape.map(usize::to_le_bytes).concat(),
+                _ => random.bytes(count * dtype.bytes()),
+            },
+        )
+    }
+
+    /// The bytes that `fill` gives for so many elements of each tensor.
+    pub fn of(
+        scheme: Scheme,
+        [rows, columns]: [usize; 2],
+        (scale_dtype, scale_shape): (Dtype, usize),
+        mut fill: impl FnMut(Role, Dtype, usize) -> Vec<u8>,
+    ) -> Self {
         let mut tensors = Vec::new();
         for spec in scheme.tensors(rows, columns).unwrap() {
             let (dtype, shape) = match spec.role {
                 Role::Scale => (scale_dtype, spec.shapes[scale_shape].clone()),
                 _ => (spec.dtypes[0], spec.shapes[0].clone()),
             };
-            let bytes = shape.iter().product::<usize>() * dtype.bytes();
-            let bytes = match spec.role {
-                Role::Scale => scales(dtype, bytes, &mut random),
-                Role::SecondScale => 2688.7_f32.to_le_bytes().to_vec(),
-                Role::GroupIndex => group_index(&scheme, columns),
-                Role::Shape => [rows, columns].map(|size| size.to_le_bytes()).concat(),
-                _ => random.bytes(bytes),
-            };
+            let bytes = fill(spec.role, dtype, shape.iter().product());
             tensors.push(Tensor {
                 name: format!("m.{}", spec.suffix),
                 dtype,
@@ -62,6 +78,11 @@ impl Linear {
             columns,
             tensors,
         }
+    }
+
+    /// `out_features` and `in_features`.
+    pub fn shape(&self) -> [usize; 2] {
+        [self.rows, self.columns]
     }
 
     /// What `formats` decodes, in the order of rows that a device gives.
@@ -105,7 +126,7 @@ impl Linear {
 }
 
 /// Columns in the order of their groups.
-fn group_index(scheme: &Scheme, columns: usize) -> Vec<u8> {
+pub fn group_index(scheme: &Scheme, columns: usize) -> Vec<u8> {
     let size = match scheme.layout.group() {
         Some(Group::Columns(size)) => size,
         _ => columns,
@@ -135,7 +156,7 @@ fn scales(dtype: Dtype, bytes: usize, random: &mut Random) -> Vec<u8> {
 }
 
 /// Within a head, row `2 j + a` comes from `a d/2 + j`.
-fn interleaved(row: usize, head_rows: usize) -> usize {
+pub fn interleaved(row: usize, head_rows: usize) -> usize {
     match head_rows {
         0 => row,
         _ => {
@@ -145,16 +166,14 @@ fn interleaved(row: usize, head_rows: usize) -> usize {
     }
 }
 
-/// Decodes several parts of `expected`, rows of so many columns, which may differ in so many last places.
+/// Decodes several parts of so many rows, and has what was found of each compared: what it is, values, their places.
 pub fn check_parts(
     what: &str,
     device: &Device,
-    columns: usize,
-    expected: &[f32],
-    places: u32,
+    [all, columns]: [usize; 2],
     decode: impl Fn(Range<usize>, &mut Array),
+    compare: impl Fn(&str, &[f32], Range<usize>),
 ) {
-    let all = expected.len() / columns;
     for rows in [0..all, 3..4, 8..all, all - 6..all] {
         let what = format!("{what}, rows {rows:?}");
         let values = vec![77.0; rows.len() * columns + 1];
@@ -162,7 +181,6 @@ pub fn check_parts(
         decode(rows.clone(), &mut out);
         let mut found = device.download(&out, 0..out.len()).unwrap();
         assert_eq!(found.pop(), Some(77.0), "{what}: the value behind");
-        let expected = &expected[rows.start * columns..rows.end * columns];
-        assert_within(&what, &found, expected, places);
+        compare(&what, &found, rows.start * columns..rows.end * columns);
     }
 }

@@ -5,6 +5,7 @@ mod doubles;
 mod drivers;
 mod feedback;
 mod matmul;
+mod minima;
 mod mixers;
 mod page;
 mod rows;

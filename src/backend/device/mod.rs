@@ -3,6 +3,7 @@
 //! Enters: stored weights, f32 rows. Leaves: f32 rows. Weights lie on the device while they fit; the others are sent tile by
 //! tile whenever they are multiplied.
 
+mod minima;
 mod mixing;
 mod packed;
 mod rounding;
@@ -22,10 +23,11 @@ use crate::artifact::StoredTensor;
 use crate::backend::ExpertRows;
 use crate::error::{Error, Result};
 use crate::quantize::feedback::RowProducts;
+use minima::BlockSums;
 use mixing::HeldMatrices;
 use nemoconv_device::{
     Array, AttentionLayout, Bytes, ConvLayout, Device, DeviceError, Family, MatmulLayout, Packed,
-    Packing, Rounding, ScanLayout, can_dequantize,
+    Packing, Rounding, ScanLayout, can_dequantize, has_minima,
 };
 use nemoconv_formats::GgmlType;
 use sums::{CrossGramOnDevice, GramOnDevice};
@@ -116,7 +118,7 @@ fn rounding(activation: Activation) -> Option<Rounding> {
         Activation::None => None,
         Activation::Bf16 => Some(Rounding::Bf16),
         Activation::F16 => Some(Rounding::F16),
-        // The sums of blocks that Q8_1 rounds to F16 are sums of rounded values here.
+        // What Q8_1 has besides goes into products by itself: `BlockSums`.
         Activation::Q8_0 | Activation::Q8_1 => Some(Rounding::Q8_0),
         Activation::Q8K => Some(Rounding::Q8K),
         Activation::TokenInt8 => Some(Rounding::RowInt8),
@@ -192,7 +194,10 @@ impl OnDevice {
         let Some(stored) = weight.packed(matrix)? else {
             return Ok(None);
         };
-        if !fits(stored.linear.bytes() as u64) {
+        let limits = self.device().description().limits;
+        if !fits(stored.linear.bytes() as u64)
+            || packed::bytes_in_a_view(&stored.linear) > limits.view_bytes
+        {
             return Ok(None);
         }
         let columns = weight.tensor().columns;
@@ -237,7 +242,8 @@ impl OnDevice {
         Ok((sent.insert(self.device().upload_bytes(stored)?), 0))
     }
 
-    /// Decodes rows of a matrix to the first values of `out`; `for_now` is what [`Self::send_for_now`] sent of it.
+    /// Decodes rows of a matrix to the first values of `out`, and their minima where `sums` will be multiplied with them;
+    /// `for_now` is what [`Self::send_for_now`] sent of it.
     fn decode(
         &self,
         weight: &DeviceWeight,
@@ -245,6 +251,7 @@ impl OnDevice {
         for_now: Option<&packed::Matrix>,
         rows: Range<usize>,
         out: &mut Array,
+        sums: Option<&mut BlockSums>,
     ) -> Result<()> {
         let packed = match &weight.resident {
             Resident::Packed(matrices) => Some(&matrices[matrix]),
@@ -262,6 +269,9 @@ impl OnDevice {
         let values = rows.len() * tensor.columns;
         let mut sent = None;
         let (bytes, first) = self.stored(weight, matrix, rows, &mut sent)?;
+        if let Some(sums) = sums {
+            sums.decode_minima(self.device(), tensor.ty, bytes, first, values)?;
+        }
         Ok(self
             .device()
             .dequantize(tensor.ty, bytes, first, values, out)?)
@@ -426,18 +436,27 @@ impl Backend for OnDevice {
             Some(rounding) => Some(device.round_activation(input, tensor.columns, rounding)?),
             None => None,
         };
-        let input = rounded.as_ref().unwrap_or(input);
+        let rounded = rounded.as_ref().unwrap_or(input);
         let mut out = device.uninitialized(rows * tensor.rows)?;
         let tile = self.tile_rows(tensor);
-        let parts = self.in_parts(tensor, input, rows)?;
+        let parts = self.in_parts(tensor, rounded, rows)?;
         let mut decoded = device.uninitialized(tile * tensor.columns)?;
+        let mut sums = match has_minima(tensor.ty) && activation == Activation::Q8_1 {
+            true => Some(BlockSums::new(device, input, tensor.columns, tile)?),
+            false => None,
+        };
         let for_now = self.send_for_now(weight, matrix)?;
         for first in (0..tensor.rows).step_by(tile) {
             let count = tile.min(tensor.rows - first);
             let part = first..first + count;
-            self.decode(weight, matrix, for_now.as_ref(), part, &mut decoded)?;
+            let (for_now, decoded) = (for_now.as_ref(), &mut decoded);
+            self.decode(weight, matrix, for_now, part, decoded, sums.as_mut())?;
             let layout = MatmulLayout::linear(rows, tensor.columns, count, first, tensor.rows);
-            self.multiply_decoded(&layout, (input, parts.as_ref()), &decoded, &mut out)?;
+            let input = (rounded, parts.as_ref());
+            self.multiply_decoded(&layout, input, decoded, &mut out)?;
+            if let Some(sums) = &sums {
+                sums.add(device, &layout, &mut out)?;
+            }
         }
         Ok(out)
     }

@@ -3,7 +3,7 @@
 use std::ops::Range;
 
 use nemoconv_device::{Array, Bytes, Device, FloatLayout, IntegerLayout};
-use nemoconv_formats::packed::{StoredFloats, StoredIntegers, StoredLinear};
+use nemoconv_formats::packed::{IntegerCodes, StoredFloats, StoredIntegers, StoredLinear};
 
 use crate::artifact::PackedMatrix;
 use crate::error::Result;
@@ -21,6 +21,18 @@ pub(super) enum Matrix {
         codes: Bytes,
         scales: Bytes,
     },
+}
+
+/// Bytes that are seen together, be rows decoded one by one: those of GPTQ's codes lie all over them.
+pub(super) fn bytes_in_a_view(linear: &StoredLinear) -> u64 {
+    match linear {
+        StoredLinear::Integers(StoredIntegers {
+            storage: IntegerCodes::Transposed(_),
+            codes,
+            ..
+        }) => codes.len() as u64,
+        _ => 0,
+    }
 }
 
 impl Matrix {
@@ -50,7 +62,7 @@ impl Matrix {
                 scales: stored.scale_dtype,
                 head_rows,
             },
-            codes: device.upload_bytes(&stored.codes)?,
+            codes: device.upload_bytes(stored.codes)?,
             scales: device.upload_bytes(&stored.scales)?,
             zeros: match &stored.zeros {
                 Some(zeros) => Some(device.upload_bytes(zeros)?),

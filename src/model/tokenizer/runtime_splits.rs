@@ -65,6 +65,37 @@ impl RuntimeSplits {
     }
 }
 
+/// Whether the runtime has byte-level BPE under this name, be its rules known here or not.
+pub fn is_runtime_name(name: &str) -> bool {
+    RuntimeSplits::of(name).is_some() || OTHER_NAMES.contains(&name)
+}
+
+/// Names whose rules are not written down here.
+const OTHER_NAMES: [&str; 22] = [
+    "afmoe",
+    "bloom",
+    "chameleon",
+    "cohere2moe",
+    "deepseek-coder",
+    "deepseek-llm",
+    "gemma4",
+    "gpt3-finnish",
+    "granite-embed-multi-311m",
+    "jais-2",
+    "jina-v1-en",
+    "jina-v2-code",
+    "kimi-k2",
+    "mmbert",
+    "poro-chat",
+    "roberta-bpe",
+    "sarvam-moe",
+    "superbpe",
+    "tiny_aya",
+    "viking",
+    "whitespace",
+    "youtu",
+];
+
 const GPT2: &str = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)";
 const LLAMA3: &str = r"(?:'[sS]|'[tT]|'[rR][eE]|'[vV][eE]|'[mM]|'[lL][lL]|'[dD])|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
 const MINICPM5: &str = r"(?:'[sS]|'[tT]|'[rR][eE]|'[vV][eE]|'[mM]|'[lL][lL]|'[dD])|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}+| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
@@ -85,6 +116,19 @@ const SPARK: &str = r##"[!"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// Those of masked language models go with vocabularies of whole words.
+    #[test]
+    fn the_runtime_has_every_name_of_the_digests() {
+        let digests = include_str!("pre_tokenizer_digests.tsv").lines();
+        let names = digests.filter_map(|line| line.split_once('\t'));
+        let mut unknown: Vec<_> = names.map(|(_, name)| name).collect();
+        unknown.retain(|name| !is_runtime_name(name));
+        unknown.sort_unstable();
+        assert_eq!(unknown, ["bert-bge", "bert-bge-large", "jina-v2-en"]);
+        let twice = |name: &&str| RuntimeSplits::of(name).is_some();
+        assert!(!OTHER_NAMES.iter().any(twice));
+    }
 
     #[test]
     fn names_share_rules_where_the_runtime_does() {

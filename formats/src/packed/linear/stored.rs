@@ -1,7 +1,7 @@
 //! A packed linear as bytes: codes, scales and zero points of all rows, for machines that decode them.
 //!
-//! Enters: a linear that was checked. Leaves: the bytes of its tensors where they lie in the checkpoint, those of GPTQ in
-//! another order. Decodes nothing.
+//! Enters: a linear that was checked. Leaves: the bytes of its tensors where they lie in the checkpoint, scales and zero
+//! points of GPTQ in another order. Decodes nothing.
 
 use std::borrow::Cow;
 
@@ -15,11 +15,13 @@ use crate::{Dtype, Result};
 /// Columns of GPTQ's tensors that are written as rows at a time: those of a cache line.
 const COLUMNS_TOGETHER: usize = 16;
 
-/// How integers of compressed-tensors are stored.
+/// How integers are stored.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum IntegerCodes {
     /// `pack-quantized`: 32-bit words along a row; zero points are words along a column.
     Packed(Width),
+    /// GPTQ: the same, but a word of every row comes before the next word of any.
+    Transposed(Width),
     /// `int-quantized`: signed bytes; zero points are signed bytes too.
     Bytes,
 }
@@ -42,8 +44,8 @@ pub enum StoredLinear<'a> {
     Floats(StoredFloats<'a>),
 }
 
-/// Integers as compressed-tensors lays them out. Those of GPTQ are copies: its words, scales and zero points have the other
-/// order of rows and columns, bit for bit.
+/// Integers as compressed-tensors lays them out, but for the codes of GPTQ. Its scales and zero points are copies: they have
+/// the other order of rows and columns, bit for bit.
 #[derive(Debug, Clone)]
 pub struct StoredIntegers<'a> {
     /// How codes are stored.
@@ -51,7 +53,7 @@ pub struct StoredIntegers<'a> {
     /// What shares a scale.
     pub group: Group,
     /// Codes.
-    pub codes: Cow<'a, [u8]>,
+    pub codes: &'a [u8],
     /// Scales.
     pub scales: Cow<'a, [u8]>,
     /// Their type.
@@ -126,9 +128,7 @@ impl PackedLinear {
         Ok(StoredLinear::Integers(StoredIntegers {
             storage,
             group,
-            codes: checkpoint
-                .bytes(self.entry(checkpoint, Role::Codes)?)
-                .into(),
+            codes: checkpoint.bytes(self.entry(checkpoint, Role::Codes)?),
             scales: checkpoint.bytes(scales).into(),
             scale_dtype: scales.dtype,
             zeros: match zeros {
@@ -141,8 +141,8 @@ impl PackedLinear {
         }))
     }
 
-    /// Words of GPTQ in the order of `pack-quantized`: both pack codes along `in_features` and zero points along
-    /// `out_features`, but store words of the other dimension one after the other.
+    /// GPTQ packs as `pack-quantized` does, codes along `in_features` and zero points along `out_features`, but stores words
+    /// of the other dimension one after the other. What is small is brought to the order of rows.
     fn stored_gptq<'a>(
         &self,
         checkpoint: &'a Checkpoint,
@@ -157,12 +157,11 @@ impl PackedLinear {
         if how == GptqZeros::MinusOne {
             from_gptq_v1_zeros(width, &mut zeros);
         }
-        let codes = transposed(checkpoint.bytes(codes), WORD_BYTES, self.rows);
         let of_rows = transposed(checkpoint.bytes(scales), scales.dtype.bytes(), self.rows);
         Ok(StoredLinear::Integers(StoredIntegers {
-            storage: IntegerCodes::Packed(width),
+            storage: IntegerCodes::Transposed(width),
             group,
-            codes: codes.into(),
+            codes: checkpoint.bytes(codes),
             scales: of_rows.into(),
             scale_dtype: scales.dtype,
             zeros: Some(zeros.into()),
