@@ -20,6 +20,6 @@ pub use choice::{DeviceName, Found, devices, open};
 pub use driver::{Description, Driver, Family, Handle, Launch, Limits, View};
 pub use error::{DeviceError, Result};
 pub use ops::{
-    AttentionLayout, ConvLayout, FloatLayout, IntegerLayout, MatmulLayout, Packed, Packing,
-    Rounding, ScanLayout, can_dequantize,
+    AttentionLayout, ConvLayout, FloatLayout, IntegerLayout, KlDivergence, LogitRows, MatmulLayout,
+    Packed, Packing, Rounding, ScanLayout, SoftmaxSums, can_dequantize,
 };

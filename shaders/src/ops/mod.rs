@@ -7,6 +7,7 @@ mod matmul;
 mod mixers;
 mod packed;
 mod rows;
+mod softmax;
 mod stored;
 mod values;
 
@@ -16,6 +17,7 @@ pub use integers::IntegerLayout;
 pub use matmul::MatmulLayout;
 pub use mixers::{AttentionLayout, ConvLayout, ScanLayout};
 pub use rows::Rounding;
+pub use softmax::{KlDivergence, LogitRows, SoftmaxSums};
 pub use stored::{Packed, Packing};
 
 /// Groups for so many threads' work.

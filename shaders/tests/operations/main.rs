@@ -6,6 +6,7 @@ mod matmul;
 mod mixers;
 mod page;
 mod rows;
+mod softmax;
 mod stored;
 mod values;
 

@@ -3,6 +3,7 @@
 mod numerics;
 mod planted;
 mod reference;
+mod softmax;
 
 use nemoconv_cuda_emu::{Emulator, Order};
 use nemoconv_device::kernels::Kernel;
