@@ -7,6 +7,8 @@ mod defects;
 mod device;
 mod mistaken;
 mod packed;
+#[cfg(feature = "device")]
+mod predictions;
 
 use nemoconv::report::{Finding, Severity};
 use nemoconv::validate::static_levels;
