@@ -233,6 +233,10 @@ kernels! {
     ACCUMULATE = "accumulate", 256 threads, 2 views;
     /// Sets a word where a value is NaN or infinite. Views: values, word.
     IS_FINITE = "is_finite", 256 threads, 2 views;
+    /// Views: logits, words of parts of rows.
+    SOFTMAX_SUMS = "softmax_sums", 64 threads, 2 views;
+    /// Views: logits of the reference, logits, softmax_sums of the reference, sums of parts of rows.
+    KL_DIVERGENCE = "kl_divergence", 64 threads, 4 views;
     /// Views: input, row indices, out.
     GATHER = "gather", 256 threads, 3 views;
     /// Views: sum (in place), values, row indices, weights.

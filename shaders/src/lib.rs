@@ -21,6 +21,7 @@ pub use driver::{Description, Driver, Family, Handle, Launch, Limits, View};
 pub use error::{DeviceError, Result};
 pub use ops::{
     AttentionLayout, CodeValues, ConvLayout, FEEDBACK_CHUNK, FeedbackGrid, FeedbackRows,
-    FloatLayout, IntegerLayout, MatmulLayout, Packed, Packing, Rounding, ScaleLattice, ScaleSearch,
-    ScanLayout, Splitting, Tries, can_dequantize, has_minima,
+    FloatLayout, IntegerLayout, KlDivergence, LogitRows, MatmulLayout, Packed, Packing, Rounding,
+    ScaleLattice, ScaleSearch, ScanLayout, SoftmaxSums, Splitting, Tries, can_dequantize,
+    has_minima,
 };

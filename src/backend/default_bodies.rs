@@ -4,7 +4,8 @@
 
 use super::activation::Activation;
 use super::{
-    AttentionShape, Backend, ExpertRows, KeyValues, RouteShape, ScanShape, ScanWeights, Segment,
+    AttentionShape, Backend, ExpertRows, Exponentials, KeyValues, KlDivergence, LogitRows,
+    RouteShape, ScanShape, ScanWeights, Segment, SoftmaxSums,
 };
 use crate::error::Result;
 
@@ -240,4 +241,30 @@ pub fn scatter_add<B: Backend + ?Sized>(
     in_place(backend, sum, |sum| {
         backend.host().scatter_add(sum, width, &values, rows)
     })
+}
+
+pub fn softmax_sums<B: Backend + ?Sized>(
+    backend: &B,
+    logits: &B::Buffer,
+    width: usize,
+) -> Result<Vec<SoftmaxSums>> {
+    backend.on_host("softmax_sums");
+    backend.host().softmax_sums(&fetch(backend, logits)?, width)
+}
+
+pub fn kl_divergence<B: Backend + ?Sized>(
+    backend: &B,
+    reference: LogitRows<'_, B::Buffer>,
+    other: LogitRows<'_, B::Buffer>,
+    width: usize,
+    exponentials: Exponentials,
+) -> Result<Vec<KlDivergence>> {
+    backend.on_host("kl_divergence");
+    let (x, y) = (
+        fetch(backend, reference.logits)?,
+        fetch(backend, other.logits)?,
+    );
+    let [x, y] = [(&x, reference.stride), (&y, other.stride)]
+        .map(|(logits, stride)| LogitRows { logits, stride });
+    backend.host().kl_divergence(x, y, width, exponentials)
 }

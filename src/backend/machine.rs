@@ -12,8 +12,8 @@ use super::cpu::{Cpu, CpuWeight, Residence};
 use super::device::{DeviceWeight, OnDevice, OpenDevice};
 use super::tally::Tally;
 use super::{
-    AttentionShape, Backend, ExpertRows, KeyValues, ProductSums, RouteShape, ScanShape,
-    ScanWeights, Segment,
+    AttentionShape, Backend, ExpertRows, Exponentials, KeyValues, KlDivergence, LogitRows,
+    ProductSums, RouteShape, ScanShape, ScanWeights, Segment, SoftmaxSums,
 };
 use crate::artifact::{StoredModel, StoredTensor};
 use crate::error::Result;
@@ -256,6 +256,16 @@ fn segments_of<'s, T>(
         .collect()
 }
 
+impl<'a> LogitRows<'a, MachineBuffer> {
+    /// The same of one side.
+    fn on<T>(&self, side: fn(&'a MachineBuffer) -> &'a T) -> LogitRows<'a, T> {
+        LogitRows {
+            logits: side(self.logits),
+            stride: self.stride,
+        }
+    }
+}
+
 /// Runs with caches of one side, which are put back whatever comes.
 fn with_caches<T>(
     segments: &mut [Segment<'_, KeyValues<MachineBuffer>>],
@@ -300,6 +310,16 @@ impl Backend for Machine {
 
     fn host_weight<'a>(&self, weight: &'a MachineWeight) -> &'a CpuWeight {
         either!(self, _cpu => weight.host(), device => device.host_weight(weight.device()))
+    }
+
+    fn shares_buffers(&self, other: &Self) -> bool {
+        match (self, other) {
+            (Self::Cpu(cpu), Self::Cpu(other)) => cpu.shares_buffers(other),
+            #[cfg(feature = "device")]
+            (Self::Device(device), Self::Device(other)) => device.shares_buffers(other),
+            #[cfg(feature = "device")]
+            _ => false,
+        }
     }
 
     fn on_host(&self, operation: &'static str) {
@@ -508,6 +528,24 @@ impl Backend for Machine {
             self,
             cpu => cpu.scatter_add(sum.host_mut(), width, values.host(), rows),
             device => device.scatter_add(sum.device_mut(), width, values.device(), rows)
+        )
+    }
+
+    fn softmax_sums(&self, logits: &MachineBuffer, width: usize) -> Result<Vec<SoftmaxSums>> {
+        either!(self, cpu => cpu.softmax_sums(logits.host(), width), device => device.softmax_sums(logits.device(), width))
+    }
+
+    fn kl_divergence(
+        &self,
+        reference: LogitRows<'_, MachineBuffer>,
+        other: LogitRows<'_, MachineBuffer>,
+        width: usize,
+        exponentials: Exponentials,
+    ) -> Result<Vec<KlDivergence>> {
+        either!(
+            self,
+            cpu => cpu.kl_divergence(reference.on(MachineBuffer::host), other.on(MachineBuffer::host), width, exponentials),
+            device => device.kl_divergence(reference.on(MachineBuffer::device), other.on(MachineBuffer::device), width, exponentials)
         )
     }
 

@@ -135,6 +135,46 @@ pub struct ExpertRows {
     pub weights: Vec<f32>,
 }
 
+/// What softmax needs of a row of logits.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct SoftmaxSums {
+    /// The largest; NaN is passed over.
+    pub max: f32,
+    /// Index of the first largest.
+    pub best: usize,
+    /// `sum e^(logit - max)`; NaN where a logit is, or is +infinity.
+    pub sum: f64,
+}
+
+/// Whose exponentials the CPU takes where it compares distributions.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Exponentials {
+    /// Its own, in f32: the same on every machine, for what is decided by them.
+    Own,
+    /// The system's, in f64: for what is only reported.
+    System,
+}
+
+/// Two rows of logits as distributions.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct KlDivergence {
+    /// The first row.
+    pub reference: SoftmaxSums,
+    /// The second row.
+    pub other: SoftmaxSums,
+    /// KL(reference || other), nats; NaN where a logit is.
+    pub kl_divergence: f64,
+}
+
+/// Rows of logits of which the first values count.
+#[derive(Debug)]
+pub struct LogitRows<'a, B> {
+    /// `[rows, stride]`.
+    pub logits: &'a B,
+    /// Values from one row to the next.
+    pub stride: usize,
+}
+
 /// Products of rows, summed up on a machine.
 pub trait ProductSums {
     /// Sums up the products of as many rows `v [_, width]` and `u [_, n]`; of second moments `u` alone is read.
@@ -169,6 +209,9 @@ pub trait Backend: Sync {
 
     /// The weight as the host has it.
     fn host_weight<'a>(&self, weight: &'a Self::Weight) -> &'a CpuWeight;
+
+    /// Whether it takes buffers of the other as its own.
+    fn shares_buffers(&self, other: &Self) -> bool;
 
     /// Told that the host computes an operation in the machine's place.
     fn on_host(&self, operation: &'static str);
@@ -407,6 +450,29 @@ pub trait Backend: Sync {
         rows: &ExpertRows,
     ) -> Result<()> {
         default_bodies::scatter_add(self, sum, width, values, rows)
+    }
+
+    /// What softmax needs of every row of `width` logits.
+    ///
+    /// # Errors
+    /// The machine fails.
+    fn softmax_sums(&self, logits: &Self::Buffer, width: usize) -> Result<Vec<SoftmaxSums>> {
+        default_bodies::softmax_sums(self, logits, width)
+    }
+
+    /// The KL divergence of each row of `reference` and that of `other`, of both of which `width` logits count. Another
+    /// machine than the CPU takes its own exponentials, and may give NaN where logits are beyond 1e30.
+    ///
+    /// # Errors
+    /// The machine fails.
+    fn kl_divergence(
+        &self,
+        reference: LogitRows<'_, Self::Buffer>,
+        other: LogitRows<'_, Self::Buffer>,
+        width: usize,
+        exponentials: Exponentials,
+    ) -> Result<Vec<KlDivergence>> {
+        default_bodies::kl_divergence(self, reference, other, width, exponentials)
     }
 
     /// `sums += X^T X` for `rows [_, n]`, `sums [n, n]`; columns from about the row on are meant.

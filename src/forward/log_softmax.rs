@@ -1,6 +1,8 @@
 //! Log-probabilities of one row of logits.
 
-use crate::backend::cpu::{self, kernels::Isa};
+use crate::backend::SoftmaxSums;
+use crate::backend::cpu::kernels::Isa;
+use crate::backend::cpu::softmax_sums;
 
 /// What is needed to turn logits of a row into natural-log probabilities.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -14,12 +16,7 @@ pub struct LogSoftmax {
 impl LogSoftmax {
     /// Looks at a row.
     pub fn of(logits: &[f32]) -> Self {
-        let isa = Isa::detect();
-        let max = cpu::largest(isa, logits);
-        Self {
-            best: first(logits, max),
-            log_sum_exp: f64::from(max) + cpu::sum_of_exps(isa, logits, max).ln(),
-        }
+        softmax_sums(Isa::detect(), logits).into()
     }
 
     /// The log-probability of a logit of this row.
@@ -28,13 +25,13 @@ impl LogSoftmax {
     }
 }
 
-/// Where `value` stands first; parts are passed over whole, which vectors do at once.
-fn first(values: &[f32], value: f32) -> usize {
-    const PART: usize = 64;
-    let has = |part: &[f32]| part.iter().fold(false, |has, x| has | (*x == value));
-    let part = values.chunks(PART).position(has).unwrap_or(0) * PART;
-    let place = values[part..].iter().position(|x| *x == value);
-    part + place.unwrap_or(0)
+impl From<SoftmaxSums> for LogSoftmax {
+    fn from(sums: SoftmaxSums) -> Self {
+        Self {
+            best: sums.best,
+            log_sum_exp: f64::from(sums.max) + sums.sum.ln(),
+        }
+    }
 }
 
 #[cfg(test)]

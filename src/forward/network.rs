@@ -248,6 +248,11 @@ impl<B: Backend> Network<B> {
         }
     }
 
+    /// The machine of the final norm and the head.
+    pub fn head_backend(&self) -> &B {
+        self.places.last()
+    }
+
     /// Logits of some rows of what [`Self::run`] gave, `[rows, vocab_size]`.
     ///
     /// # Errors
@@ -258,6 +263,20 @@ impl<B: Backend> Network<B> {
         rows: &[u32],
         observer: &mut dyn Observer<B>,
     ) -> Result<Vec<f32>> {
+        let logits = self.logits_at_head(normed, rows, observer)?;
+        self.head_backend().download_all(logits)
+    }
+
+    /// The same, left where they are computed: on [`Self::head_backend`].
+    ///
+    /// # Errors
+    /// As [`Self::logits`].
+    pub fn logits_at_head(
+        &self,
+        normed: &B::Buffer,
+        rows: &[u32],
+        observer: &mut dyn Observer<B>,
+    ) -> Result<B::Buffer> {
         let head = self.head.as_ref().unwrap_or(&self.embedding);
         let backend = self.places.last();
         let chosen = backend.gather(normed, self.config.hidden_size, rows)?;
@@ -265,7 +284,7 @@ impl<B: Backend> Network<B> {
         if !backend.is_finite(&logits)? {
             return Err(not_finite(None, "the output head"));
         }
-        backend.download_all(logits)
+        Ok(logits)
     }
 
     fn tokens_of(&self, sequences: &[Sequence<'_, B>]) -> Result<Vec<u32>> {

@@ -72,6 +72,14 @@ struct Target {
     score: usize,
 }
 
+/// What a model says of a target.
+struct Judged {
+    score: usize,
+    log_probability: f64,
+    /// Whether it is the first of the largest logits.
+    is_best: bool,
+}
+
 impl<B: Backend> NetworkScorer<B> {
     /// A scorer that runs about `tokens_together` tokens at a time, which bounds its memory.
     pub fn new(network: Network<B>, tokens_together: usize) -> Self {
@@ -140,19 +148,33 @@ impl<B: Backend> NetworkScorer<B> {
         let at_once = (LOGITS_AT_ONCE / vocabulary).max(1);
         let rows: Vec<u32> = (0..wanted.len() as u32).collect();
         for (rows, by_row) in rows.chunks(at_once).zip(by_row.chunks(at_once)) {
-            let logits = self.network.logits(&normed, rows, &mut Silent)?;
-            let judged: Vec<_> = logits
-                .par_chunks_exact(vocabulary)
-                .zip(by_row)
-                .map(|(logits, targets)| judge(logits, targets))
-                .collect();
-            for (target, log_probability, is_best) in judged.into_iter().flatten() {
-                let score = &mut scores[target.score];
-                score.log_likelihood += log_probability;
-                score.is_greedy &= is_best;
+            let logits = self.network.logits_at_head(&normed, rows, &mut Silent)?;
+            for judged in self.judge(&logits, by_row)? {
+                let score = &mut scores[judged.score];
+                score.log_likelihood += judged.log_probability;
+                score.is_greedy &= judged.is_best;
             }
         }
         Ok(())
+    }
+
+    /// Judges the targets of each row of logits.
+    fn judge(&self, logits: &B::Buffer, by_row: &[&[Target]]) -> Result<Vec<Judged>> {
+        let (backend, vocabulary) = (self.network.head_backend(), self.vocab_size());
+        let rows = backend.softmax_sums(logits, vocabulary)?;
+        let rows: Vec<LogSoftmax> = rows.into_iter().map(LogSoftmax::from).collect();
+        let targets = by_row.iter().enumerate();
+        let targets =
+            targets.flat_map(|(row, targets)| targets.iter().map(move |target| (row, target)));
+        let place = |(row, target): (usize, &Target)| (row * vocabulary) as u32 + target.token;
+        let places: Vec<u32> = targets.clone().map(place).collect();
+        let logits = backend.download_all(backend.gather(logits, 1, &places)?)?;
+        let judged = targets.zip(logits).map(|((row, target), logit)| Judged {
+            score: target.score,
+            log_probability: rows[row].log_probability(logit),
+            is_best: rows[row].best == target.token as usize,
+        });
+        Ok(judged.collect())
     }
 }
 
@@ -162,18 +184,6 @@ impl ContinuationScore {
         log_likelihood: 0.0,
         is_greedy: true,
     };
-}
-
-/// Log-probability of each target, and whether it is the first of the largest logits.
-fn judge(logits: &[f32], targets: &[Target]) -> Vec<(Target, f64, bool)> {
-    let row = LogSoftmax::of(logits);
-    targets
-        .iter()
-        .map(|target| {
-            let log_probability = row.log_probability(logits[target.token as usize]);
-            (*target, log_probability, row.best == target.token as usize)
-        })
-        .collect()
 }
 
 /// First targets that the last token of a prefix predicts.

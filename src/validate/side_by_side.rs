@@ -5,13 +5,11 @@
 
 use std::ops::Range;
 
-use rayon::prelude::*;
-
 use super::logits::drift::{DriftAccumulator, ScoredPosition};
-use super::logits::kl_divergence::compare;
+use super::logits::kl_divergence::PositionDrift;
 use super::logits::layers::LayerAccumulator;
 use super::logits::perplexity::{Chunk, ChunkedText};
-use crate::backend::{Backend, ExpertRows};
+use crate::backend::{Backend, ExpertRows, Exponentials, LogitRows};
 use crate::error::{Error, Fault, NotFinite, Result};
 use crate::forward::network::{Network, Sequence};
 use crate::forward::observer::{Observer, Silent};
@@ -303,26 +301,18 @@ impl<B: Backend> Pair<'_, B> {
     ) -> Result<()> {
         let theirs = self.reference.network;
         let ours = self.artifact.network;
-        let vocabulary = theirs.config().vocab_size.min(ours.config().vocab_size);
         for scored in scored.chunks((LOGITS_AT_ONCE / ours.config().vocab_size).max(1)) {
             let rows: Vec<u32> = scored.iter().map(|scored| scored.row).collect();
-            let reference = theirs.logits(reference, &rows, &mut Silent);
+            let reference = theirs.logits_at_head(reference, &rows, &mut Silent);
             let reference = reference.map_err(of_reference)?;
-            let artifact = match ours.logits(artifact, &rows, &mut Silent) {
+            let artifact = match ours.logits_at_head(artifact, &rows, &mut Silent) {
                 Err(Error::NotFinite(not_finite)) => {
                     self.give_up(not_finite.block, 0, scored);
                     continue;
                 }
                 logits => logits?,
             };
-            let drifts: Vec<_> = reference
-                .par_chunks_exact(theirs.config().vocab_size)
-                .zip(artifact.par_chunks_exact(ours.config().vocab_size))
-                .zip(scored)
-                .map(|((theirs, ours), scored)| {
-                    compare(&theirs[..vocabulary], &ours[..vocabulary], scored.target)
-                })
-                .collect();
+            let drifts = self.drifts(scored, reference, &artifact)?;
             for (scored, drift) in scored.iter().zip(drifts) {
                 self.drift.push(ScoredPosition {
                     routing_changed: routing.get(scored.row as usize).copied(),
@@ -332,6 +322,48 @@ impl<B: Backend> Pair<'_, B> {
         }
         Ok(())
     }
+
+    /// What both say about some positions, from their rows of logits; `None` where they are too large to be compared.
+    fn drifts(
+        &self,
+        scored: &[Scored],
+        reference: B::Buffer,
+        artifact: &B::Buffer,
+    ) -> Result<Vec<Option<PositionDrift>>> {
+        let (theirs, ours) = (self.reference.network, self.artifact.network);
+        let backend = ours.head_backend();
+        let reference = match theirs.head_backend().shares_buffers(backend) {
+            true => reference,
+            false => backend.upload(theirs.head_backend().download_all(reference)?)?,
+        };
+        let strides = [theirs, ours].map(|network| network.config().vocab_size);
+        let [reference, artifact] = [(&reference, strides[0]), (artifact, strides[1])]
+            .map(|(logits, stride)| LogitRows { logits, stride });
+        // The larger one is padded.
+        let vocabulary = strides[0].min(strides[1]);
+        let targets_reference = target_logits(backend, &reference, scored)?;
+        let targets = target_logits(backend, &artifact, scored)?;
+        let rows = backend.kl_divergence(reference, artifact, vocabulary, Exponentials::System)?;
+        let targets = targets_reference.into_iter().zip(targets);
+        let drifts = rows
+            .iter()
+            .zip(targets)
+            .map(|(row, (reference, artifact))| PositionDrift::new(row, reference, artifact));
+        let is_number = |drift: PositionDrift| drift.kl_divergence.is_finite().then_some(drift);
+        Ok(drifts.map(is_number).collect())
+    }
+}
+
+/// The logit of every row's target.
+fn target_logits<B: Backend>(
+    backend: &B,
+    rows: &LogitRows<'_, B::Buffer>,
+    scored: &[Scored],
+) -> Result<Vec<f32>> {
+    let places = scored.iter().enumerate();
+    let places = places.map(|(row, scored)| (row * rows.stride) as u32 + scored.target);
+    let places: Vec<u32> = places.collect();
+    backend.download_all(backend.gather(rows.logits, 1, &places)?)
 }
 
 /// Without a reference there is nothing to compare with.

@@ -285,6 +285,69 @@ fn rotated_files_of_devices_are_those_of_the_cpu() {
     }
 }
 
+/// Largest difference of a mean KL divergence from the CPU's, as a share of it: inputs rounded to 8 bits fall on other sides of
+/// ties.
+const DIVERGENCE: f64 = 1e-2;
+
+#[test]
+fn drift_on_devices_is_that_of_the_cpu() {
+    let place = place();
+    let file = place.file("m.gguf");
+    to_gguf(&nano(), &file, &["-t", "q4_k_m"]);
+    let (expected, _) = drift(&file, &place, "cpu");
+    for name in names() {
+        let (kl, said) = drift(&file, &place, &name);
+        println!("{name}: mean KL {kl:.6e}, on the CPU {expected:.6e}");
+        assert!((kl - expected).abs() <= DIVERGENCE * expected, "{name}");
+        let (there, here) = said.split_once("; on the CPU: ").unwrap();
+        assert!(there.contains("kl_divergence"), "{said}");
+        assert!(!here.contains("kl_divergence"), "{said}");
+    }
+}
+
+/// Largest difference of the KL divergence that prices foresee, as a share of it: second moments that differ in last bits choose
+/// other scales.
+const PRICE: f64 = 0.02;
+
+#[test]
+fn sensitivities_of_devices_are_those_of_the_cpu() {
+    let (place, model) = (place(), nano());
+    let measured = |device: &str| -> (f64, String) {
+        let file = place.file(&format!("{}.gguf", device.replace(':', "-")));
+        let args = [
+            "to-gguf",
+            text(&model),
+            "-o",
+            text(&file),
+            "--calibration",
+            text(&place.text),
+            "--calibration-context",
+            "64",
+            "--calibration-sequences",
+            "4",
+            "--method",
+            "rtn",
+            "--target-bpw",
+            "6",
+            "--device",
+            device,
+        ];
+        let output = run(&args);
+        assert!(output.status.success(), "{}", stderr(&output));
+        let receipt = std::fs::read(file.with_extension("receipt.json")).unwrap();
+        let receipt: Value = serde_json::from_slice(&receipt).unwrap();
+        let kl = receipt["allocation"]["predicted_kl"].as_f64();
+        (kl.unwrap_or_else(|| panic!("{receipt:#}")), stderr(&output))
+    };
+    let (expected, _) = measured("cpu");
+    for name in names() {
+        let (kl, said) = measured(&name);
+        println!("{name}: predicted KL {kl:.6e}, on the CPU {expected:.6e}");
+        assert!((kl - expected).abs() <= PRICE * expected, "{name}");
+        assert!(said.contains("kl_divergence"), "{said}");
+    }
+}
+
 fn stdout(output: &Output) -> String {
     String::from_utf8_lossy(&output.stdout).into_owned()
 }

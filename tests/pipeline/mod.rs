@@ -9,6 +9,8 @@ mod mistaken;
 #[cfg(feature = "device")]
 mod mixing;
 mod packed;
+#[cfg(feature = "device")]
+mod predictions;
 
 use nemoconv::report::{Finding, Severity};
 use nemoconv::validate::static_levels;

@@ -11,6 +11,7 @@ mod minima;
 mod mixers;
 mod packed;
 mod rows;
+mod softmax;
 mod split;
 mod stored;
 mod values;
@@ -25,6 +26,7 @@ pub use matmul::MatmulLayout;
 pub use minima::has_minima;
 pub use mixers::{AttentionLayout, ConvLayout, ScanLayout};
 pub use rows::Rounding;
+pub use softmax::{KlDivergence, LogitRows, SoftmaxSums};
 pub use split::Splitting;
 pub use stored::{Packed, Packing};
 

@@ -9,6 +9,7 @@ mod minima;
 mod mixers;
 mod page;
 mod rows;
+mod softmax;
 mod split;
 mod stored;
 mod values;

@@ -5,7 +5,8 @@
 use std::time::Instant;
 
 use nemoconv_device::{
-    Array, AttentionLayout, ConvLayout, Device, FEEDBACK_CHUNK, MatmulLayout, Rounding, ScanLayout,
+    Array, AttentionLayout, ConvLayout, Device, FEEDBACK_CHUNK, LogitRows, MatmulLayout, Rounding,
+    ScanLayout,
 };
 use nemoconv_formats::GgmlType;
 
@@ -128,6 +129,35 @@ fn page(device: &Device) {
 
     rounding(device, intermediate);
     mixers(device, tokens, heads);
+    logits(device, 32 * hidden);
+}
+
+/// Of 32 rows over a vocabulary.
+fn logits(device: &Device, vocabulary: usize) {
+    let rows = 32;
+    let [x, y] = [9, 10].map(|seed| device.upload(&numbers(rows * vocabulary, seed)).unwrap());
+    let shape = format!("{rows} x {vocabulary}");
+    let moved = 4.0 * (rows * vocabulary) as f64;
+    let ms = time(device, || {
+        device.softmax_sums(&x, vocabulary).unwrap();
+        device.zeros(1).unwrap()
+    });
+    line("softmax_sums", &shape, ms, 0.0, moved);
+    let ms = time(device, || {
+        let [x, y] = [&x, &y].map(|logits| LogitRows {
+            logits,
+            stride: vocabulary,
+        });
+        device.kl_divergence(x, y, vocabulary).unwrap();
+        device.zeros(1).unwrap()
+    });
+    line(
+        "kl_divergence, with both sums",
+        &shape,
+        ms,
+        0.0,
+        2.0 * moved,
+    );
 }
 
 /// A chunk of all rows of the widest matrix.

@@ -10,7 +10,8 @@ pub mod gram;
 mod input;
 pub mod kernels;
 pub(crate) use elementwise::{dot, softplus, sum_of_squares};
-pub use elementwise::{exp, exp_f64, largest, sum_of_exps};
+pub use elementwise::{exp, exp_f64, largest};
+pub use softmax::{exact_kl_divergence, exact_softmax_sums, softmax_sums};
 mod matmul;
 mod matvec;
 pub(crate) mod multiversion;
@@ -19,6 +20,7 @@ mod rms_norm;
 mod route;
 mod selective_scan;
 pub(crate) mod shared_rows;
+mod softmax;
 #[cfg(test)]
 mod tests;
 mod unpack;
@@ -27,10 +29,12 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use nemoconv_formats::block;
+use rayon::prelude::*;
 
 use super::activation::Activation;
 use super::{
-    AttentionShape, Backend, ExpertRows, KeyValues, RouteShape, ScanShape, ScanWeights, Segment,
+    AttentionShape, Backend, ExpertRows, Exponentials, KeyValues, KlDivergence, LogitRows,
+    RouteShape, ScanShape, ScanWeights, Segment, SoftmaxSums,
 };
 use crate::artifact::{PackedMatrix, StoredModel, StoredTensor};
 use crate::error::Result;
@@ -163,6 +167,10 @@ impl Backend for Cpu {
 
     fn host_weight<'a>(&self, weight: &'a CpuWeight) -> &'a CpuWeight {
         weight
+    }
+
+    fn shares_buffers(&self, _: &Self) -> bool {
+        true
     }
 
     fn on_host(&self, _: &'static str) {}
@@ -347,6 +355,32 @@ impl Backend for Cpu {
                 .for_each(|(s, v)| *s += weight * v);
         }
         Ok(())
+    }
+
+    fn softmax_sums(&self, logits: &Vec<f32>, width: usize) -> Result<Vec<SoftmaxSums>> {
+        let rows = logits.par_chunks_exact(width);
+        Ok(rows
+            .map(|logits| softmax::softmax_sums(self.isa, logits))
+            .collect())
+    }
+
+    fn kl_divergence(
+        &self,
+        reference: LogitRows<'_, Vec<f32>>,
+        other: LogitRows<'_, Vec<f32>>,
+        width: usize,
+        exponentials: Exponentials,
+    ) -> Result<Vec<KlDivergence>> {
+        let rows = reference.logits.par_chunks_exact(reference.stride);
+        let rows = rows.zip(other.logits.par_chunks_exact(other.stride));
+        Ok(rows
+            .map(|(x, y)| match exponentials {
+                Exponentials::Own => softmax::kl_divergence(self.isa, &x[..width], &y[..width]),
+                Exponentials::System => {
+                    softmax::exact_kl_divergence(self.isa, &x[..width], &y[..width])
+                }
+            })
+            .collect())
     }
 
     fn gram(&self, rows: &[f32], n: usize, sums: &mut [f64]) -> Result<()> {

@@ -16,8 +16,8 @@ use super::activation::Activation;
 use super::cpu::{Cpu, CpuWeight};
 use super::tally::Tally;
 use super::{
-    AttentionArithmetic, AttentionShape, Backend, KeyValues, ProductSums, ScanShape, ScanWeights,
-    Segment, default_bodies,
+    AttentionArithmetic, AttentionShape, Backend, Exponentials, KeyValues, KlDivergence, LogitRows,
+    ProductSums, ScanShape, ScanWeights, Segment, SoftmaxSums, default_bodies,
 };
 use crate::artifact::StoredTensor;
 use crate::backend::ExpertRows;
@@ -128,6 +128,12 @@ fn rounding(activation: Activation) -> Option<Rounding> {
         Activation::StaticFloat8(scale) => Some(Rounding::StaticFloat8(scale)),
         Activation::Nvfp4(unit) => Some(Rounding::Nvfp4(unit)),
     }
+}
+
+/// What the device's package says of a row.
+fn sums_of(row: nemoconv_device::SoftmaxSums) -> SoftmaxSums {
+    let nemoconv_device::SoftmaxSums { max, best, sum } = row;
+    SoftmaxSums { max, best, sum }
 }
 
 impl OnDevice {
@@ -383,6 +389,10 @@ impl Backend for OnDevice {
         &weight.host
     }
 
+    fn shares_buffers(&self, other: &Self) -> bool {
+        Arc::ptr_eq(&self.open, &other.open)
+    }
+
     fn on_host(&self, operation: &'static str) {
         self.open.tally.host(operation);
     }
@@ -610,6 +620,32 @@ impl Backend for OnDevice {
     ) -> Result<()> {
         let device = self.counted("scatter_add");
         Ok(device.scatter_add(sum, width, values, &rows.rows, &rows.weights)?)
+    }
+
+    fn softmax_sums(&self, logits: &Array, width: usize) -> Result<Vec<SoftmaxSums>> {
+        let rows = self.counted("softmax_sums").softmax_sums(logits, width)?;
+        Ok(rows.into_iter().map(sums_of).collect())
+    }
+
+    fn kl_divergence(
+        &self,
+        reference: LogitRows<'_, Array>,
+        other: LogitRows<'_, Array>,
+        width: usize,
+        _: Exponentials,
+    ) -> Result<Vec<KlDivergence>> {
+        let device = self.counted("kl_divergence");
+        let [reference, other] = [reference, other].map(|rows| nemoconv_device::LogitRows {
+            logits: rows.logits,
+            stride: rows.stride,
+        });
+        let rows = device.kl_divergence(reference, other, width)?;
+        let divergence = |row: nemoconv_device::KlDivergence| KlDivergence {
+            reference: sums_of(row.reference),
+            other: sums_of(row.other),
+            kl_divergence: row.kl_divergence,
+        };
+        Ok(rows.into_iter().map(divergence).collect())
     }
 
     fn gram(&self, rows: &[f32], n: usize, sums: &mut [f64]) -> Result<()> {

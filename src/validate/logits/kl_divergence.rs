@@ -2,6 +2,9 @@
 //!
 //! Enters: two rows over the vocabulary. Leaves: [`PositionDrift`]. Accumulates nothing.
 
+use crate::backend::cpu::kernels::Isa;
+use crate::backend::{KlDivergence, SoftmaxSums, cpu};
+
 /// A KLD base file holds no probabilities below this: they are clipped, and llama.cpp leaves them out.
 const MIN_LOG_PROB: f64 = -16.0;
 
@@ -19,10 +22,25 @@ pub struct PositionDrift {
 }
 
 impl PositionDrift {
+    /// Of two rows of logits, whose logits of the target are these.
+    pub fn new(rows: &KlDivergence, reference: f32, artifact: f32) -> Self {
+        Self {
+            kl_divergence: rows.kl_divergence,
+            nll_reference: -log_prob(&rows.reference, reference),
+            nll: -log_prob(&rows.other, artifact),
+            same_top: rows.reference.best == rows.other.best,
+        }
+    }
+
     /// p(target), artifact minus reference.
     pub fn delta_p(&self) -> f64 {
         (-self.nll).exp() - (-self.nll_reference).exp()
     }
+}
+
+/// ln p of a logit of a row.
+fn log_prob(row: &SoftmaxSums, logit: f32) -> f64 {
+    f64::from(logit) - f64::from(row.max) - row.sum.ln()
 }
 
 /// A row of logits, all finite, with what its softmax needs.
@@ -38,20 +56,15 @@ pub struct LogitsRow<'a> {
 impl<'a> LogitsRow<'a> {
     /// Looks the row through. `None` if it is empty or a logit is not finite.
     pub fn new(logits: &'a [f32]) -> Option<Self> {
-        if !logits.iter().all(|logit| logit.is_finite()) {
+        if !are_numbers(logits) {
             return None;
         }
-        let top = argmax(logits)?;
-        let max = f64::from(logits[top]);
-        let sum_exp: f64 = logits
-            .iter()
-            .map(|&logit| (f64::from(logit) - max).exp())
-            .sum();
+        let sums = cpu::exact_softmax_sums(Isa::detect(), logits);
         Some(Self {
             logits,
-            max,
-            log_sum_exp: sum_exp.ln(),
-            top,
+            max: f64::from(sums.max),
+            log_sum_exp: sums.sum.ln(),
+            top: sums.best,
         })
     }
 
@@ -80,15 +93,18 @@ impl<'a> LogitsRow<'a> {
 /// If the rows differ in length or the target is outside them.
 pub fn compare(reference: &[f32], artifact: &[f32], target: u32) -> Option<PositionDrift> {
     assert_eq!(reference.len(), artifact.len(), "one vocabulary");
-    let (reference, artifact) = (LogitsRow::new(reference)?, LogitsRow::new(artifact)?);
-    let log_probs = (0..reference.vocab_size()).map(|token| reference.log_prob(token));
+    if !are_numbers(reference) || !are_numbers(artifact) {
+        return None;
+    }
     let target = target as usize;
-    Some(PositionDrift {
-        kl_divergence: kl_divergence(log_probs.enumerate(), &artifact),
-        nll_reference: -reference.log_prob(target),
-        nll: -artifact.log_prob(target),
-        same_top: reference.top == artifact.top,
-    })
+    let rows = cpu::exact_kl_divergence(Isa::detect(), reference, artifact);
+    let drift = PositionDrift::new(&rows, reference[target], artifact[target]);
+    Some(drift)
+}
+
+/// Whether there are logits, all finite.
+fn are_numbers(logits: &[f32]) -> bool {
+    !logits.is_empty() && logits.iter().all(|logit| logit.is_finite())
 }
 
 /// Compares log-probabilities as a KLD base file gives them, not renormalised, with a row of logits. `None` if a value

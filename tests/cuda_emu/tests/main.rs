@@ -3,6 +3,7 @@
 mod numerics;
 mod planted;
 mod reference;
+mod softmax;
 mod split;
 
 use nemoconv_cuda_emu::{Emulator, Order};

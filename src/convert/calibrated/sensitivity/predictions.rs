@@ -1,14 +1,13 @@
-//! What a network predicts, and how far apart two predictions are.
+//! What a network predicts, by its own head or by one in memory.
 
 use std::path::Path;
 use std::sync::Arc;
 
 use crate::artifact::{MemoryTensor, StoredModel};
-use crate::backend::Backend;
 use crate::backend::activation::Activation;
 use crate::backend::cpu::{Cpu, Residence};
+use crate::backend::{Backend, MachineBuffer};
 use crate::error::Result;
-use crate::forward::log_softmax::LogSoftmax;
 use crate::forward::required;
 use crate::model::config::NemotronHConfig;
 
@@ -19,8 +18,8 @@ pub const KEPT_LOGITS: usize = 1 << 26;
 /// Positions of a batch with what the original network predicts there.
 pub struct Reference {
     pub rows: Vec<u32>,
-    /// `[rows, vocab_size]`.
-    pub logits: Vec<f32>,
+    /// `[rows, vocab_size]`, on the machine of the head.
+    pub logits: MachineBuffer,
 }
 
 /// A head in memory.
@@ -51,27 +50,5 @@ impl Head {
         let chosen = self.backend.gather(normed, self.hidden, rows)?;
         self.backend
             .matmul(&self.weight, 0, &chosen, rows.len(), Activation::None)
-    }
-}
-
-/// KL(original || rounded) of one position, nats.
-pub fn kl_divergence(original: &[f32], rounded: &[f32]) -> f64 {
-    let (p, q) = (LogSoftmax::of(original), LogSoftmax::of(rounded));
-    let terms = original.iter().zip(rounded).map(|(original, rounded)| {
-        let log_p = p.log_probability(*original);
-        f64::from(crate::backend::cpu::exp(log_p as f32)) * (log_p - q.log_probability(*rounded))
-    });
-    terms.sum()
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn equal_logits_do_not_diverge() {
-        let logits = [1.0, 2.5, -0.5];
-        assert!(kl_divergence(&logits, &logits).abs() < 1e-9);
-        assert!(kl_divergence(&logits, &[2.5, 1.0, -0.5]) > 0.1);
     }
 }

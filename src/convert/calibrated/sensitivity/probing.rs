@@ -4,16 +4,15 @@ use std::collections::BTreeMap;
 
 use nemoconv_formats::GgmlType;
 use nemoconv_formats::block::dequantize;
-use rayon::prelude::*;
 
 use super::batches::{Batch, batches, choose_sequences};
 use super::curve::Curve;
 use super::local_losses::{LocalLosses, memory_tensor, sum_of_squares};
-use super::predictions::{Head, KEPT_LOGITS, POSITIONS, Reference, kl_divergence};
+use super::predictions::{Head, KEPT_LOGITS, POSITIONS, Reference};
 use super::{Group, Measurement, Sensitivity, TypeLoss, probe_types};
 use crate::artifact::{MemoryTensor, StoredTensor};
 use crate::backend::cpu::Residence;
-use crate::backend::{Backend, Machine};
+use crate::backend::{Backend, Exponentials, LogitRows, Machine};
 use crate::calibrate::capture::Capture;
 use crate::calibrate::cells::Merge;
 use crate::calibrate::layer::Layer;
@@ -79,7 +78,7 @@ impl<'a> Probing<'a> {
                 .collect();
             let normed = network.run_from(0, network.embed(&batch.tokens)?, &batch.lengths)?;
             Ok(Reference {
-                logits: network.logits(&normed, &rows, &mut Silent)?,
+                logits: network.logits_at_head(&normed, &rows, &mut Silent)?,
                 rows,
             })
         });
@@ -161,12 +160,7 @@ impl<'a> Probing<'a> {
         self.restore.stream(&mut residual);
         let residual = self.network.backend_of(first).upload(residual)?;
         let normed = self.network.run_from(first, residual, lengths)?;
-        self.head_machine().download_all(normed)
-    }
-
-    /// The machine of the final norm and the head.
-    fn head_machine(&self) -> &Machine {
-        self.network.backend_of(usize::MAX)
+        self.network.head_backend().download_all(normed)
     }
 
     /// What the rewritten head reads, from rewritten streams behind the last block.
@@ -323,21 +317,20 @@ impl<'a> Probing<'a> {
         for (index, (batch, reference)) in batches.enumerate() {
             self.job.check_stop()?;
             let normed = run(index, batch)?;
+            let machine = self.network.head_backend();
             let logits = match head {
-                Some(head) => head.logits(&normed, &reference.rows)?,
+                Some(head) => machine.upload(head.logits(&normed, &reference.rows)?)?,
                 None => {
-                    let normed = self.head_machine().upload(normed)?;
-                    self.network.logits(&normed, &reference.rows, &mut Silent)?
+                    let normed = machine.upload(normed)?;
+                    self.network
+                        .logits_at_head(&normed, &reference.rows, &mut Silent)?
                 }
             };
-            let vocabulary = logits.len() / reference.rows.len().max(1);
-            let rows = reference
-                .logits
-                .par_chunks(vocabulary.max(1))
-                .zip(logits.par_chunks(vocabulary.max(1)));
-            let divergences: Vec<f64> = rows
-                .map(|(original, rounded)| kl_divergence(original, rounded))
-                .collect();
+            let stride = self.config().vocab_size;
+            let [original, rounded] =
+                [&reference.logits, &logits].map(|logits| LogitRows { logits, stride });
+            let rows = machine.kl_divergence(original, rounded, stride, Exponentials::Own)?;
+            let divergences: Vec<f64> = rows.iter().map(|row| row.kl_divergence).collect();
             sum += divergences.iter().sum::<f64>();
             positions += divergences.len();
         }
