@@ -365,10 +365,8 @@ fn noise(at: usize) -> f64 {
     ((bits ^ (bits >> 31)) >> 40) as f64 / f64::from(1 << 23) - 1.0
 }
 
-#[test]
-fn a_matrix_is_rounded_to_the_codes_of_the_cpu() {
-    let (n, count) = (512, 96);
-    // Neighbouring inputs have half in common.
+/// Second moments of inputs of which neighbours have half in common.
+fn seen(n: usize) -> SecondMoments {
     let inputs: Vec<f64> = (0..n * 2 * n).map(noise).collect();
     let mixed = |row: usize, j: usize| inputs[row * n + j] + inputs[row * n + j / 2];
     let mut seen = SecondMoments::empty(n);
@@ -378,6 +376,46 @@ fn a_matrix_is_rounded_to_the_codes_of_the_cpu() {
         }
     }
     (seen.weight, seen.tokens) = (1.0, 1 << 40);
+    seen
+}
+
+/// Memory of a device that has room for most of 96 rows at a time, and for a part of the moments.
+const TIGHT_FOR_ROWS: u64 = 1_200_000;
+
+#[test]
+fn rows_that_do_not_fit_are_rounded_one_after_the_other() {
+    let (n, count) = (512, 96);
+    let seen = seen(n);
+    let moments = InputMoments::new(Isa::detect(), n, &seen.sums, Damping::default()).unwrap();
+    let weights: Vec<f32> = (0..count * n).map(|at| noise(at + 77) as f32).collect();
+    let model = StoredModel::open(nemoconv_fixtures::nano().to_str().unwrap()).unwrap();
+    let emulator = Box::new(Emulator::new(Order::Descending));
+    let device = Device::new(emulator, Some(TIGHT_FOR_ROWS));
+    let machines = Machines::Devices([Arc::new(OpenDevice::new(device))].into());
+    let machine = machines.without_weights(0, model.config());
+    let grid = IntegerGrid {
+        width: Width::Eight,
+        group_size: None,
+        has_zero_point: false,
+        scale: ScaleFloat::Bf16,
+    };
+    for form in [Form::Block(GgmlType::Q4_K), Form::Integer(grid)] {
+        let how = Feedback::of_inputs(&moments, 1);
+        let (expected, here) = form.feed_back(Isa::detect(), &weights, how);
+        let products = machine.row_products().unwrap();
+        let (found, there) = form.feed_back_on(products, &weights, how).unwrap();
+        assert!(found == expected, "{form}");
+        assert!((there.loss - here.loss).abs() <= LOSS * here.loss, "{form}");
+    }
+    // Two chunks of columns for each of two tiles of rows and two forms.
+    let sweeps = machines.tallies()[0].counts()["feedback_sweep"];
+    assert_eq!((sweeps.device, sweeps.host), (8, 0));
+}
+
+#[test]
+fn a_matrix_is_rounded_to_the_codes_of_the_cpu() {
+    let (n, count) = (512, 96);
+    let seen = seen(n);
     let moments = InputMoments::new(Isa::detect(), n, &seen.sums, Damping::default()).unwrap();
     let cross = CrossMoments {
         n,

@@ -6,8 +6,10 @@
 mod minima;
 mod mixing;
 mod packed;
+mod product;
 mod rounding;
 mod sums;
+mod weights;
 
 use std::ops::Range;
 use std::sync::Arc;
@@ -23,25 +25,20 @@ use crate::artifact::StoredTensor;
 use crate::backend::ExpertRows;
 use crate::error::{Error, Result};
 use crate::quantize::feedback::RowProducts;
-use minima::BlockSums;
 use mixing::HeldMatrices;
 use nemoconv_device::{
-    Array, AttentionLayout, Bytes, ConvLayout, Device, DeviceError, Family, MatmulLayout, Packed,
-    Packing, Rounding, ScanLayout, can_dequantize, has_minima,
+    Array, AttentionLayout, ConvLayout, Device, DeviceError, Rounding, ScanLayout, can_dequantize,
 };
-use nemoconv_formats::GgmlType;
 use sums::{CrossGramOnDevice, GramOnDevice};
+pub use weights::DeviceWeight;
+use weights::Resident;
 
 /// Bytes of decoded weights that are multiplied at a time.
 const TILE_BYTES: usize = 64 << 20;
 /// Bytes that are sent at a time.
 const SENT_BYTES: usize = 32 << 20;
-/// The part of memory that weights leave to activations.
-const RESERVE: u64 = 4;
 /// The part of free memory that decoded weights may take.
 const TILES: u64 = 8;
-/// Where matrices of a stack begin: multiples of this.
-const MATRIX_ALIGNMENT: u64 = 256;
 
 /// A device that backends share.
 pub struct OpenDevice {
@@ -77,56 +74,11 @@ pub struct OnDevice {
     host: Cpu,
 }
 
-/// A weight for a device.
-pub struct DeviceWeight {
-    host: CpuWeight,
-    resident: Resident,
-}
-
-/// What of a weight lies on the device.
-enum Resident {
-    /// Nothing: rows, of a packed checkpoint a matrix, are sent when they are multiplied.
-    No,
-    /// All matrices in the stored type.
-    Rows(Bytes),
-    /// As a packed checkpoint has it, by matrix.
-    Packed(Vec<packed::Matrix>),
-}
-
-impl DeviceWeight {
-    fn tensor(&self) -> &StoredTensor {
-        self.host.tensor()
-    }
-}
-
-/// Bytes from one matrix of a stack to the next.
-fn matrix_stride(tensor: &StoredTensor) -> u64 {
-    (tensor.row_bytes() as u64 * tensor.rows as u64).next_multiple_of(MATRIX_ALIGNMENT)
-}
-
 /// What was sent; nothing where there was no room for it.
 fn or_no_room<T>(sent: Result<T>) -> Result<Option<T>> {
     match sent {
         Err(Error::Device(DeviceError::OutOfMemory { .. })) => Ok(None),
         sent => sent.map(Some),
-    }
-}
-
-/// How the device rounds inputs; `None` where they stay as they are.
-fn rounding(activation: Activation) -> Option<Rounding> {
-    match activation {
-        Activation::None => None,
-        Activation::Bf16 => Some(Rounding::Bf16),
-        Activation::F16 => Some(Rounding::F16),
-        // What Q8_1 has besides goes into products by itself: `BlockSums`.
-        Activation::Q8_0 | Activation::Q8_1 => Some(Rounding::Q8_0),
-        Activation::Q8K => Some(Rounding::Q8K),
-        Activation::TokenInt8 => Some(Rounding::RowInt8),
-        Activation::StaticInt8(scale) => Some(Rounding::StaticInt8(scale)),
-        Activation::TokenFloat8 => Some(Rounding::RowFloat8),
-        Activation::GroupFloat8(group) => Some(Rounding::BlockFloat8(group)),
-        Activation::StaticFloat8(scale) => Some(Rounding::StaticFloat8(scale)),
-        Activation::Nvfp4(unit) => Some(Rounding::Nvfp4(unit)),
     }
 }
 
@@ -149,231 +101,6 @@ impl OnDevice {
     fn counted(&self, operation: &'static str) -> &Device {
         self.open.tally.device(operation);
         self.device()
-    }
-
-    /// Whether so many more bytes leave enough to activations.
-    fn has_room(&self, bytes: u64) -> bool {
-        let (free, total) = (self.device().free_bytes(), self.device().total_bytes());
-        bytes + total / RESERVE <= free
-    }
-
-    /// Sends a weight, unless it would not fit.
-    fn make_resident(&self, weight: &CpuWeight) -> Result<Resident> {
-        if weight.tensor().is_packed {
-            let matrices = self.send_packed(weight);
-            if let Some(matrices) = or_no_room(matrices)?.flatten() {
-                return Ok(Resident::Packed(matrices));
-            }
-        }
-        let tensor = weight.tensor();
-        let bytes = matrix_stride(tensor) * tensor.matrices as u64;
-        let limits = self.device().description().limits;
-        if !self.has_room(bytes) || bytes > limits.allocation_bytes {
-            return Ok(Resident::No);
-        }
-        let rows = or_no_room(self.send_rows(weight, bytes))?;
-        Ok(rows.map_or(Resident::No, Resident::Rows))
-    }
-
-    /// Sends a packed weight as its checkpoint has it; `None` where a matrix is something else, or there is no room.
-    fn send_packed(&self, weight: &CpuWeight) -> Result<Option<Vec<packed::Matrix>>> {
-        let matrices = 0..weight.tensor().matrices;
-        let send = |matrix| self.send_matrix(weight, matrix, |bytes| self.has_room(bytes));
-        matrices.map(send).collect()
-    }
-
-    /// A packed matrix for one product, where the whole weight has no place.
-    fn send_for_now(&self, weight: &DeviceWeight, matrix: usize) -> Result<Option<packed::Matrix>> {
-        if !weight.tensor().is_packed || !matches!(weight.resident, Resident::No) {
-            return Ok(None);
-        }
-        let fits = |bytes| bytes <= self.device().free_bytes() / TILES;
-        Ok(or_no_room(self.send_matrix(&weight.host, matrix, fits))?.flatten())
-    }
-
-    fn send_matrix(
-        &self,
-        weight: &CpuWeight,
-        matrix: usize,
-        fits: impl Fn(u64) -> bool,
-    ) -> Result<Option<packed::Matrix>> {
-        let Some(stored) = weight.packed(matrix)? else {
-            return Ok(None);
-        };
-        let limits = self.device().description().limits;
-        if !fits(stored.linear.bytes() as u64)
-            || packed::bytes_in_a_view(&stored.linear) > limits.view_bytes
-        {
-            return Ok(None);
-        }
-        let columns = weight.tensor().columns;
-        packed::Matrix::send(self.device(), &stored, columns).map(Some)
-    }
-
-    fn send_rows(&self, weight: &CpuWeight, bytes: u64) -> Result<Bytes> {
-        let tensor = weight.tensor();
-        let mut resident = self.device().reserve_bytes(bytes)?;
-        // Whole words: every fourth row ends with one.
-        let tile = (SENT_BYTES / tensor.row_bytes()).next_multiple_of(4).max(4);
-        let mut buffer = Vec::new();
-        for matrix in 0..tensor.matrices {
-            for first in (0..tensor.rows).step_by(tile) {
-                let count = tile.min(tensor.rows - first);
-                let rows = weight.rows(matrix, first, count, &mut buffer)?;
-                let at =
-                    matrix as u64 * matrix_stride(tensor) + (first * tensor.row_bytes()) as u64;
-                self.device().write_bytes(&mut resident, at, rows)?;
-            }
-        }
-        Ok(resident)
-    }
-
-    /// Rows of a matrix as they are stored: where they lie on the device, sent to `sent` if they are not there.
-    fn stored<'a>(
-        &self,
-        weight: &'a DeviceWeight,
-        matrix: usize,
-        rows: Range<usize>,
-        sent: &'a mut Option<Bytes>,
-    ) -> Result<(&'a Bytes, u64)> {
-        let tensor = weight.tensor();
-        if let Resident::Rows(resident) = &weight.resident {
-            let row = (rows.start * tensor.row_bytes()) as u64;
-            return Ok((resident, matrix as u64 * matrix_stride(tensor) + row));
-        }
-        let mut buffer = Vec::new();
-        let stored = weight
-            .host
-            .rows(matrix, rows.start, rows.len(), &mut buffer)?;
-        Ok((sent.insert(self.device().upload_bytes(stored)?), 0))
-    }
-
-    /// Decodes rows of a matrix to the first values of `out`, and their minima where `sums` will be multiplied with them;
-    /// `for_now` is what [`Self::send_for_now`] sent of it.
-    fn decode(
-        &self,
-        weight: &DeviceWeight,
-        matrix: usize,
-        for_now: Option<&packed::Matrix>,
-        rows: Range<usize>,
-        out: &mut Array,
-        sums: Option<&mut BlockSums>,
-    ) -> Result<()> {
-        let packed = match &weight.resident {
-            Resident::Packed(matrices) => Some(&matrices[matrix]),
-            Resident::No | Resident::Rows(_) => for_now,
-        };
-        if let Some(packed) = packed {
-            return packed.decode(self.counted("dequantize"), rows, out);
-        }
-        let tensor = weight.tensor();
-        match tensor.is_packed {
-            // Values that the CPU decodes are sent as F32.
-            true => self.on_host("dequantize"),
-            false => self.open.tally.device("dequantize"),
-        }
-        let values = rows.len() * tensor.columns;
-        let mut sent = None;
-        let (bytes, first) = self.stored(weight, matrix, rows, &mut sent)?;
-        if let Some(sums) = sums {
-            sums.decode_minima(self.device(), tensor.ty, bytes, first, values)?;
-        }
-        Ok(self
-            .device()
-            .dequantize(tensor.ty, bytes, first, values, out)?)
-    }
-
-    /// How inputs are packed for a product with weights as they are stored; `None` where these are decoded before.
-    fn packing(
-        &self,
-        tensor: &StoredTensor,
-        rows: usize,
-        activation: Activation,
-    ) -> Option<Packing> {
-        let device = self.device();
-        let Some(rounding) = rounding(activation) else {
-            let splits = device.splits_inputs(rows, tensor.rows, tensor.columns);
-            return (splits && tensor.ty == GgmlType::BF16).then_some(Packing::Parts);
-        };
-        // The WGSL twins multiply without tiles and tensor cores: there decoded weights are multiplied.
-        let has_tensor_cores = device.description().family == Family::Cuda;
-        let packing = Packing::of(tensor.ty, rounding)?;
-        (has_tensor_cores && activation.fits(tensor.columns)).then_some(packing)
-    }
-
-    /// Inputs of a product in parts, if it is one of parts.
-    fn in_parts(
-        &self,
-        tensor: &StoredTensor,
-        input: &Array,
-        rows: usize,
-    ) -> Result<Option<Packed>> {
-        let (device, width) = (self.device(), tensor.columns);
-        match device.splits(rows, tensor.rows, width) {
-            true => Ok(device.try_split(input, [0, width, 1], rows, width)?),
-            false => Ok(None),
-        }
-    }
-
-    /// `x W^T` for some decoded rows of a weight.
-    fn multiply_decoded(
-        &self,
-        layout: &MatmulLayout,
-        (input, parts): (&Array, Option<&Packed>),
-        decoded: &Array,
-        out: &mut Array,
-    ) -> Result<()> {
-        let device = self.device();
-        let weights = match parts {
-            Some(_) => {
-                device.try_split(decoded, [0, layout.inner, 1], layout.columns, layout.inner)?
-            }
-            None => None,
-        };
-        match parts.zip(weights) {
-            Some((x, w)) => {
-                let factors = [layout.alpha, layout.beta];
-                device.matmul_split(x, 0..layout.rows, &w, factors, layout.out, out)?;
-            }
-            None => device.matmul(layout, input, decoded, out)?,
-        }
-        Ok(())
-    }
-
-    /// A product without decoded weights: in the arithmetic of runtimes, or of inputs in parts.
-    fn matmul_stored(
-        &self,
-        weight: &DeviceWeight,
-        matrix: usize,
-        input: &Array,
-        rows: usize,
-        packing: Packing,
-    ) -> Result<Array> {
-        let tensor = weight.tensor();
-        let device = self.counted("matmul");
-        let packed = device.pack(input, rows, tensor.columns, packing)?;
-        let mut out = device.uninitialized(rows * tensor.rows)?;
-        let tile = match weight.resident {
-            Resident::Rows(_) => tensor.rows,
-            _ => SENT_BYTES / tensor.row_bytes(),
-        };
-        let tile = tile.max(1);
-        for first in (0..tensor.rows).step_by(tile) {
-            let count = tile.min(tensor.rows - first);
-            let mut sent = None;
-            let (bytes, at) = self.stored(weight, matrix, first..first + count, &mut sent)?;
-            let place = [first, tensor.rows];
-            device.matmul_stored(&packed, bytes, at, count, place, &mut out)?;
-        }
-        Ok(out)
-    }
-
-    /// Rows of a weight that are decoded together.
-    fn tile_rows(&self, tensor: &StoredTensor) -> usize {
-        let limit = self.device().description().limits.view_bytes / 2;
-        let free = self.device().free_bytes() / TILES;
-        let bytes = (TILE_BYTES as u64).min(limit).min(free) as usize;
-        (bytes / (4 * tensor.columns)).clamp(1, tensor.rows.max(1))
     }
 }
 
@@ -434,41 +161,7 @@ impl Backend for OnDevice {
         rows: usize,
         activation: Activation,
     ) -> Result<Array> {
-        let tensor = weight.tensor();
-        if !can_dequantize(tensor.ty) {
-            return default_bodies::matmul(self, weight, matrix, input, rows, activation);
-        }
-        if let Some(packing) = self.packing(tensor, rows, activation) {
-            return self.matmul_stored(weight, matrix, input, rows, packing);
-        }
-        let device = self.counted("matmul");
-        let rounded = match rounding(activation) {
-            Some(rounding) => Some(device.round_activation(input, tensor.columns, rounding)?),
-            None => None,
-        };
-        let rounded = rounded.as_ref().unwrap_or(input);
-        let mut out = device.uninitialized(rows * tensor.rows)?;
-        let tile = self.tile_rows(tensor);
-        let parts = self.in_parts(tensor, rounded, rows)?;
-        let mut decoded = device.uninitialized(tile * tensor.columns)?;
-        let mut sums = match has_minima(tensor.ty) && activation == Activation::Q8_1 {
-            true => Some(BlockSums::new(device, input, tensor.columns, tile)?),
-            false => None,
-        };
-        let for_now = self.send_for_now(weight, matrix)?;
-        for first in (0..tensor.rows).step_by(tile) {
-            let count = tile.min(tensor.rows - first);
-            let part = first..first + count;
-            let (for_now, decoded) = (for_now.as_ref(), &mut decoded);
-            self.decode(weight, matrix, for_now, part, decoded, sums.as_mut())?;
-            let layout = MatmulLayout::linear(rows, tensor.columns, count, first, tensor.rows);
-            let input = (rounded, parts.as_ref());
-            self.multiply_decoded(&layout, input, decoded, &mut out)?;
-            if let Some(sums) = &sums {
-                sums.add(device, &layout, &mut out)?;
-            }
-        }
-        Ok(out)
+        self.product(weight, matrix, input, rows, activation)
     }
 
     fn rms_norm(&self, input: &Array, weight: &Array, eps: f32) -> Result<Array> {
