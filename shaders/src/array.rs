@@ -304,6 +304,11 @@ impl Device {
         total.saturating_sub(pool.allocated - idle)
     }
 
+    /// What so many bytes take of [`Self::free_bytes`].
+    pub fn taken_bytes(&self, bytes: u64) -> u64 {
+        size_class(bytes)
+    }
+
     fn allocate(&self, len: u64) -> Result<Bytes> {
         let (handle, capacity) = self.inner.allocate(len)?;
         Ok(Bytes {

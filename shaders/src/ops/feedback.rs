@@ -154,11 +154,6 @@ pub struct FeedbackRows {
 }
 
 impl FeedbackRows {
-    /// Values of `rows` rows of `columns` columns, of all four arrays.
-    pub fn values_of(rows: usize, columns: usize, sub: usize) -> usize {
-        rows * (3 * columns + columns / sub * 4)
-    }
-
     /// Rows.
     pub fn rows(&self) -> usize {
         self.rows
@@ -189,6 +184,16 @@ impl Device {
             values: self.uninitialized(rows * columns)?,
             scales: self.uninitialized(rows * columns / sub * 4)?,
         })
+    }
+
+    /// Bytes that `rows` rows of `columns` columns take while they are rounded: their arrays, and for a chunk of columns its
+    /// products and the part of a matrix that they are made with.
+    pub fn feedback_bytes(&self, rows: usize, columns: usize, sub: usize) -> u64 {
+        let taken = |values: usize| self.taken_bytes(4 * values as u64);
+        let arrays = 3 * taken(rows * columns) + taken(rows * columns / sub * 4) + taken(2 * rows);
+        let chunk = FEEDBACK_CHUNK.min(columns);
+        // One product may still be in use when the next one is made.
+        arrays + 2 * taken(chunk * rows) + 2 * taken(chunk * columns) + taken(chunk)
     }
 
     /// Begins with other rows, at most as many as there is room for: `wanted [column, row]`; `scales [sub-block][d, dmin,

@@ -17,8 +17,10 @@ use crate::quantize::feedback::{
     CodeValues, GridDescription, Lattice, RoundingRows, RowsRounded, ScaleFloat, Search, Sweep,
 };
 
-/// The part of free memory that rows may take: parts of second moments and activations share the rest.
-const ROWS_SHARE: u64 = 2;
+/// Of so many rows less one is tried until there is room.
+const FEWER: usize = 8;
+/// Parts of second moments that there must be room for beside those that are kept.
+const PARTS_BESIDE: u64 = 4;
 
 /// Rows on a device.
 pub struct RoundingOnDevice<'a> {
@@ -46,9 +48,11 @@ impl<'a> RoundingOnDevice<'a> {
         // A chunk of all rows is one view, an array one allocation.
         let of_views = (limits.view_bytes - limits.view_alignment) / (4 * FEEDBACK_CHUNK as u64);
         let of_allocations = limits.allocation_bytes / (4 * columns.max(1)) as u64;
-        let row_bytes = 4 * FeedbackRows::values_of(1, columns, grid.sub) as u64;
-        let of_memory = device.free_bytes() / ROWS_SHARE / row_bytes.max(1);
-        let mut capacity = rows.min(of_views.min(of_memory).min(of_allocations) as usize);
+        let mut capacity = rows.min(of_views.min(of_allocations) as usize);
+        let takes = |rows| device.feedback_bytes(rows, columns, grid.sub);
+        while capacity > 0 && takes(capacity) > device.free_bytes() {
+            capacity -= capacity.div_ceil(FEWER);
+        }
         while capacity > 0 {
             let there = device.feedback_rows(capacity, columns, grid.sub);
             if let Some(rows) = or_no_room(there.map_err(Error::from))? {
@@ -62,7 +66,7 @@ impl<'a> RoundingOnDevice<'a> {
                     moments: BTreeMap::new(),
                 }));
             }
-            capacity /= 2;
+            capacity -= capacity.div_ceil(FEWER);
         }
         Ok(None)
     }
@@ -105,7 +109,8 @@ impl<'a> RoundingOnDevice<'a> {
             None => self.on.device().upload(&moments())?,
         };
         run(self, &part)?;
-        if self.on.has_room(0) {
+        // The next part, and products with it, need their room too.
+        if self.on.has_room(PARTS_BESIDE * 4 * part.len() as u64) {
             self.moments.insert(chunk.start, part);
         }
         Ok(())
