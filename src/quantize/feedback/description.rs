@@ -6,7 +6,7 @@ use super::super::super_block::Sweep;
 use super::super::symmetric::{CodeValues, SymmetricGrid};
 use super::grid::Lattice;
 
-/// A [`super::grid::FeedbackGrid`] in plain numbers.
+/// What tells the grids of error feedback apart, in plain numbers.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct GridDescription {
     /// Values of codes.
@@ -40,6 +40,6 @@ pub enum Search {
     Magnitudes(Sweep, ScaleFloat),
     /// Floats relative to the one whose codes just span the range, with three zero points each.
     Ranges(Sweep, ScaleFloat),
-    /// Chosen beforehand, by [`super::grid::FeedbackGrid::preset`].
+    /// Chosen before the first pass, on the weights themselves.
     Preset,
 }
