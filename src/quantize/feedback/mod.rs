@@ -18,6 +18,7 @@ mod moments;
 mod outputs;
 mod remote;
 mod remote_steps;
+mod steps;
 mod sweep;
 #[cfg(test)]
 mod tests;
@@ -25,7 +26,6 @@ mod triangular;
 
 use std::ops::{AddAssign, Range};
 
-use pulp::Arch;
 use rayon::prelude::*;
 
 use super::integer::IntegerGrid;
@@ -38,15 +38,15 @@ use crate::formats::GgmlType;
 use crate::formats::packed::Width;
 use cholesky::{STRIP, Strips};
 pub use correction::Correction;
-use descent::Pass;
 pub use description::{GridDescription, Search};
 pub use grid::Lattice;
-use grid::{FeedbackGrid, RoundedRow};
+use grid::RoundedRow;
 pub use held::{HeldRows, RoundingRows, RowProducts, RowsRounded, SUMMED_COLUMNS};
 pub use moments::{Damping, InputMoments};
 pub use outputs::OutputFactor;
 
-use sweep::{FirstPass, Half, ROWS, Row};
+use steps::{GridSteps, Steps};
+use sweep::{Half, ROWS, Row};
 
 /// Columns that are rounded between two products with everything before them: a multiple of every block.
 const CHUNK: usize = 256;
@@ -72,34 +72,40 @@ impl AddAssign for Rounded {
     }
 }
 
-/// Calls `$run::<Grid, Sub>` with the grid of `$ty`, or evaluates `$otherwise`.
-macro_rules! with_grid {
-    ($ty:expr, $run:ident($($argument:expr),*), $otherwise:expr) => {
-        match $ty {
-            GgmlType::Q4_0 => $run::<_, 32>(grid::Q4_0, $($argument),*),
-            GgmlType::Q4_1 => $run::<_, 32>(grid::Q4_1, $($argument),*),
-            GgmlType::Q5_0 => $run::<_, 32>(grid::Q5_0, $($argument),*),
-            GgmlType::Q5_1 => $run::<_, 32>(grid::Q5_1, $($argument),*),
-            GgmlType::Q8_0 => $run::<_, 32>(grid::Q8_0, $($argument),*),
-            GgmlType::IQ4_NL => $run::<_, 32>(grid::IQ4_NL, $($argument),*),
-            GgmlType::MXFP4 => $run::<_, 32>(grid::MXFP4, $($argument),*),
-            GgmlType::Q2_K => $run::<_, 16>(grid::Q2_K, $($argument),*),
-            GgmlType::Q3_K => $run::<_, 16>(grid::Q3_K, $($argument),*),
-            GgmlType::Q4_K => $run::<_, 32>(grid::Q4_K, $($argument),*),
-            GgmlType::Q5_K => $run::<_, 32>(grid::Q5_K, $($argument),*),
-            GgmlType::Q6_K => $run::<_, 16>(grid::Q6_K, $($argument),*),
-            GgmlType::IQ4_XS => $run::<_, 32>(grid::IQ4_XS, $($argument),*),
-            _ => $otherwise,
-        }
-    };
+/// The grid of a type, where it has one.
+fn grid_of(ty: GgmlType) -> Option<&'static dyn GridSteps> {
+    Some(match ty {
+        GgmlType::Q4_0 => &Steps::<_, 32>(grid::Q4_0),
+        GgmlType::Q4_1 => &Steps::<_, 32>(grid::Q4_1),
+        GgmlType::Q5_0 => &Steps::<_, 32>(grid::Q5_0),
+        GgmlType::Q5_1 => &Steps::<_, 32>(grid::Q5_1),
+        GgmlType::Q8_0 => &Steps::<_, 32>(grid::Q8_0),
+        GgmlType::IQ4_NL => &Steps::<_, 32>(grid::IQ4_NL),
+        GgmlType::MXFP4 => &Steps::<_, 32>(grid::MXFP4),
+        GgmlType::Q2_K => &Steps::<_, 16>(grid::Q2_K),
+        GgmlType::Q3_K => &Steps::<_, 16>(grid::Q3_K),
+        GgmlType::Q4_K => &Steps::<_, 32>(grid::Q4_K),
+        GgmlType::Q5_K => &Steps::<_, 32>(grid::Q5_K),
+        GgmlType::Q6_K => &Steps::<_, 16>(grid::Q6_K),
+        GgmlType::IQ4_XS => &Steps::<_, 32>(grid::IQ4_XS),
+        _ => return None,
+    })
+}
+
+/// The steps of a grid that has feedback.
+fn steps_of(grid: IntegerGrid) -> Box<dyn GridSteps> {
+    use integer_grid::{Groups, ROWS_SUB, Rows};
+    match (grid.width, grid.group_size) {
+        (Width::Eight, _) => Box::new(Steps::<_, ROWS_SUB>(Rows(grid))),
+        (Width::Four, Some(32)) => Box::new(Steps::<_, 32>(Groups::<32>(grid))),
+        (Width::Four, Some(64)) => Box::new(Steps::<_, 64>(Groups::<64>(grid))),
+        _ => Box::new(Steps::<_, 128>(Groups::<128>(grid))),
+    }
 }
 
 /// Whether a type can be rounded to with feedback.
 pub fn can_feed_back(ty: GgmlType) -> bool {
-    fn yes<G: FeedbackGrid, const SUB: usize>(_: G, (): ()) -> bool {
-        true
-    }
-    with_grid!(ty, yes(()), false)
+    grid_of(ty).is_some()
 }
 
 /// Rounds whole rows.
@@ -233,35 +239,6 @@ struct Job<'a> {
 /// Why rounding on this computer's threads gives a result.
 const HERE: &str = "only other machines fail";
 
-fn run<G: FeedbackGrid, const SUB: usize>(
-    grid: G,
-    job: Job,
-    rows: &[f32],
-    out: &mut [u8],
-) -> Result<Rounded> {
-    let columns = job.how.moments.in_features();
-    if job.how.outputs.is_empty() {
-        return match job.machine {
-            Some(machine) => job.panels_on::<G, SUB>(machine, &grid, rows, out),
-            None => Ok(job.panels::<G, SUB>(&grid, rows, out, None)),
-        };
-    }
-    let row_bytes = grid.row_bytes(columns);
-    let (mut rows, mut out, mut parts) = (rows, out, Vec::new());
-    for outputs in job.how.outputs {
-        let (part, rest) = rows.split_at(outputs.rows() * columns);
-        let (part_out, rest_out) = out.split_at_mut(outputs.rows() * row_bytes);
-        parts.push((outputs, part, part_out));
-        (rows, out) = (rest, rest_out);
-    }
-    assert!(rows.is_empty(), "factors of all rows");
-    let parts = parts.into_par_iter();
-    let rounded: Vec<Rounded> = parts
-        .map(|(outputs, rows, out)| job.row_after_row::<G, SUB>(&grid, rows, outputs, out))
-        .collect();
-    Ok(in_order(rounded))
-}
-
 /// The sum, the same whoever was first.
 fn in_order(rounded: Vec<Rounded>) -> Rounded {
     let mut sum = Rounded::default();
@@ -296,26 +273,47 @@ impl<'a> Job<'a> {
         let columns = self.how.moments.in_features();
         assert!(columns.is_multiple_of(ty.block_elements()) && rows.len().is_multiple_of(columns));
         assert_eq!(ty.bytes_for(rows.len() as u64), Some(out.len() as u64));
-        with_grid!(ty, run(self, rows, out), panic!("{ty} has no feedback"))
+        let Some(grid) = grid_of(ty) else {
+            panic!("{ty} has no feedback")
+        };
+        self.run(grid, rows, out)
     }
 
     fn integers(self, grid: IntegerGrid, rows: &[f32], out: &mut [u8]) -> Result<Rounded> {
-        use integer_grid::{Groups, ROWS_SUB, Rows};
         let columns = self.how.moments.in_features();
         assert!(can_feed_back_integers(&grid, columns) && rows.len().is_multiple_of(columns));
         assert_eq!(out.len(), rows.len() / columns * grid.row_bytes(columns));
-        match (grid.width, grid.group_size) {
-            (Width::Eight, _) => run::<_, ROWS_SUB>(Rows(grid), self, rows, out),
-            (Width::Four, Some(32)) => run::<_, 32>(Groups::<32>(grid), self, rows, out),
-            (Width::Four, Some(64)) => run::<_, 64>(Groups::<64>(grid), self, rows, out),
-            _ => run::<_, 128>(Groups::<128>(grid), self, rows, out),
+        self.run(steps_of(grid).as_ref(), rows, out)
+    }
+
+    fn run(&self, grid: &dyn GridSteps, rows: &[f32], out: &mut [u8]) -> Result<Rounded> {
+        let columns = self.how.moments.in_features();
+        if self.how.outputs.is_empty() {
+            return match self.machine {
+                Some(machine) => self.panels_on(machine, grid, rows, out),
+                None => Ok(self.panels(grid, rows, out, None)),
+            };
         }
+        let row_bytes = grid.row_bytes(columns);
+        let (mut rows, mut out, mut parts) = (rows, out, Vec::new());
+        for outputs in self.how.outputs {
+            let (part, rest) = rows.split_at(outputs.rows() * columns);
+            let (part_out, rest_out) = out.split_at_mut(outputs.rows() * row_bytes);
+            parts.push((outputs, part, part_out));
+            (rows, out) = (rest, rest_out);
+        }
+        assert!(rows.is_empty(), "factors of all rows");
+        let parts = parts.into_par_iter();
+        let rounded: Vec<Rounded> = parts
+            .map(|(outputs, rows, out)| self.row_after_row(grid, rows, outputs, out))
+            .collect();
+        Ok(in_order(rounded))
     }
 
     /// Rows that are rounded without regard to each other. Their errors against `rows` go to `errors`.
-    fn panels<G: FeedbackGrid, const SUB: usize>(
+    fn panels(
         &self,
-        grid: &G,
+        grid: &dyn GridSteps,
         rows: &[f32],
         out: &mut [u8],
         errors: Option<&mut [f32]>,
@@ -334,15 +332,15 @@ impl<'a> Job<'a> {
             .zip(out.par_chunks_mut(FLOAT_ROWS * row_bytes))
             .zip(errors);
         let rounded: Vec<Rounded> = panels
-            .map(|((rows, out), errors)| self.panel::<G, SUB>(grid, rows, out, errors))
+            .map(|((rows, out), errors)| self.panel(grid, rows, out, errors))
             .collect();
         in_order(rounded)
     }
 
     /// Blocks of rows, each with the repairs of those before it.
-    fn row_after_row<G: FeedbackGrid, const SUB: usize>(
+    fn row_after_row(
         &self,
-        grid: &G,
+        grid: &dyn GridSteps,
         rows: &[f32],
         outputs: &OutputFactor,
         out: &mut [u8],
@@ -364,7 +362,7 @@ impl<'a> Job<'a> {
                     .for_each(|(target, wanted)| *target += wanted);
             }
             let mut packed = vec![0; block.len() * row_bytes];
-            sum += self.panels::<G, SUB>(grid, &targets, &mut packed, Some(errors));
+            sum += self.panels(grid, &targets, &mut packed, Some(errors));
             // From errors against targets to errors against what was wanted.
             errors
                 .iter_mut()
@@ -378,16 +376,16 @@ impl<'a> Job<'a> {
         sum
     }
 
-    fn panel<G: FeedbackGrid, const SUB: usize>(
+    fn panel(
         &self,
-        grid: &G,
+        grid: &dyn GridSteps,
         rows: &[f32],
         out: &mut [u8],
         errors: Option<&mut [f32]>,
     ) -> Rounded {
         let columns = self.how.moments.in_features();
         let rows: Vec<&[f32]> = rows.chunks_exact(columns).collect();
-        let mut halves = halves_of(&rows).map(|rows| Half::new(rows, columns, SUB));
+        let mut halves = halves_of(&rows).map(|rows| Half::new(rows, columns, grid.sub()));
         for half in &mut halves {
             grid.preset(half, &self.how.moments.factor.pivots);
         }
@@ -395,13 +393,13 @@ impl<'a> Job<'a> {
         for chunk in chunks(columns) {
             let before = 0..chunk.start;
             let repairs = products(self.isa, &halves, &factor.feedback, before, chunk.clone());
-            self.first_pass::<G, SUB>(grid, &mut halves, chunk, repairs);
+            self.first_pass(grid, &mut halves, chunk, repairs);
         }
         let mut changes = vec![[0.0; ROWS]; columns];
         for _ in 0..self.how.passes {
             for chunk in chunks(columns) {
                 let gradients = products(self.isa, &halves, matrix, 0..columns, chunk.clone());
-                self.descend::<G, SUB>(grid, &mut halves, chunk, gradients, &mut changes);
+                self.descend(grid, &mut halves, chunk, gradients, &mut changes);
             }
         }
         let loss = loss_of(self.isa, &halves, matrix);
@@ -420,9 +418,9 @@ impl<'a> Job<'a> {
         Rounded { loss, overflow }
     }
 
-    fn first_pass<G: FeedbackGrid, const SUB: usize>(
+    fn first_pass(
         &self,
-        grid: &G,
+        grid: &dyn GridSteps,
         halves: &mut [Half; 2],
         chunk: Range<usize>,
         repairs: [Vec<Row>; 2],
@@ -434,44 +432,28 @@ impl<'a> Job<'a> {
                     .zip(wanted)
                     .for_each(|(target, wanted)| *target += wanted);
             }
-            Arch::new().dispatch(FirstPass::<G, SUB> {
-                half,
-                chunk: chunk.clone(),
-                targets: &mut targets,
-                factor: &self.how.moments.factor,
-                grid,
-            });
+            let factor = &self.how.moments.factor;
+            grid.first_pass(half, chunk.clone(), &mut targets, factor);
         }
     }
 
-    fn descend<G: FeedbackGrid, const SUB: usize>(
+    fn descend(
         &self,
-        grid: &G,
+        grid: &dyn GridSteps,
         halves: &mut [Half; 2],
         chunk: Range<usize>,
         gradients: [Vec<Row>; 2],
         changes: &mut [Row],
     ) {
         for (half, mut gradient) in halves.iter_mut().zip(gradients) {
-            Arch::new().dispatch(Pass::<G, SUB> {
-                half,
-                chunk: chunk.clone(),
-                gradient: &mut gradient,
-                changes,
-                moments: &self.how.moments.matrix,
-                grid,
-            });
+            let moments = &self.how.moments.matrix;
+            grid.descend(half, chunk.clone(), &mut gradient, changes, moments);
         }
     }
 }
 
 /// Packs the rows of a panel that are there; says how many scales are too large.
-fn pack_panel<G: FeedbackGrid>(
-    grid: &G,
-    halves: &[Half; 2],
-    columns: usize,
-    out: &mut [u8],
-) -> u64 {
+fn pack_panel(grid: &dyn GridSteps, halves: &[Half; 2], columns: usize, out: &mut [u8]) -> u64 {
     let mut overflow = 0;
     for (row, out) in out.chunks_exact_mut(grid.row_bytes(columns)).enumerate() {
         let (half, lane) = (&halves[row / ROWS], row % ROWS);

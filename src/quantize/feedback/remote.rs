@@ -8,8 +8,9 @@ use std::ops::Range;
 use rayon::prelude::*;
 
 use super::cholesky::Strips;
-use super::grid::FeedbackGrid;
+
 use super::held::{HeldRows, RowProducts};
+use super::steps::GridSteps;
 use super::sweep::{Half, ROWS, Row};
 use super::{Job, Rounded, chunks, halves_of, loss_in, pack_panel};
 use crate::backend::cpu::kernels::FLOAT_ROWS;
@@ -95,31 +96,31 @@ impl<'m> Panels<'m> {
 
 impl Job<'_> {
     /// Rows that are rounded without regard to each other.
-    pub(super) fn panels_on<G: FeedbackGrid, const SUB: usize>(
+    pub(super) fn panels_on(
         &self,
         machine: &dyn RowProducts,
-        grid: &G,
+        grid: &dyn GridSteps,
         rows: &[f32],
         out: &mut [u8],
     ) -> Result<Rounded> {
         let columns = self.how.moments.in_features();
         let (matrix, factor) = (&self.how.moments.matrix, &self.how.moments.factor);
-        if let Some(rounded) = self.rounded_by::<G, SUB>(machine, grid, rows, out)? {
+        if let Some(rounded) = self.rounded_by(machine, grid, rows, out)? {
             return Ok(rounded);
         }
         let panels = Panels::new(machine, rows, columns, |rows| {
-            let mut half = Half::new(rows, columns, SUB);
+            let mut half = Half::new(rows, columns, grid.sub());
             grid.preset(&mut half, &factor.pivots);
             half
         })?;
         let Some(mut panels) = panels else {
-            return Ok(self.panels::<G, SUB>(grid, rows, out, None));
+            return Ok(self.panels(grid, rows, out, None));
         };
         for chunk in chunks(columns) {
             let repairs = panels.products(&factor.feedback, 0..chunk.start, &chunk)?;
             let work = panels.halves.par_iter_mut().zip(repairs);
             work.for_each(|(halves, repairs)| {
-                self.first_pass::<G, SUB>(grid, halves, chunk.clone(), repairs);
+                self.first_pass(grid, halves, chunk.clone(), repairs);
             });
             panels.send(chunk)?;
         }
@@ -129,7 +130,7 @@ impl Job<'_> {
                 let work = panels.halves.par_iter_mut().zip(gradients);
                 work.for_each(|(halves, gradients)| {
                     let mut changes = vec![[0.0; ROWS]; columns];
-                    self.descend::<G, SUB>(grid, halves, chunk.clone(), gradients, &mut changes);
+                    self.descend(grid, halves, chunk.clone(), gradients, &mut changes);
                 });
                 panels.send(chunk)?;
             }

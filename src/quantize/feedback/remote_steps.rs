@@ -6,8 +6,9 @@ use std::ops::Range;
 use rayon::prelude::*;
 
 use super::description::Search;
-use super::grid::FeedbackGrid;
+
 use super::held::{RoundingRows, RowProducts, RowsRounded};
+use super::steps::GridSteps;
 use super::sweep::{Half, ROWS, Row};
 use super::{CHUNK, Job, Rounded, chunks, halves_of, pack_panel};
 use crate::backend::cpu::kernels::FLOAT_ROWS;
@@ -15,10 +16,10 @@ use crate::error::Result;
 
 impl Job<'_> {
     /// Rows that are rounded without regard to each other; nothing where the machine does not round by itself.
-    pub(super) fn rounded_by<G: FeedbackGrid, const SUB: usize>(
+    pub(super) fn rounded_by(
         &self,
         machine: &dyn RowProducts,
-        grid: &G,
+        grid: &dyn GridSteps,
         rows: &[f32],
         out: &mut [u8],
     ) -> Result<Option<Rounded>> {
@@ -34,11 +35,11 @@ impl Job<'_> {
             .zip(out.chunks_mut(at_once * grid.row_bytes(columns)));
         let mut rounded = Rounded::default();
         for (rows, out) in tiles {
-            let presets = matches!(description.search, Search::Preset)
-                .then(|| self.presets::<G, SUB>(grid, rows));
+            let presets =
+                matches!(description.search, Search::Preset).then(|| self.presets(grid, rows));
             remote.begin(&by_column(rows, columns), presets.as_deref())?;
             let found = self.steps(remote.as_mut())?;
-            let overflow = pack::<G, SUB>(grid, rows, columns, &found, out);
+            let overflow = pack(grid, rows, columns, &found, out);
             rounded += Rounded {
                 loss: found.loss,
                 overflow,
@@ -68,20 +69,20 @@ impl Job<'_> {
     }
 
     /// Scales that are chosen beforehand, `[sub-block][d, dmin, scale, min][row]`.
-    fn presets<G: FeedbackGrid, const SUB: usize>(&self, grid: &G, rows: &[f32]) -> Vec<f32> {
+    fn presets(&self, grid: &dyn GridSteps, rows: &[f32]) -> Vec<f32> {
         let columns = self.how.moments.in_features();
         let panels = rows.par_chunks(ROWS * columns);
         let panels: Vec<Half> = panels
             .map(|rows| {
                 let rows: Vec<&[f32]> = rows.chunks_exact(columns).collect();
-                let mut half = Half::new(&rows, columns, SUB);
+                let mut half = Half::new(&rows, columns, grid.sub());
                 grid.preset(&mut half, &self.how.moments.factor.pivots);
                 half
             })
             .collect();
         let count = rows.len() / columns;
-        let mut scales = Vec::with_capacity(columns / SUB * 4 * count);
-        for part in 0..columns / SUB * 4 {
+        let mut scales = Vec::with_capacity(columns / grid.sub() * 4 * count);
+        for part in 0..columns / grid.sub() * 4 {
             let lanes = panels
                 .iter()
                 .flat_map(|half| half.scales[part / 4][part % 4]);
@@ -109,8 +110,8 @@ fn by_column(rows: &[f32], columns: usize) -> Vec<f32> {
 }
 
 /// Packs rows whose codes and scales were found; says how many scales are too large.
-fn pack<G: FeedbackGrid, const SUB: usize>(
-    grid: &G,
+fn pack(
+    grid: &dyn GridSteps,
     rows: &[f32],
     columns: usize,
     found: &RowsRounded,
@@ -124,7 +125,7 @@ fn pack<G: FeedbackGrid, const SUB: usize>(
         .enumerate()
         .map(|(panel, (rows, out))| {
             let rows: Vec<&[f32]> = rows.chunks_exact(columns).collect();
-            let mut halves = halves_of(&rows).map(|rows| Half::new(rows, columns, SUB));
+            let mut halves = halves_of(&rows).map(|rows| Half::new(rows, columns, grid.sub()));
             for (index, half) in halves.iter_mut().enumerate() {
                 let first = (panel * FLOAT_ROWS + index * ROWS).min(count);
                 let lanes = first..(first + ROWS).min(count);

@@ -197,23 +197,23 @@ fn upper_cholesky(n: usize, matrix: &[f64]) -> Vec<f64> {
 
 #[test]
 fn codes_are_those_of_textbook_gptq_on_the_same_grid() {
-    fn check<G: FeedbackGrid, const SUB: usize>(grid: G, nearest: impl Fn(f64) -> f64) {
-        let n = 256;
+    fn check(grid: &dyn GridSteps, nearest: impl Fn(f64) -> f64) {
+        let (n, sub) = (256, grid.sub());
         let (rows, moments) = (weights(16, n), prepared(n));
         let damped: Vec<f64> = (0..n * n)
             .map(|at| f64::from(moments.matrix.at(at / n, at % n)))
             .collect();
         let job = Job::here(Isa::detect(), Feedback::of_inputs(&moments, 0));
         let rows: Vec<&[f32]> = rows.chunks(n).collect();
-        let mut halves = halves_of(&rows).map(|rows| Half::new(rows, n, SUB));
+        let mut halves = halves_of(&rows).map(|rows| Half::new(rows, n, sub));
         for half in &mut halves {
             grid.preset(half, &moments.factor.pivots);
         }
         let nothing = [(); 2].map(|()| vec![[0.0; ROWS]; n]);
-        job.first_pass::<G, SUB>(&grid, &mut halves, 0..n, nothing);
+        job.first_pass(grid, &mut halves, 0..n, nothing);
         for (lane, row) in rows.iter().enumerate() {
             let scales = |j: usize| {
-                let [d, dmin, scale, min] = halves[0].scales[j / SUB].map(|part| part[lane]);
+                let [d, dmin, scale, min] = halves[0].scales[j / sub].map(|part| part[lane]);
                 (f64::from(d * scale), f64::from(dmin * min))
             };
             let mut row: Vec<f64> = row.iter().map(|x| f64::from(*x)).collect();
@@ -227,17 +227,17 @@ fn codes_are_those_of_textbook_gptq_on_the_same_grid() {
         }
     }
     let whole = |low: f64, high: f64| move |x: f64| x.clamp(low, high).round_ties_even();
-    check::<_, 32>(grid::Q4_0, whole(-8.0, 7.0));
-    check::<_, 32>(grid::Q8_0, whole(-127.0, 127.0));
-    check::<_, 32>(grid::Q4_K, whole(0.0, 15.0));
-    check::<_, 16>(grid::Q6_K, whole(-32.0, 31.0));
+    let of = |ty| grid_of(ty).unwrap();
+    check(of(GgmlType::Q4_0), whole(-8.0, 7.0));
+    check(of(GgmlType::Q8_0), whole(-127.0, 127.0));
+    check(of(GgmlType::Q4_K), whole(0.0, 15.0));
+    check(of(GgmlType::Q6_K), whole(-32.0, 31.0));
     for grid in grids() {
-        match (grid.width, grid.group_size) {
-            (Width::Eight, _) => check::<_, 32>(integer_grid::Rows(grid), whole(-128.0, 127.0)),
-            (_, Some(32)) => check::<_, 32>(integer_grid::Groups::<32>(grid), whole(-8.0, 7.0)),
-            (_, Some(64)) => check::<_, 64>(integer_grid::Groups::<64>(grid), whole(-8.0, 7.0)),
-            _ => check::<_, 128>(integer_grid::Groups::<128>(grid), whole(-8.0, 7.0)),
-        }
+        let nearest = match grid.width {
+            Width::Eight => whole(-128.0, 127.0),
+            Width::Four => whole(-8.0, 7.0),
+        };
+        check(steps_of(grid).as_ref(), nearest);
     }
 }
 
