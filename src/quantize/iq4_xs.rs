@@ -7,7 +7,7 @@ use pulp::Simd;
 use super::{
     lanes::Lanes,
     super_block::{ImportanceWeighting, Problem, SuperBlockType, Sweep, Weighting},
-    symmetric::{CodeValues, Codebook, SymmetricGrid, SymmetricSolution, search},
+    symmetric::{CodeValues, Codebook, Nearest, SymmetricGrid, SymmetricSolution, search},
 };
 use crate::formats::block::{BlockIQ4XS, IQ4_NL_VALUES};
 
@@ -48,15 +48,12 @@ impl SuperBlockType for IQ4_XS {
 }
 
 /// The uneven values of IQ4_NL and IQ4_XS.
+#[derive(Debug, Clone, Copy)]
 pub struct Iq4Values;
 
-impl Codebook for Iq4Values {
-    const VALUES: CodeValues = CodeValues::Uneven;
-    const FIRST: f32 = IQ4_NL_VALUES[0];
-    const LAST: f32 = IQ4_NL_VALUES[15];
-
+impl Nearest for Iq4Values {
     #[inline(always)]
-    fn nearest<S: Simd>(x: Lanes<S>) -> Lanes<S> {
+    fn nearest<S: Simd>(self, x: Lanes<S>) -> Lanes<S> {
         let mut nearest = x.like(Self::FIRST);
         for pair in IQ4_NL_VALUES.windows(2) {
             let below = x.lt(x.like(0.5 * (pair[0] + pair[1])));
@@ -64,6 +61,14 @@ impl Codebook for Iq4Values {
         }
         nearest
     }
+}
+
+impl Codebook for Iq4Values {
+    const VALUES: CodeValues = CodeValues::Uneven;
+    const FIRST: f32 = IQ4_NL_VALUES[0];
+    const LAST: f32 = IQ4_NL_VALUES[15];
+    type Nearest = Self;
+    const NEAREST: Self = Self;
 
     #[inline(always)]
     fn code<S: Simd>(x: Lanes<S>) -> Lanes<S> {

@@ -33,12 +33,41 @@ pub trait Codebook {
     const FIRST: f32;
     /// The value of the last code, of the other sign.
     const LAST: f32;
+    /// How values are rounded to.
+    type Nearest: Nearest;
+    /// How values are rounded to.
+    const NEAREST: Self::Nearest;
 
     /// The value nearest to `x`.
-    fn nearest<S: Simd>(x: Lanes<S>) -> Lanes<S>;
+    #[inline(always)]
+    fn nearest<S: Simd>(x: Lanes<S>) -> Lanes<S> {
+        Self::NEAREST.nearest(x)
+    }
 
     /// The code of the value nearest to `x`.
     fn code<S: Simd>(x: Lanes<S>) -> Lanes<S>;
+}
+
+/// Rounding to the values of a codebook. Codebooks of whole numbers share it, and so share what is compiled around it.
+pub trait Nearest: Copy + Send + Sync {
+    /// The value nearest to `x`.
+    fn nearest<S: Simd>(self, x: Lanes<S>) -> Lanes<S>;
+}
+
+/// To whole numbers.
+#[derive(Debug, Clone, Copy)]
+pub struct NearestWhole {
+    /// The least.
+    pub first: f32,
+    /// The largest.
+    pub last: f32,
+}
+
+impl Nearest for NearestWhole {
+    #[inline(always)]
+    fn nearest<S: Simd>(self, x: Lanes<S>) -> Lanes<S> {
+        x.max(x.like(self.first)).min(x.like(self.last)).round()
+    }
 }
 
 /// The whole numbers from `-HALF` to `HALF - 1`.
@@ -47,11 +76,11 @@ pub struct Whole<const HALF: i32>;
 impl<const HALF: i32> Codebook for Whole<HALF> {
     const FIRST: f32 = -HALF as f32;
     const LAST: f32 = (HALF - 1) as f32;
-
-    #[inline(always)]
-    fn nearest<S: Simd>(x: Lanes<S>) -> Lanes<S> {
-        x.max(x.like(Self::FIRST)).min(x.like(Self::LAST)).round()
-    }
+    type Nearest = NearestWhole;
+    const NEAREST: NearestWhole = NearestWhole {
+        first: Self::FIRST,
+        last: Self::LAST,
+    };
 
     #[inline(always)]
     fn code<S: Simd>(x: Lanes<S>) -> Lanes<S> {

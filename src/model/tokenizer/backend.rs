@@ -4,12 +4,9 @@
 //! vocabulary as the runtime wants it. Reads no files.
 
 use nemoconv_formats::{Error, Result};
-use serde::de::DeserializeOwned;
-use serde_json::Value;
+use serde_json::{Value, json};
+use tokenizers::AddedToken;
 use tokenizers::models::bpe::BPE;
-use tokenizers::{
-    AddedToken, DecoderWrapper, NormalizerWrapper, PostProcessorWrapper, PreTokenizerWrapper,
-};
 
 use super::tokenizer_json::{BpeModel, TokenizerJson};
 use super::{Token, TokenType};
@@ -70,13 +67,16 @@ const DECODER: Stage = Stage {
 };
 
 impl Stage {
-    fn build<T: DeserializeOwned>(&self, value: Value) -> Result<Option<T>> {
-        if value.is_null() {
-            return Ok(None);
+    /// A tokenizer that has this stage and knows no token. Whole ones are what `tokenizers` reads with code of its own; to
+    /// read a stage by itself, its whole parser would be compiled here once more.
+    fn alone(&self, value: Value) -> Result<tokenizers::Tokenizer> {
+        if !value.is_null() {
+            self.check(&value)?;
         }
-        self.check(&value)?;
+        let model = json!({"type": "BPE", "vocab": {}, "merges": []});
+        let tokenizer = json!({"model": model, self.key: value}).to_string();
         let malformed = |error| Error::malformed(format!("in `{}`: {error}", self.key));
-        serde_json::from_value(value).map(Some).map_err(malformed)
+        tokenizer.parse().map_err(malformed)
     }
 
     fn check(&self, value: &Value) -> Result<()> {
@@ -102,14 +102,16 @@ impl Stage {
 impl Backend {
     pub(super) fn new(json: TokenizerJson, additions: &[AddedToken]) -> Result<Self> {
         let mut encoder = tokenizers::Tokenizer::new(bpe(json.model)?);
+        let normalizer = NORMALIZER.alone(json.normalizer)?;
         encoder
-            .with_normalizer(NORMALIZER.build::<NormalizerWrapper>(json.normalizer)?)
+            .with_normalizer(normalizer.get_normalizer().cloned())
             .map_err(refused)?;
-        encoder.with_pre_tokenizer(PRE_TOKENIZER.build::<PreTokenizerWrapper>(json.pre_tokenizer)?);
-        encoder.with_post_processor(
-            POST_PROCESSOR.build::<PostProcessorWrapper>(json.post_processor)?,
-        );
-        encoder.with_decoder(DECODER.build::<DecoderWrapper>(json.decoder)?);
+        let pre_tokenizer = PRE_TOKENIZER.alone(json.pre_tokenizer)?;
+        encoder.with_pre_tokenizer(pre_tokenizer.get_pre_tokenizer().cloned());
+        let post_processor = POST_PROCESSOR.alone(json.post_processor)?;
+        encoder.with_post_processor(post_processor.get_post_processor().cloned());
+        let decoder = DECODER.alone(json.decoder)?;
+        encoder.with_decoder(decoder.get_decoder().cloned());
         encoder
             .add_tokens(
                 json.added_tokens

@@ -9,16 +9,16 @@ use pulp::{Simd, WithSimd};
 
 use super::super::integer::ScaleFloat;
 use super::super::lanes::Lanes;
-use super::super::symmetric::Codebook;
+use super::super::symmetric::Nearest;
 use super::cholesky::Strips;
-use super::grid::{FeedbackGrid, Lattice, Scales};
+use super::grid::{Lattice, Scales};
 use super::sweep::{Half, ROWS, Row, gather, spread, write};
 
 /// One pass over a chunk of columns.
 ///
 /// The loss is `tr(E M E^T)`; with `g = E M`, an error that changes by `c` in column j changes it by
 /// `c (2 g[j] + c M[j][j])`.
-pub struct Pass<'a, G, const SUB: usize> {
+pub struct Pass<'a, N, const SUB: usize> {
     /// The rows.
     pub half: &'a mut Half,
     /// Columns of the chunk: whole sub-blocks.
@@ -29,11 +29,13 @@ pub struct Pass<'a, G, const SUB: usize> {
     pub changes: &'a mut [Row],
     /// M.
     pub moments: &'a Strips,
-    /// The type.
-    pub grid: &'a G,
+    /// How scales may move.
+    pub lattice: Lattice,
+    /// Rounds to the type's codes.
+    pub nearest: N,
 }
 
-impl<G: FeedbackGrid, const SUB: usize> WithSimd for Pass<'_, G, SUB> {
+impl<N: Nearest, const SUB: usize> WithSimd for Pass<'_, N, SUB> {
     type Output = ();
 
     #[inline(always)]
@@ -44,15 +46,15 @@ impl<G: FeedbackGrid, const SUB: usize> WithSimd for Pass<'_, G, SUB> {
     }
 }
 
-impl<G: FeedbackGrid, const SUB: usize> Pass<'_, G, SUB> {
+impl<N: Nearest, const SUB: usize> Pass<'_, N, SUB> {
     #[inline(always)]
     fn lanes<S: Simd>(&mut self, simd: S, lane: usize) {
         let mut inner = [[0.0; SUB]; SUB];
         for first in self.chunk.clone().step_by(SUB) {
             gather(self.moments, first, &mut inner);
             let mut sub = self.open(simd, lane, first, &inner);
-            sub.refit_scales(self.grid.lattice());
-            sub.move_codes::<G::Codebook>();
+            sub.refit_scales(self.lattice);
+            sub.move_codes(self.nearest);
             self.close(lane, first, &sub);
             let done = first..first + SUB;
             spread(
@@ -82,7 +84,7 @@ impl<G: FeedbackGrid, const SUB: usize> Pass<'_, G, SUB> {
             before: [zero; SUB],
             values: [zero; SUB],
             gradient: [zero; SUB],
-            scales: self.half.scales_at(simd, first / SUB, lane),
+            scales: Scales::read(simd, &self.half.scales[first / SUB], lane),
             inner,
         };
         for j in 0..SUB {
@@ -106,7 +108,7 @@ impl<G: FeedbackGrid, const SUB: usize> Pass<'_, G, SUB> {
                 sub.errors[j] - sub.before[j],
             );
         }
-        self.half.set_scales(first / SUB, lane, &sub.scales);
+        sub.scales.write(&mut self.half.scales[first / SUB], lane);
     }
 }
 
@@ -241,7 +243,7 @@ impl<S: Simd, const SUB: usize> Sub<'_, S, SUB> {
 
     /// Moves every code in turn.
     #[inline(always)]
-    fn move_codes<C: Codebook>(&mut self) {
+    fn move_codes(&mut self, nearest: impl Nearest) {
         let zero = self.gradient[0].like(0.0);
         let (step, offset) = (self.scales.step(), self.scales.offset());
         let inverse = step.recip_or_zero();
@@ -254,7 +256,7 @@ impl<S: Simd, const SUB: usize> Sub<'_, S, SUB> {
             }
             let curvature = zero.like(row[j]);
             let target = self.wanted[j] - self.errors[j] + gradient * curvature.recip_or_zero();
-            let value = C::nearest((target + offset) * inverse);
+            let value = nearest.nearest((target + offset) * inverse);
             let error = self.wanted[j] - (step * value - offset);
             let change = error - self.errors[j];
             let better = (change * (gradient + gradient + change * curvature)).lt(zero);

@@ -14,10 +14,12 @@ use super::super::iq4_xs::{self, Iq4Values};
 use super::super::lanes::{F16_MAX, Lanes, Mask};
 use super::super::searched_block::Problem as BlockProblem;
 use super::super::super_block::{Problem, SUPER_BLOCK, Sweep};
-use super::super::symmetric::{self, CodeValues, Codebook, SymmetricGrid, Whole, largest};
+use super::super::symmetric::{
+    self, CodeValues, Codebook, Nearest, NearestWhole, SymmetricGrid, Whole, largest,
+};
 use super::super::{affine_block, mxfp4, q2_k, q3_k, q4_k, q5_k, q6_k};
 use super::description::{GridDescription, Search};
-use super::sweep::Half;
+use super::sweep::{Half, ROWS, Row, write};
 use crate::formats::block::*;
 
 /// Most candidates of a sub-block.
@@ -60,6 +62,28 @@ impl<S: Simd> Scales<S> {
         }
     }
 
+    /// Those of the rows from `lane` on, of sixteen.
+    #[inline(always)]
+    pub fn read(simd: S, rows: &[Row; 4], lane: usize) -> Self {
+        let [d, dmin, scale, min] = rows;
+        let read = |row: &Row| Lanes::read(simd, &row[lane..]);
+        Self {
+            d: read(d),
+            dmin: read(dmin),
+            scale: read(scale),
+            min: read(min),
+        }
+    }
+
+    /// Puts them where [`Self::read`] finds them.
+    #[inline(always)]
+    pub fn write(&self, rows: &mut [Row; 4], lane: usize) {
+        let parts = [self.d, self.dmin, self.scale, self.min];
+        for (row, part) in rows.iter_mut().zip(parts) {
+            write(&mut row[lane..], part);
+        }
+    }
+
     /// Both factors fixed, no multiples chosen yet.
     #[inline(always)]
     pub fn head(d: Lanes<S>, dmin: Lanes<S>) -> Self {
@@ -85,36 +109,43 @@ impl<S: Simd> Scales<S> {
     }
 }
 
-/// Scales to try for a sub-block.
-pub struct Candidates<S: Simd> {
-    all: [Scales<S>; MAX_CANDIDATES],
+/// Scales to try for a sub-block of sixteen rows, each `[d, dmin, scale, min]`.
+pub struct Candidates {
+    all: [[Row; 4]; MAX_CANDIDATES],
     count: usize,
+    lane: usize,
 }
 
-impl<S: Simd> Candidates<S> {
+impl Candidates {
     /// None yet.
-    #[inline(always)]
-    pub fn none(simd: S) -> Self {
-        let zero = Lanes::zero(simd);
+    pub fn none() -> Self {
         Self {
-            all: [Scales::head(zero, zero); MAX_CANDIDATES],
+            all: [[[0.0; ROWS]; 4]; MAX_CANDIDATES],
             count: 0,
+            lane: 0,
         }
+    }
+
+    /// Begins again, with the rows from `lane` on: as many for each of them as for the first.
+    #[inline(always)]
+    pub fn restart(&mut self, lane: usize) {
+        (self.count, self.lane) = (0, lane);
     }
 
     /// One more.
     #[inline(always)]
-    pub fn push(&mut self, scales: Scales<S>) {
-        self.all[self.count] = scales;
+    pub fn push<S: Simd>(&mut self, scales: Scales<S>) {
+        scales.write(&mut self.all[self.count], self.lane);
         self.count += 1;
     }
 
     /// The candidates, the last one repeated to a multiple of `group`.
     #[inline(always)]
-    pub fn in_groups(&mut self, group: usize) -> &[Scales<S>] {
+    pub fn in_groups(&mut self, group: usize) -> &[[Row; 4]] {
         let last = self.all[self.count - 1];
         while !self.count.is_multiple_of(group) {
-            self.push(last);
+            self.all[self.count] = last;
+            self.count += 1;
         }
         &self.all[..self.count]
     }
@@ -145,6 +176,8 @@ pub trait FeedbackGrid: Sync + Send {
     const BLOCK: usize;
     /// Weights that share scales.
     const SUB: usize;
+    /// Whether a block has factors of its own, fixed when it begins.
+    const HAS_HEAD: bool = false;
 
     /// How scales may be refitted.
     fn lattice(&self) -> Lattice;
@@ -170,18 +203,12 @@ pub trait FeedbackGrid: Sync + Send {
         let _ = (half, pivots);
     }
 
-    /// What is fixed when a block begins, given its targets, what an error in each column counts, and scales chosen
-    /// beforehand.
+    /// What is fixed when a block begins, given its targets and what an error in each column counts. Asked where
+    /// [`Self::HAS_HEAD`]; elsewhere that is what was chosen beforehand.
     #[inline(always)]
-    fn begin<S: Simd>(
-        &self,
-        simd: S,
-        targets: &[Lanes<S>],
-        weights: &[f32],
-        preset: Scales<S>,
-    ) -> Scales<S> {
-        let _ = (simd, targets, weights);
-        preset
+    fn begin<S: Simd>(&self, simd: S, targets: &[Lanes<S>], weights: &[f32]) -> Scales<S> {
+        let _ = (targets, weights);
+        Scales::head(Lanes::zero(simd), Lanes::zero(simd))
     }
 
     /// Scales to try for a sub-block, at least one.
@@ -190,7 +217,7 @@ pub trait FeedbackGrid: Sync + Send {
         head: &Scales<S>,
         targets: &[Lanes<S>],
         weights: &[Lanes<S>],
-        out: &mut Candidates<S>,
+        out: &mut Candidates,
     );
 
     /// Bytes of a packed row.
@@ -261,7 +288,7 @@ fn push_ends<S: Simd, C: Codebook>(
     targets: &[Lanes<S>],
     first: &Sweep,
     last: &Sweep,
-    out: &mut Candidates<S>,
+    out: &mut Candidates,
 ) {
     let largest = largest(targets);
     for (end, sweep) in [(C::FIRST, first), (C::LAST, last)] {
@@ -293,7 +320,7 @@ macro_rules! symmetric_block {
             }
 
             #[inline(always)]
-            fn candidates<S: Simd>(&self, _: &Scales<S>, targets: &[Lanes<S>], _: &[Lanes<S>], out: &mut Candidates<S>) {
+            fn candidates<S: Simd>(&self, _: &Scales<S>, targets: &[Lanes<S>], _: &[Lanes<S>], out: &mut Candidates) {
                 const FIRST: Sweep = $first;
                 const LAST: Sweep = $last;
                 push_ends::<S, $codebook>(targets, &FIRST, &LAST, out);
@@ -341,11 +368,11 @@ pub struct Bytes;
 impl Codebook for Bytes {
     const FIRST: f32 = -127.0;
     const LAST: f32 = 127.0;
-
-    #[inline(always)]
-    fn nearest<S: Simd>(x: Lanes<S>) -> Lanes<S> {
-        x.max(x.like(Self::FIRST)).min(x.like(Self::LAST)).round()
-    }
+    type Nearest = NearestWhole;
+    const NEAREST: NearestWhole = NearestWhole {
+        first: Self::FIRST,
+        last: Self::LAST,
+    };
 
     #[inline(always)]
     fn code<S: Simd>(x: Lanes<S>) -> Lanes<S> {
@@ -359,11 +386,11 @@ pub struct Unsigned<const LAST: i32>;
 impl<const LAST: i32> Codebook for Unsigned<LAST> {
     const FIRST: f32 = 0.0;
     const LAST: f32 = LAST as f32;
-
-    #[inline(always)]
-    fn nearest<S: Simd>(x: Lanes<S>) -> Lanes<S> {
-        x.max(x.like(0.0)).min(x.like(Self::LAST)).round()
-    }
+    type Nearest = NearestWhole;
+    const NEAREST: NearestWhole = NearestWhole {
+        first: Self::FIRST,
+        last: Self::LAST,
+    };
 
     #[inline(always)]
     fn code<S: Simd>(x: Lanes<S>) -> Lanes<S> {
@@ -397,7 +424,7 @@ macro_rules! affine_block {
             }
 
             #[inline(always)]
-            fn candidates<S: Simd>(&self, _: &Scales<S>, targets: &[Lanes<S>], weights: &[Lanes<S>], out: &mut Candidates<S>) {
+            fn candidates<S: Simd>(&self, _: &Scales<S>, targets: &[Lanes<S>], weights: &[Lanes<S>], out: &mut Candidates) {
                 let problem = BlockProblem::of_lanes(targets, weights);
                 let found = affine_block::search(&problem, $last as f32);
                 let (scale, low) = (problem.in_original_units(found.d), problem.in_original_units(found.m));
@@ -438,15 +465,12 @@ affine_block!(
 pub struct MXFP4;
 
 /// The values of E2M1 codes, doubled.
+#[derive(Debug, Clone, Copy)]
 pub struct E2M1;
 
-impl Codebook for E2M1 {
-    const VALUES: CodeValues = CodeValues::Floats;
-    const FIRST: f32 = -12.0;
-    const LAST: f32 = 12.0;
-
+impl Nearest for E2M1 {
     #[inline(always)]
-    fn nearest<S: Simd>(x: Lanes<S>) -> Lanes<S> {
+    fn nearest<S: Simd>(self, x: Lanes<S>) -> Lanes<S> {
         let mut magnitude = x.like(0.0);
         for (midpoint, value) in mxfp4::MIDPOINTS.into_iter().zip(&MXFP4_VALUES[1..8]) {
             magnitude = x
@@ -456,6 +480,14 @@ impl Codebook for E2M1 {
         }
         x.lt(x.like(0.0)).select(-magnitude, magnitude)
     }
+}
+
+impl Codebook for E2M1 {
+    const VALUES: CodeValues = CodeValues::Floats;
+    const FIRST: f32 = -12.0;
+    const LAST: f32 = 12.0;
+    type Nearest = Self;
+    const NEAREST: Self = Self;
 
     #[inline(always)]
     fn code<S: Simd>(x: Lanes<S>) -> Lanes<S> {
@@ -491,7 +523,7 @@ impl FeedbackGrid for MXFP4 {
         _: &Scales<S>,
         targets: &[Lanes<S>],
         _: &[Lanes<S>],
-        out: &mut Candidates<S>,
+        out: &mut Candidates,
     ) {
         let power = largest(targets).abs().power_of_two();
         for shift in [0.0625, 0.125, 0.25, 0.5] {
@@ -521,7 +553,7 @@ fn push_affine<S: Simd>(
     targets: &[Lanes<S>],
     weights: &[Lanes<S>],
     grid: &AffineGrid,
-    out: &mut Candidates<S>,
+    out: &mut Candidates,
 ) {
     let (step, offset) = affine::fit_sub_block(targets, weights, grid);
     let (scale, min) = (
@@ -546,7 +578,7 @@ fn push_symmetric<S: Simd, C: Codebook>(
     weights: &[Lanes<S>],
     grid: &SymmetricGrid,
     reach: i32,
-    out: &mut Candidates<S>,
+    out: &mut Candidates,
 ) {
     let step = symmetric::fit_sub_block::<S, C>(targets, weights, grid);
     let scale = step * head.d.recip_or_zero();
@@ -570,6 +602,7 @@ macro_rules! affine_super_block {
             type Codebook = Unsigned<$last>;
             const BLOCK: usize = SUPER_BLOCK;
             const SUB: usize = SUPER_BLOCK / $subs;
+            const HAS_HEAD: bool = true;
 
             #[inline(always)]
             fn lattice(&self) -> Lattice {
@@ -581,14 +614,14 @@ macro_rules! affine_super_block {
             }
 
             #[inline(always)]
-            fn begin<S: Simd>(&self, simd: S, targets: &[Lanes<S>], weights: &[f32], _: Scales<S>) -> Scales<S> {
+            fn begin<S: Simd>(&self, simd: S, targets: &[Lanes<S>], weights: &[f32]) -> Scales<S> {
                 let problem = Problem::of_lanes(simd, targets, weights);
                 let (d, dmin) = affine::factors::<S, $subs>(simd, &problem, &$room::GRID);
                 Scales::head(d, dmin)
             }
 
             #[inline(always)]
-            fn candidates<S: Simd>(&self, head: &Scales<S>, targets: &[Lanes<S>], weights: &[Lanes<S>], out: &mut Candidates<S>) {
+            fn candidates<S: Simd>(&self, head: &Scales<S>, targets: &[Lanes<S>], weights: &[Lanes<S>], out: &mut Candidates) {
                 push_affine(head, targets, weights, &$room::GRID, out);
             }
 
@@ -631,6 +664,7 @@ macro_rules! symmetric_super_block {
             type Codebook = $codebook;
             const BLOCK: usize = SUPER_BLOCK;
             const SUB: usize = SUPER_BLOCK / $subs;
+            const HAS_HEAD: bool = true;
 
             #[inline(always)]
             fn lattice(&self) -> Lattice {
@@ -642,14 +676,14 @@ macro_rules! symmetric_super_block {
             }
 
             #[inline(always)]
-            fn begin<S: Simd>(&self, simd: S, targets: &[Lanes<S>], weights: &[f32], _: Scales<S>) -> Scales<S> {
+            fn begin<S: Simd>(&self, simd: S, targets: &[Lanes<S>], weights: &[f32]) -> Scales<S> {
                 let problem = Problem::of_lanes(simd, targets, weights);
                 let d = symmetric::factor::<S, $codebook, $subs>(simd, &problem, &$room::GRID);
                 Scales::head(d, d.like(0.0))
             }
 
             #[inline(always)]
-            fn candidates<S: Simd>(&self, head: &Scales<S>, targets: &[Lanes<S>], weights: &[Lanes<S>], out: &mut Candidates<S>) {
+            fn candidates<S: Simd>(&self, head: &Scales<S>, targets: &[Lanes<S>], weights: &[Lanes<S>], out: &mut Candidates) {
                 push_symmetric::<S, $codebook>(head, targets, weights, &$room::GRID, $reach, out);
             }
 

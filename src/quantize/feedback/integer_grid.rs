@@ -12,7 +12,7 @@ use nemoconv_formats::packed::Width;
 use super::super::integer::{IntegerGrid, highest, lowest};
 use super::super::lanes::Lanes;
 use super::super::super_block::Sweep;
-use super::super::symmetric::{Codebook, Whole};
+use super::super::symmetric::{Codebook, NearestWhole, Whole};
 use super::description::Search;
 use super::grid::{Candidates, FeedbackGrid, Lattice, RoundedRow, Scales};
 use super::sweep::{Half, ROWS, Row};
@@ -51,7 +51,7 @@ impl<const SUB: usize> FeedbackGrid for Groups<SUB> {
         _: &Scales<S>,
         targets: &[Lanes<S>],
         _: &[Lanes<S>],
-        out: &mut Candidates<S>,
+        out: &mut Candidates,
     ) {
         let zero = targets[0].like(0.0);
         let (mut low, mut high) = (zero, zero);
@@ -140,7 +140,7 @@ impl FeedbackGrid for Rows {
         head: &Scales<S>,
         _: &[Lanes<S>],
         _: &[Lanes<S>],
-        out: &mut Candidates<S>,
+        out: &mut Candidates,
     ) {
         out.push(*head);
     }
@@ -192,11 +192,8 @@ pub struct Signed<const HALF: i32>;
 impl<const HALF: i32> Codebook for Signed<HALF> {
     const FIRST: f32 = Whole::<HALF>::FIRST;
     const LAST: f32 = Whole::<HALF>::LAST;
-
-    #[inline(always)]
-    fn nearest<S: Simd>(x: Lanes<S>) -> Lanes<S> {
-        Whole::<HALF>::nearest(x)
-    }
+    type Nearest = NearestWhole;
+    const NEAREST: NearestWhole = Whole::<HALF>::NEAREST;
 
     #[inline(always)]
     fn code<S: Simd>(x: Lanes<S>) -> Lanes<S> {

@@ -11,16 +11,15 @@ use std::ops::Range;
 use pulp::{Simd, WithSimd};
 
 use super::super::lanes::Lanes;
-use super::super::symmetric::Codebook;
+use super::super::symmetric::Nearest;
 use super::cholesky::{Factor, STRIP, Strips};
-use super::grid::{Candidates, FeedbackGrid, Scales};
+use super::grid::{Candidates, Scales};
+use super::steps::GridSteps;
 
 /// Rows that go side by side.
 pub const ROWS: usize = 16;
 /// Candidates that are simulated together: enough to hide the latency of a sum that must be in order.
 const GROUP: usize = 4;
-/// Most weights of a block.
-const MAX_BLOCK: usize = 256;
 
 /// One value for each of the sixteen rows.
 pub type Row = [f32; ROWS];
@@ -65,26 +64,6 @@ impl Half {
             scales: Vec::new(),
         }
     }
-
-    #[inline(always)]
-    pub(super) fn scales_at<S: Simd>(&self, simd: S, sub: usize, lane: usize) -> Scales<S> {
-        let [d, dmin, scale, min] = &self.scales[sub];
-        let read = |row: &Row| Lanes::read(simd, &row[lane..]);
-        Scales {
-            d: read(d),
-            dmin: read(dmin),
-            scale: read(scale),
-            min: read(min),
-        }
-    }
-
-    #[inline(always)]
-    pub(super) fn set_scales<S: Simd>(&mut self, sub: usize, lane: usize, scales: &Scales<S>) {
-        let parts = [scales.d, scales.dmin, scales.scale, scales.min];
-        for (row, part) in self.scales[sub].iter_mut().zip(parts) {
-            write(&mut row[lane..], part);
-        }
-    }
 }
 
 #[inline(always)]
@@ -93,7 +72,7 @@ pub(super) fn write<S: Simd>(row: &mut [f32], lanes: Lanes<S>) {
 }
 
 /// The first pass over a chunk of columns, all that came before it done.
-pub struct FirstPass<'a, G, const SUB: usize> {
+pub struct FirstPass<'a, N, const SUB: usize> {
     /// The rows.
     pub half: &'a mut Half,
     /// Columns of the chunk: whole blocks.
@@ -102,61 +81,49 @@ pub struct FirstPass<'a, G, const SUB: usize> {
     pub targets: &'a mut [Row],
     /// The factor of the second moments.
     pub factor: &'a Factor,
-    /// The type.
-    pub grid: &'a G,
+    /// Who knows scales to try.
+    pub grid: &'a dyn GridSteps,
+    /// Rounds to the type's codes.
+    pub nearest: N,
 }
 
-impl<G: FeedbackGrid, const SUB: usize> WithSimd for FirstPass<'_, G, SUB> {
+impl<N: Nearest, const SUB: usize> WithSimd for FirstPass<'_, N, SUB> {
     type Output = ();
 
     #[inline(always)]
     fn with_simd<S: Simd>(mut self, simd: S) {
-        for lane in (0..ROWS).step_by(Lanes::<S>::COUNT) {
-            self.lanes(simd, lane);
+        let mut candidates = Candidates::none();
+        let mut inner = [[0.0; SUB]; SUB];
+        let size = self.grid.block();
+        for block in self.chunk.clone().step_by(size) {
+            let columns = block - self.chunk.start..block - self.chunk.start + size;
+            let pivots = &self.factor.pivots[block..block + size];
+            let mut head = self.half.scales[block / SUB];
+            self.grid
+                .begin(&self.targets[columns.clone()], pivots, &mut head);
+            for (at, pivots) in columns.step_by(SUB).zip(pivots.chunks_exact(SUB)) {
+                let targets = &self.targets[at..at + SUB];
+                self.grid
+                    .candidates(&head, targets, pivots, &mut candidates);
+                let first = self.chunk.start + at;
+                gather(&self.factor.feedback, first, &mut inner);
+                let tried = candidates.in_groups(GROUP);
+                for lane in (0..ROWS).step_by(Lanes::<S>::COUNT) {
+                    self.sub_block(simd, lane, first, tried, &inner);
+                }
+            }
         }
     }
 }
 
-impl<G: FeedbackGrid, const SUB: usize> FirstPass<'_, G, SUB> {
-    const WHOLE: () = assert!(G::SUB == SUB && G::BLOCK.is_multiple_of(SUB));
-
-    #[inline(always)]
-    fn lanes<S: Simd>(&mut self, simd: S, lane: usize) {
-        let () = Self::WHOLE;
-        let mut inner = [[0.0; SUB]; SUB];
-        for block in self.chunk.clone().step_by(G::BLOCK) {
-            let mut targets = [Lanes::zero(simd); MAX_BLOCK];
-            let at = block - self.chunk.start;
-            for (target, row) in targets.iter_mut().zip(&self.targets[at..at + G::BLOCK]) {
-                *target = Lanes::read(simd, &row[lane..]);
-            }
-            let pivots = &self.factor.pivots[block..block + G::BLOCK];
-            let preset = self.half.scales_at(simd, block / SUB, lane);
-            let head = self.grid.begin(simd, &targets[..G::BLOCK], pivots, preset);
-            for first in (block..block + G::BLOCK).step_by(SUB) {
-                gather(&self.factor.feedback, first, &mut inner);
-                self.sub_block(simd, lane, first, &head, &inner);
-                let end = self.chunk.end;
-                spread(
-                    simd,
-                    lane,
-                    &self.factor.feedback,
-                    &self.half.errors,
-                    first..first + SUB,
-                    end,
-                    self.targets,
-                );
-            }
-        }
-    }
-
+impl<N: Nearest, const SUB: usize> FirstPass<'_, N, SUB> {
     #[inline(always)]
     fn sub_block<S: Simd>(
         &mut self,
         simd: S,
         lane: usize,
         first: usize,
-        head: &Scales<S>,
+        candidates: &[[Row; 4]],
         inner: &[[f32; SUB]; SUB],
     ) {
         let zero = Lanes::zero(simd);
@@ -165,6 +132,7 @@ impl<G: FeedbackGrid, const SUB: usize> FirstPass<'_, G, SUB> {
             wanted: [zero; SUB],
             weights: [zero; SUB],
             inner,
+            nearest: self.nearest,
         };
         for j in 0..SUB {
             problem.targets[j] =
@@ -172,16 +140,16 @@ impl<G: FeedbackGrid, const SUB: usize> FirstPass<'_, G, SUB> {
             problem.wanted[j] = Lanes::read(simd, &self.half.wanted[first + j][lane..]);
             problem.weights[j] = Lanes::splat(simd, self.factor.pivots[first + j]);
         }
-        let mut candidates = Candidates::none(simd);
-        self.grid
-            .candidates(head, &problem.targets, &problem.weights, &mut candidates);
-        let best = problem.best::<G::Codebook>(candidates.in_groups(GROUP));
-        let (errors, values) = problem.round::<G::Codebook>(&best);
+        let best = problem.best(simd, lane, candidates);
+        let (errors, values) = problem.round(&best);
         for j in 0..SUB {
             write(&mut self.half.errors[first + j][lane..], errors[j]);
             write(&mut self.half.values[first + j][lane..], values[j]);
         }
-        self.half.set_scales(first / SUB, lane, &best);
+        best.write(&mut self.half.scales[first / SUB], lane);
+        let (matrix, errors) = (&self.factor.feedback, &self.half.errors);
+        let (done, end) = (first..first + SUB, self.chunk.end);
+        spread(simd, lane, matrix, errors, done, end, self.targets);
     }
 }
 
@@ -235,22 +203,24 @@ pub(super) fn spread<S: Simd>(
 }
 
 /// A sub-block ready to be rounded.
-struct SubProblem<'a, S: Simd, const SUB: usize> {
+struct SubProblem<'a, S: Simd, N, const SUB: usize> {
     targets: [Lanes<S>; SUB],
     wanted: [Lanes<S>; SUB],
     weights: [Lanes<S>; SUB],
     /// Feedback inside the sub-block, see [`gather`].
     inner: &'a [[f32; SUB]; SUB],
+    nearest: N,
 }
 
-impl<S: Simd, const SUB: usize> SubProblem<'_, S, SUB> {
+impl<S: Simd, N: Nearest, const SUB: usize> SubProblem<'_, S, N, SUB> {
     /// The candidate of least loss, for each lane.
     #[inline(always)]
-    fn best<C: Codebook>(&self, candidates: &[Scales<S>]) -> Scales<S> {
-        let mut best = candidates[0];
+    fn best(&self, simd: S, lane: usize, candidates: &[[Row; 4]]) -> Scales<S> {
+        let mut best = Scales::read(simd, &candidates[0], lane);
         let mut least = best.d.like(f32::INFINITY);
         for group in candidates.as_chunks::<GROUP>().0 {
-            let losses = self.simulate::<C>(group);
+            let group = group.each_ref().map(|rows| Scales::read(simd, rows, lane));
+            let losses = self.simulate(&group);
             for (scales, loss) in group.iter().zip(losses) {
                 let better = loss.lt(least);
                 least = better.select(loss, least);
@@ -262,7 +232,7 @@ impl<S: Simd, const SUB: usize> SubProblem<'_, S, SUB> {
 
     /// What the sub-block loses with each candidate.
     #[inline(always)]
-    fn simulate<C: Codebook>(&self, group: &[Scales<S>; GROUP]) -> [Lanes<S>; GROUP] {
+    fn simulate(&self, group: &[Scales<S>; GROUP]) -> [Lanes<S>; GROUP] {
         let zero = self.targets[0].like(0.0);
         let (mut steps, mut inverses, mut offsets) = ([zero; GROUP], [zero; GROUP], [zero; GROUP]);
         for (c, scales) in group.iter().enumerate() {
@@ -281,7 +251,9 @@ impl<S: Simd, const SUB: usize> SubProblem<'_, S, SUB> {
                 }
             }
             for c in 0..GROUP {
-                let value = C::nearest((targets[c] + offsets[c]) * inverses[c]);
+                let value = self
+                    .nearest
+                    .nearest((targets[c] + offsets[c]) * inverses[c]);
                 let rounded = steps[c] * value - offsets[c];
                 let missed = targets[c] - rounded;
                 losses[c] = (missed * missed).mul_add(self.weights[j], losses[c]);
@@ -293,7 +265,7 @@ impl<S: Simd, const SUB: usize> SubProblem<'_, S, SUB> {
 
     /// Errors and values with the scales that were chosen.
     #[inline(always)]
-    fn round<C: Codebook>(&self, scales: &Scales<S>) -> ([Lanes<S>; SUB], [Lanes<S>; SUB]) {
+    fn round(&self, scales: &Scales<S>) -> ([Lanes<S>; SUB], [Lanes<S>; SUB]) {
         let zero = self.targets[0].like(0.0);
         let (step, offset) = (scales.step(), scales.offset());
         let inverse = step.recip_or_zero();
@@ -304,7 +276,7 @@ impl<S: Simd, const SUB: usize> SubProblem<'_, S, SUB> {
             for (error, feedback) in errors[..j].iter().zip(row) {
                 target = error.mul_add(zero.like(*feedback), target);
             }
-            values[j] = C::nearest((target + offset) * inverse);
+            values[j] = self.nearest.nearest((target + offset) * inverse);
             errors[j] = self.wanted[j] - (step * values[j] - offset);
         }
         (errors, values)
