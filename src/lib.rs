@@ -8,6 +8,7 @@ pub mod error;
 pub mod eval;
 pub mod forward;
 pub mod model;
+pub(crate) mod parallel;
 pub mod plan;
 pub mod quantize;
 pub mod report;

@@ -4,8 +4,6 @@ use std::ops::Range;
 use std::path::Path;
 use std::sync::Arc;
 
-use rayon::prelude::*;
-
 use super::activation::Activation;
 use super::cpu::{Cpu, CpuWeight, Residence};
 #[cfg(feature = "device")]
@@ -18,6 +16,7 @@ use super::{
 use crate::artifact::{StoredModel, StoredTensor};
 use crate::error::Result;
 use crate::model::config::NemotronHConfig;
+use crate::parallel;
 use crate::quantize::feedback::RowProducts;
 use crate::rewrite::Mixer;
 
@@ -99,7 +98,7 @@ impl Machines {
         run: impl Fn(usize) -> Result<T> + Send + Sync,
     ) -> Result<Vec<T>> {
         match self {
-            Self::Cpu => parts.into_par_iter().map(run).collect(),
+            Self::Cpu => parallel::map(parts, run).into_iter().collect(),
             #[cfg(feature = "device")]
             Self::Devices(_) => parts.map(run).collect(),
         }

@@ -2,13 +2,12 @@
 
 use std::borrow::Cow;
 
-use rayon::prelude::*;
-
 use super::cells::Merge;
 use crate::backend::Backend;
 use crate::backend::cpu::gram::{cross_moments, second_moments};
 use crate::backend::cpu::kernels::Isa;
 use crate::error::Result;
+use crate::parallel;
 
 /// `sum of w u^T u` over inputs u of a matrix, and what else is known of them.
 #[derive(Debug, Clone, PartialEq)]
@@ -120,8 +119,12 @@ impl Merge for SecondMoments {
 }
 
 fn add_sums(sums: &mut [f64], later: &[f64]) {
-    let pairs = sums.par_iter_mut().zip(later).with_min_len(1 << 14);
-    pairs.for_each(|(sum, later)| *sum += later);
+    const PART: usize = 1 << 14;
+    let parts = sums.chunks_mut(PART).zip(later.chunks(PART));
+    parallel::for_each(parts, |(sums, later)| {
+        let pairs = sums.iter_mut().zip(later);
+        pairs.for_each(|(sum, later)| *sum += later);
+    });
 }
 
 /// Rows times the square roots of their weights, which are not more than there are rows.

@@ -6,8 +6,6 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use rayon::prelude::*;
-
 use super::capture::{Capture, Captured};
 use super::cells::{CELLS, Merge, SIDE_BY_SIDE, Tree, side_by_side};
 use super::layer::Layer;
@@ -17,6 +15,7 @@ use super::stream::Streams;
 use crate::artifact::StoredModel;
 use crate::backend::{Backend, Machine, Machines};
 use crate::error::{Error, Fault, Result};
+use crate::parallel;
 use crate::rewrite::{ChannelStatistics, Kept, RewriteStatistics, RewrittenModel};
 
 /// Columns that a thread sums up.
@@ -44,11 +43,9 @@ impl InputSums {
             tokens: (captured.rows.len() / n.max(1)) as u64,
             weight: 0.0,
         };
-        let squares = sums.squares.par_chunks_mut(COLUMNS);
-        let parts = squares
-            .zip(sums.max_abs.par_chunks_mut(COLUMNS))
-            .enumerate();
-        parts.for_each(|(part, (squares, max_abs))| {
+        let squares = sums.squares.chunks_mut(COLUMNS);
+        let parts = squares.zip(sums.max_abs.chunks_mut(COLUMNS)).enumerate();
+        parallel::for_each(parts, |(part, (squares, max_abs))| {
             for row in captured.rows.chunks_exact(n) {
                 let columns = squares.iter_mut().zip(&mut *max_abs);
                 for ((square, max), x) in columns.zip(&row[part * COLUMNS..]) {

@@ -6,8 +6,6 @@ use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use rayon::prelude::*;
-
 use super::document::{DataSet, Document};
 use super::journal::Journal;
 use super::requests::{Answer, Prompting, Tokenized};
@@ -17,6 +15,7 @@ use super::tasks::{Item, Task};
 use crate::error::{Error, Fault, Result};
 use crate::forward::scoring::Scorer;
 use crate::model::tokenizer::TextEncoder;
+use crate::parallel;
 
 /// Which documents are asked, and how.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -112,9 +111,8 @@ impl PreparedTask {
                 tokenized,
             }))
         };
-        let prepared = data.documents.par_iter().enumerate().map(prepare);
         // The first fault in the order of the data, not the first that a thread found.
-        let prepared: Vec<Result<Option<PreparedDocument>>> = prepared.collect();
+        let prepared = parallel::map(data.documents.iter().enumerate(), prepare);
         let prepared = prepared.into_iter().filter_map(Result::transpose);
         let documents = prepared.collect::<Result<_>>()?;
         Ok(Self {

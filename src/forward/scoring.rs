@@ -2,14 +2,13 @@
 
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-use rayon::prelude::*;
-
 use super::log_softmax::LogSoftmax;
 use super::network::{Network, Sequence};
 use super::observer::Silent;
 use super::state::State;
 use crate::backend::Backend;
 use crate::error::{Error, Fault, Result};
+use crate::parallel;
 
 /// Token ids that are run once, and what is scored from the state they leave.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -250,8 +249,8 @@ impl<B: Backend> Scorer for NetworkScorer<B> {
                 .map(|(index, batch)| Ok((index, self.score_batch(batch)?)))
                 .collect()
         };
-        let lanes = (0..lanes).into_par_iter().map(lane);
-        let mut scored = lanes.collect::<Result<Vec<_>>>()?.concat();
+        let lanes = parallel::map(0..lanes, lane);
+        let mut scored = lanes.into_iter().collect::<Result<Vec<_>>>()?.concat();
         scored.sort_by_key(|(index, _)| *index);
         Ok(scored.into_iter().flat_map(|(_, scores)| scores).collect())
     }

@@ -6,8 +6,6 @@
 use std::borrow::Cow;
 use std::sync::Arc;
 
-use rayon::prelude::*;
-
 use super::matrix::{SquareMatrix, product_on};
 use super::mixer::Mixer;
 use super::model::Rewritten;
@@ -21,6 +19,7 @@ use crate::error::{Error, Fault, Result};
 use crate::model::config::NemotronHConfig;
 use crate::model::hybrid_pattern::BlockKind;
 use crate::model::nemotron_h::stream_readers;
+use crate::parallel;
 
 /// Rows of a tensor by which the sizes of its columns are known after a rotation, evenly spread.
 const SAMPLED_ROWS: usize = 1024;
@@ -289,14 +288,12 @@ impl Choice<'_> {
         let sizes = self.sizes(consumer)?;
         let tensor = self.rewritten().tensor(consumer)?;
         let balance = self.settings.balance;
-        let parts: Result<Vec<Vec<f64>>> = (0..tensor.matrices)
-            .into_par_iter()
-            .map(|matrix| {
-                let columns = self.column_sizes(tensor, matrix)?;
-                let sizes = &sizes[matrix * tensor.columns..][..tensor.columns];
-                Ok(scales(sizes, &columns, balance))
-            })
-            .collect();
+        let parts = parallel::map(0..tensor.matrices, |matrix| {
+            let columns = self.column_sizes(tensor, matrix)?;
+            let sizes = &sizes[matrix * tensor.columns..][..tensor.columns];
+            Ok(scales(sizes, &columns, balance))
+        });
+        let parts: Result<Vec<Vec<f64>>> = parts.into_iter().collect();
         Ok(parts?.concat())
     }
 

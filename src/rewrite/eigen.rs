@@ -8,16 +8,17 @@
 //! sections 8.3.1 and 8.3.3; EISPACK `tred2` and `tql2`. The reflections and rotations act on columns of the vectors
 //! that know nothing of each other, so they are recorded and then applied to panels of columns in parallel.
 
-use rayon::prelude::*;
-
 use super::matrix::SquareMatrix;
 use crate::backend::cpu::kernels::Isa;
 use crate::backend::cpu::multiversion::multiversion;
+use crate::parallel;
 
 /// Partial sums of a dot product; fixed, so that its bits do not depend on the width of vectors.
 const LANES: usize = 8;
 /// Columns of the vectors that a task carries through all rotations.
 const PANEL: usize = 32;
+/// Rows of the matrix that a task reflects.
+const ROWS: usize = 16;
 /// Rotations that are recorded before they are applied.
 const BATCH: usize = 1 << 16;
 /// Sweeps for one eigenvalue; two are usual.
@@ -37,7 +38,7 @@ pub fn symmetric(matrix: &SquareMatrix) -> Option<(Vec<f64>, SquareMatrix)> {
         .map(|first| Panel::identity(size, first))
         .collect();
     let reflections = std::mem::take(&mut tridiagonal.reflections);
-    panels.par_iter_mut().for_each(|panel| {
+    parallel::for_each(&mut panels, |panel| {
         let isa = Isa::detect();
         reflections.iter().for_each(|r| panel.reflect(isa, r));
     });
@@ -289,9 +290,9 @@ impl Tridiagonal {
 
 fn apply(panels: &mut [Panel], recorded: &mut Vec<Rotation>) {
     let rotations = std::mem::take(recorded);
-    panels
-        .par_iter_mut()
-        .for_each(|panel| rotate(Isa::detect(), &mut panel.values, &rotations));
+    parallel::for_each(panels, |panel| {
+        rotate(Isa::detect(), &mut panel.values, &rotations);
+    });
 }
 
 /// `sqrt(a^2 + b^2)` without overflow.
@@ -333,16 +334,22 @@ fn reflect_both_sides(rows: &mut [Vec<f64>], reflection: &Reflection) {
         beta,
     } = reflection;
     let isa = Isa::detect();
-    let mut products: Vec<f64> = rows
-        .par_iter()
-        .map(|row| beta * dot(isa, &row[*first..], vector))
-        .collect();
+    let mut products = vec![0.0; rows.len()];
+    let parts = products.chunks_mut(ROWS).zip(rows.chunks(ROWS));
+    parallel::for_each(parts, |(products, rows)| {
+        for (product, row) in products.iter_mut().zip(rows) {
+            *product = beta * dot(isa, &row[*first..], vector);
+        }
+    });
     let half = 0.5 * beta * dot(isa, &products, vector);
     let pairs = products.iter_mut().zip(vector);
     pairs.for_each(|(product, v)| *product -= half * v);
-    rows.par_iter_mut().enumerate().for_each(|(index, row)| {
-        let row = &mut row[*first..];
-        subtract(isa, row, vector[index], &products, products[index], vector);
+    let factors = vector.chunks(ROWS).zip(products.chunks(ROWS));
+    parallel::for_each(rows.chunks_mut(ROWS).zip(factors), |(rows, factors)| {
+        let factors = factors.0.iter().zip(factors.1);
+        for (row, (v, product)) in rows.iter_mut().zip(factors) {
+            subtract(isa, &mut row[*first..], *v, &products, *product, vector);
+        }
     });
 }
 

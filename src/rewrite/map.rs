@@ -6,11 +6,10 @@
 use std::borrow::Cow;
 use std::ops::Range;
 
-use rayon::prelude::*;
-
 use super::matrix::{Packed, SquareMatrix, padded, strips};
 use super::mixer::{MixedPart, Mixer, Mixing};
 use crate::error::Result;
+use crate::parallel;
 
 /// What becomes of one axis: `out_j = after_j * sum over k of Q[k, j] * before_k * in_k`, then `out = out[order]`.
 ///
@@ -153,8 +152,8 @@ fn apply_on<T: Send>(
             .filter(|(_, source)| part.columns.contains(source))
             .map(|(column, source)| (column, source - part.columns.start))
             .collect();
-        let slots = out.par_chunks_exact_mut(width).zip(wanted);
-        slots.for_each(|(out, row)| {
+        let slots = out.chunks_exact_mut(width).zip(wanted);
+        parallel::for_each(slots, |(out, row)| {
             let source = rows.source(*row);
             let place = stored.place(source);
             if !part.rows.contains(&place) {
@@ -183,13 +182,10 @@ fn apply_here<T: Send>(
 ) {
     let width = stored.columns;
     for batch in strips(width).chunks(STRIPS_AT_ONCE) {
-        let made: Vec<Vec<f64>> = batch
-            .par_iter()
-            .map(|strip| {
-                let inner = map_columns(stored, columns, strip);
-                map_rows(stored, wanted, rows, &inner, padded(strip.len()))
-            })
-            .collect();
+        let made = parallel::map(batch, |strip| {
+            let inner = map_columns(stored, columns, strip);
+            map_rows(stored, wanted, rows, &inner, padded(strip.len()))
+        });
         for (strip, made) in batch.iter().zip(made) {
             let made = made.chunks_exact(padded(strip.len()));
             for (row, made) in out.chunks_exact_mut(width).zip(made) {

@@ -6,12 +6,11 @@
 use std::ops::Range;
 use std::sync::{Arc, OnceLock};
 
-use rayon::prelude::*;
-
 use super::mixer::Mixer;
 use crate::backend::cpu::kernels::Isa;
 use crate::backend::cpu::multiversion::multiversion;
 use crate::error::Result;
+use crate::parallel;
 
 /// Columns that a panel holds side by side.
 pub const PANEL: usize = 8;
@@ -105,15 +104,12 @@ impl PartialEq for SquareMatrix {
 /// `a: [rows, size]` times `b: [size, size]`, in parallel over columns.
 pub fn product(a: &[f64], size: usize, b: &SquareMatrix) -> Vec<f64> {
     let rows = a.len() / size.max(1);
-    let strips: Vec<(Range<usize>, Vec<f64>)> = strips(size)
-        .into_par_iter()
-        .map(|strip| {
-            let packed = Packed::of(size, strip.len(), |k, column| {
-                b.values[k * size + strip.start + column]
-            });
-            (strip, packed.product(a, rows))
-        })
-        .collect();
+    let strips = parallel::map(strips(size), |strip| {
+        let packed = Packed::of(size, strip.len(), |k, column| {
+            b.values[k * size + strip.start + column]
+        });
+        (strip, packed.product(a, rows))
+    });
     let mut out = vec![0.0; rows * size];
     for (strip, values) in strips {
         let width = padded(strip.len());

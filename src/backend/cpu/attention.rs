@@ -2,13 +2,12 @@
 
 use std::ops::Range;
 
-use rayon::prelude::*;
-
 use super::elementwise::{LANES, dot, exp, round_to_f16};
 use super::kernels::{self, Isa};
 use super::multiversion::multiversion;
 use super::shared_rows::SharedRows;
 use crate::backend::{AttentionArithmetic, AttentionShape, KeyValues, Segment};
+use crate::parallel;
 
 /// Query rows of one task.
 const PART_ROWS: usize = 16;
@@ -45,32 +44,31 @@ pub fn attention(
         }
     }
     let group = shape.heads / shape.key_value_heads;
-    tasks
-        .into_par_iter()
-        .for_each_init(Vec::new, |scratch, (segment, rows, kv_head)| {
-            let cache = Cache {
-                of: &*segment.state,
-                width: cache_width,
-                first: kv_head * shape.head_dim,
-            };
-            let heads = kv_head * group..(kv_head + 1) * group;
-            let places = rows.flat_map(|row| heads.clone().map(move |head| (row, head)));
-            let queries = places.map(|(row, head)| Query {
-                values: &query[row * width + head * shape.head_dim..][..shape.head_dim],
-                seen: segment.position + row - segment.rows.start + 1,
-                // SAFETY: a head of a row is written by this task alone.
-                out: unsafe { shared.part(row, head * shape.head_dim, shape.head_dim) },
-            });
-            let mut queries: Vec<Query<'_>> = queries.collect();
-            match shape.arithmetic {
-                AttentionArithmetic::F32 => cache.attend(isa, &mut queries, scratch),
-                AttentionArithmetic::F16 => {
-                    for query in queries {
-                        attend_f16(isa, &cache, query.values, query.seen, scratch, query.out);
-                    }
+    parallel::for_each(tasks, |(segment, rows, kv_head)| {
+        let scratch = &mut Vec::new();
+        let cache = Cache {
+            of: &*segment.state,
+            width: cache_width,
+            first: kv_head * shape.head_dim,
+        };
+        let heads = kv_head * group..(kv_head + 1) * group;
+        let places = rows.flat_map(|row| heads.clone().map(move |head| (row, head)));
+        let queries = places.map(|(row, head)| Query {
+            values: &query[row * width + head * shape.head_dim..][..shape.head_dim],
+            seen: segment.position + row - segment.rows.start + 1,
+            // SAFETY: a head of a row is written by this task alone.
+            out: unsafe { shared.part(row, head * shape.head_dim, shape.head_dim) },
+        });
+        let mut queries: Vec<Query<'_>> = queries.collect();
+        match shape.arithmetic {
+            AttentionArithmetic::F32 => cache.attend(isa, &mut queries, scratch),
+            AttentionArithmetic::F16 => {
+                for query in queries {
+                    attend_f16(isa, &cache, query.values, query.seen, scratch, query.out);
                 }
             }
-        });
+        }
+    });
     out
 }
 

@@ -1,11 +1,10 @@
 //! Causal depthwise convolution over time, then SiLU: `silu(b + sum_k w_k x_{t-K+1+k})`.
 
-use rayon::prelude::*;
-
 use super::elementwise::silu;
 use super::kernels::Isa;
 use super::multiversion::multiversion;
 use crate::backend::Segment;
+use crate::parallel;
 
 /// Some channels of wider rows.
 #[derive(Debug, Clone, Copy)]
@@ -54,7 +53,7 @@ pub fn conv1d_silu(
             parts.push((segment, index * PART_ROWS, part));
         }
     }
-    parts.into_par_iter().for_each(|(segment, first, part)| {
+    parallel::for_each(parts, |(segment, first, part)| {
         // Row `t` of the sequence, negative ones from the state.
         let source = |t: isize| match usize::try_from(t) {
             Ok(t) => input.row(segment.rows.start + t, channels),

@@ -1,29 +1,28 @@
 //! Functions of single values, written so that compilers turn their loops into vectors.
 
-use rayon::prelude::*;
-
 use super::kernels::Isa;
 use super::multiversion::multiversion;
+use crate::parallel;
 
 /// Values that are worth a task of their own.
 const PART: usize = 1 << 14;
 
 /// `max(x, 0)^2`.
 pub fn relu_squared(isa: Isa, values: &mut [f32]) {
-    let parts = values.par_chunks_mut(PART);
-    parts.for_each(|part| relu_squared_part(isa, part));
+    let parts = values.chunks_mut(PART);
+    parallel::for_each(parts, |part| relu_squared_part(isa, part));
 }
 
 /// `sum += values`.
 pub fn add(isa: Isa, sum: &mut [f32], values: &[f32]) {
-    let parts = sum.par_chunks_mut(PART).zip(values.par_chunks(PART));
-    parts.for_each(|(sum, values)| add_part(isa, sum, values));
+    let parts = sum.chunks_mut(PART).zip(values.chunks(PART));
+    parallel::for_each(parts, |(sum, values)| add_part(isa, sum, values));
 }
 
 /// Whether no value is NaN or infinite.
 pub fn is_finite(isa: Isa, values: &[f32]) -> bool {
-    let parts = values.par_chunks(PART);
-    parts.all(|part| is_part_finite(isa, part))
+    let are_finite = parallel::map(values.chunks(PART), |part| is_part_finite(isa, part));
+    are_finite.iter().all(|part| *part)
 }
 
 multiversion! {

@@ -5,10 +5,9 @@
 
 use std::ops::Range;
 
-use rayon::prelude::*;
-
 use super::kernels::{self, FLOAT_ROWS, Isa, LANES, MAX_TOKENS};
 use super::shared_rows::SharedRows;
+use crate::parallel;
 
 /// Rows that are summed in f32 before the caller sees the sums.
 pub const CHUNK_ROWS: usize = 512;
@@ -61,7 +60,7 @@ pub fn products<T: Send>(
     let out = SharedRows::new(out, stride);
     let strip_len = rows.len() * MAX_TOKENS;
     let groups = a.range.len().div_ceil(GROUP_PANELS * FLOAT_ROWS);
-    (0..groups).into_par_iter().for_each(|group| {
+    parallel::for_each(0..groups, |group| {
         let firsts = (group * GROUP_PANELS * FLOAT_ROWS..a.range.len()).step_by(FLOAT_ROWS);
         let panels: Vec<_> = firsts
             .take(GROUP_PANELS)
@@ -145,7 +144,7 @@ fn pack_strips(rows: Range<usize>, b: &Columns) -> Vec<f32> {
             out[..count].copy_from_slice(&b.row(row)[first..first + count]);
         }
     };
-    strips.par_chunks_mut(strip_len).enumerate().for_each(fill);
+    parallel::for_each(strips.chunks_mut(strip_len).enumerate(), fill);
     strips
 }
 

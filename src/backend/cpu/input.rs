@@ -3,12 +3,15 @@
 //! Enters: f32 rows. Leaves: words of every token of a tile side by side. Knows no weights beyond their form.
 
 use half::bf16;
-use rayon::prelude::*;
 
 use super::kernels::{BlockInput, Isa, MAX_TOKENS, SuperInput};
 use super::multiversion::multiversion;
 use super::panel::Form;
 use crate::backend::activation::{Activation, block_q8_1_sum, quantize_q8_0, quantize_q8_k};
+use crate::parallel;
+
+/// Tiles that a thread packs at a time.
+const TILES_TOGETHER: usize = 8;
 
 /// Consecutive rows that a kernel takes together: 8, 4, 2 or 1.
 #[derive(Debug, Clone, Copy)]
@@ -108,7 +111,7 @@ impl Input {
         let mut d = input.d.as_mut_slice();
         let mut sums = input.sums.as_mut_slice();
         let mut s = input.s.as_mut_slice();
-        let parts: Vec<_> = input
+        let mut parts: Vec<_> = input
             .tiles
             .iter()
             .map(|tile| {
@@ -122,19 +125,19 @@ impl Input {
                 )
             })
             .collect();
-        parts.into_par_iter().with_min_len(8).for_each_init(
-            Row::default,
-            |row, (tile, words, d, sums, s)| {
+        parallel::for_each(parts.chunks_mut(TILES_TOGETHER), |parts| {
+            let mut row = Row::default();
+            for (tile, words, d, sums, s) in parts {
                 for token in 0..tile.tokens {
                     let from = &values[(tile.first + token) * columns..][..columns];
-                    fill_row(isa, row, from, form, activation);
+                    fill_row(isa, &mut row, from, form, activation);
                     row.pack_words(form, words, tile.tokens, token);
                     spread(&row.d, d, tile.tokens, token);
                     spread(&row.sums, sums, tile.tokens, token);
                     spread(&row.s, s, tile.tokens, token);
                 }
-            },
-        );
+            }
+        });
         input
     }
 

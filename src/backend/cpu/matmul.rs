@@ -5,8 +5,6 @@
 
 use std::cell::RefCell;
 
-use rayon::prelude::*;
-
 use super::CpuWeight;
 use super::input::{Input, TokenTile};
 use super::kernels::{self, FLOAT_ROWS, Isa, LANES, MAX_TOKENS};
@@ -16,6 +14,7 @@ use super::panel::{CHUNK, Form, Panels, Part, Rows};
 use super::shared_rows::SharedRows;
 use crate::backend::activation::Activation;
 use crate::error::Result;
+use crate::parallel;
 
 /// Weight rows that a worker packs together.
 const TILE_ROWS: usize = 64;
@@ -62,22 +61,21 @@ pub fn matmul(
         false => TILE_TOKENS / MAX_TOKENS,
     };
     let token_items = tiles.len().div_ceil(per_item);
-    (0..row_tiles * token_items)
-        .into_par_iter()
-        .try_for_each(|item| {
-            let (row_tile, token_item) = (item % row_tiles, item / row_tiles);
-            let begin = token_item * per_item;
-            let tiles = &tiles[begin..(begin + per_item).min(tiles.len())];
-            let product = Product {
-                isa,
-                form,
-                input: &packed,
-                tiles,
-                first_row: row_tile * TILE_ROWS,
-                out: &shared,
-            };
-            SCRATCH.with_borrow_mut(|scratch| product.run(weight, matrix, scratch))
-        })?;
+    let done = parallel::map(0..row_tiles * token_items, |item| {
+        let (row_tile, token_item) = (item % row_tiles, item / row_tiles);
+        let begin = token_item * per_item;
+        let tiles = &tiles[begin..(begin + per_item).min(tiles.len())];
+        let product = Product {
+            isa,
+            form,
+            input: &packed,
+            tiles,
+            first_row: row_tile * TILE_ROWS,
+            out: &shared,
+        };
+        SCRATCH.with_borrow_mut(|scratch| product.run(weight, matrix, scratch))
+    });
+    done.into_iter().collect::<Result<()>>()?;
     Ok(out)
 }
 

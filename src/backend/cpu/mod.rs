@@ -29,7 +29,6 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use nemoconv_formats::block;
-use rayon::prelude::*;
 
 use super::activation::Activation;
 use super::{
@@ -38,6 +37,7 @@ use super::{
 };
 use crate::artifact::{PackedMatrix, StoredModel, StoredTensor};
 use crate::error::Result;
+use crate::parallel;
 use kernels::Isa;
 
 /// Where weights are while they are multiplied.
@@ -358,10 +358,10 @@ impl Backend for Cpu {
     }
 
     fn softmax_sums(&self, logits: &Vec<f32>, width: usize) -> Result<Vec<SoftmaxSums>> {
-        let rows = logits.par_chunks_exact(width);
-        Ok(rows
-            .map(|logits| softmax::softmax_sums(self.isa, logits))
-            .collect())
+        let rows = logits.chunks_exact(width);
+        Ok(parallel::map(rows, |logits| {
+            softmax::softmax_sums(self.isa, logits)
+        }))
     }
 
     fn kl_divergence(
@@ -371,16 +371,14 @@ impl Backend for Cpu {
         width: usize,
         exponentials: Exponentials,
     ) -> Result<Vec<KlDivergence>> {
-        let rows = reference.logits.par_chunks_exact(reference.stride);
-        let rows = rows.zip(other.logits.par_chunks_exact(other.stride));
-        Ok(rows
-            .map(|(x, y)| match exponentials {
-                Exponentials::Own => softmax::kl_divergence(self.isa, &x[..width], &y[..width]),
-                Exponentials::System => {
-                    softmax::exact_kl_divergence(self.isa, &x[..width], &y[..width])
-                }
-            })
-            .collect())
+        let rows = reference.logits.chunks_exact(reference.stride);
+        let rows = rows.zip(other.logits.chunks_exact(other.stride));
+        Ok(parallel::map(rows, |(x, y)| match exponentials {
+            Exponentials::Own => softmax::kl_divergence(self.isa, &x[..width], &y[..width]),
+            Exponentials::System => {
+                softmax::exact_kl_divergence(self.isa, &x[..width], &y[..width])
+            }
+        }))
     }
 
     fn gram(&self, rows: &[f32], n: usize, sums: &mut [f64]) -> Result<()> {

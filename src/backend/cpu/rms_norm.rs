@@ -1,17 +1,22 @@
 //! RMS norms: `x / sqrt(mean(x^2) + eps) * weight`, over a row or over groups of it.
 
-use rayon::prelude::*;
-
 use super::elementwise::{silu, sum_of_squares};
 use super::kernels::Isa;
 use super::multiversion::multiversion;
+use crate::parallel;
+
+/// Rows that a thread norms at a time.
+const ROWS: usize = 8;
+/// The same where they are gated.
+const GATED_ROWS: usize = 4;
 
 /// One norm per row of `weight`'s length.
 pub fn rms_norm(isa: Isa, input: &[f32], weight: &[f32], eps: f32) -> Vec<f32> {
     let mut out = input.to_vec();
-    out.par_chunks_mut(weight.len())
-        .with_min_len(8)
-        .for_each(|row| norm_row(isa, row, weight, eps));
+    parallel::for_each(out.chunks_mut(ROWS * weight.len()), |rows| {
+        let rows = rows.chunks_mut(weight.len());
+        rows.for_each(|row| norm_row(isa, row, weight, eps));
+    });
     out
 }
 
@@ -29,10 +34,12 @@ pub fn gated_rms_norm(
 ) -> Vec<f32> {
     let inner = weight.len();
     let group = inner / groups;
-    y.par_chunks_mut(inner)
-        .with_min_len(4)
-        .zip(z.par_chunks(z_stride))
-        .for_each(|(row, z)| gate_and_norm_row(isa, row, z, weight, group, eps));
+    let parts = y.chunks_mut(GATED_ROWS * inner);
+    let parts = parts.zip(z.chunks(GATED_ROWS * z_stride));
+    parallel::for_each(parts, |(rows, z)| {
+        let rows = rows.chunks_mut(inner).zip(z.chunks(z_stride));
+        rows.for_each(|(row, z)| gate_and_norm_row(isa, row, z, weight, group, eps));
+    });
     y
 }
 

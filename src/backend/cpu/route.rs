@@ -2,20 +2,17 @@
 //!
 //! Source: `NemotronHTopkRouter` of transformers; llama.cpp computes the same.
 
-use rayon::prelude::*;
-
 use super::elementwise::exp_f64;
 use crate::backend::{ExpertRows, RouteShape};
+use crate::parallel;
 
 /// Keeps the sum of weights from being zero.
 const TINY: f32 = 1e-20;
 
 /// One entry per expert, rows ascending.
 pub fn route(logits: &[f32], bias: &[f32], shape: RouteShape) -> Vec<ExpertRows> {
-    let choices: Vec<Vec<(usize, f32)>> = logits
-        .par_chunks_exact(shape.experts)
-        .map(|row| choose(row, bias, shape))
-        .collect();
+    let rows = logits.chunks_exact(shape.experts);
+    let choices = parallel::map(rows, |row| choose(row, bias, shape));
     let mut experts = vec![ExpertRows::default(); shape.experts];
     for (row, choice) in choices.iter().enumerate() {
         for &(expert, weight) in choice {

@@ -5,13 +5,12 @@
 //!
 //! Source: Mamba-2, arXiv:2405.21060, section 6; `time_step_limit` as in the reference modelling file.
 
-use rayon::prelude::*;
-
 use super::elementwise::{exp, softplus};
 use super::kernels::{self, Isa, SCAN_CHANNELS, ScanStep, StateRows};
 use super::multiversion::multiversion;
 use super::shared_rows::SharedRows;
 use crate::backend::{ScanShape, ScanWeights, Segment};
+use crate::parallel;
 
 /// Channels of a head where fewer than [`SCAN_CHANNELS`] are left.
 const NARROW: usize = 16;
@@ -56,9 +55,7 @@ pub fn selective_scan(
         shape,
         out: &shared,
     };
-    heads
-        .into_par_iter()
-        .for_each(|head| scan_head(isa, &scan, head));
+    parallel::for_each(heads, |head| scan_head(isa, &scan, head));
     out
 }
 

@@ -5,12 +5,12 @@
 use std::ops::Range;
 
 use nemoconv_device::{Array, MatmulLayout, Packed};
-use rayon::prelude::*;
 
 use super::rounding::RoundingOnDevice;
 use super::{OnDevice, TILE_BYTES, or_no_room};
 use crate::backend::ProductSums;
 use crate::error::{Error, Result};
+use crate::parallel;
 use crate::quantize::feedback::{
     GridDescription, HeldRows, RoundingRows, RowProducts, SUMMED_COLUMNS,
 };
@@ -48,9 +48,9 @@ impl ProductSums for GramOnDevice<'_> {
     fn finish(&self, sums: &mut [f64]) -> Result<()> {
         for (strip, found) in &self.strips {
             let found = self.on.device().download_all(found)?;
-            let sums = sums[strip.start * self.n..strip.end * self.n].par_chunks_mut(SUMMED);
-            let found = found.par_chunks(2 * SUMMED);
-            sums.zip(found).for_each(|(sums, found)| {
+            let sums = sums[strip.start * self.n..strip.end * self.n].chunks_mut(SUMMED);
+            let found = found.chunks(2 * SUMMED);
+            parallel::for_each(sums.zip(found), |(sums, found)| {
                 for (sum, parts) in sums.iter_mut().zip(found.chunks_exact(2)) {
                     *sum += f64::from(parts[0]) + f64::from(parts[1]);
                 }
@@ -122,12 +122,12 @@ impl ProductSums for CrossGramOnDevice<'_> {
     fn finish(&self, sums: &mut [f64]) -> Result<()> {
         for (strip, found) in &self.strips {
             let found = self.on.device().download_all(found)?;
-            let sums = sums[strip.start * self.n..strip.end * self.n].par_chunks_mut(SUMMED);
-            sums.zip(found.par_chunks(SUMMED))
-                .for_each(|(sums, found)| {
-                    let pairs = sums.iter_mut().zip(found);
-                    pairs.for_each(|(sum, found)| *sum += f64::from(*found));
-                });
+            let sums = sums[strip.start * self.n..strip.end * self.n].chunks_mut(SUMMED);
+            let found = found.chunks(SUMMED);
+            parallel::for_each(sums.zip(found), |(sums, found)| {
+                let pairs = sums.iter_mut().zip(found);
+                pairs.for_each(|(sum, found)| *sum += f64::from(*found));
+            });
         }
         Ok(())
     }
@@ -230,7 +230,13 @@ impl HeldRows for RowsOnDevice<'_> {
             device.accumulate(&mut sums, &product)?;
         }
         let found = device.download_all(&sums)?;
-        let sum = |pair: &[f32]| f64::from(pair[0]) + f64::from(pair[1]);
-        Ok(found.par_chunks_exact(2).map(sum).collect())
+        let mut sums = vec![0.0; found.len() / 2];
+        let parts = sums.chunks_mut(SUMMED).zip(found.chunks(2 * SUMMED));
+        parallel::for_each(parts, |(sums, found)| {
+            for (sum, parts) in sums.iter_mut().zip(found.chunks_exact(2)) {
+                *sum = f64::from(parts[0]) + f64::from(parts[1]);
+            }
+        });
+        Ok(sums)
     }
 }

@@ -7,7 +7,6 @@
 use std::ops::Range;
 use std::sync::Arc;
 
-use rayon::prelude::*;
 use xxhash_rust::xxh3::xxh3_64_with_seed;
 
 use super::matrix::Matrix;
@@ -19,6 +18,7 @@ use crate::backend::cpu::kernels::Isa;
 use crate::backend::cpu::{Cpu, Residence, exp, exp_f64, largest};
 use crate::calibrate::stream::Streams;
 use crate::error::{Error, Fault, Result};
+use crate::parallel;
 
 /// Rows of the head in memory at once.
 const CHUNK: usize = 4096;
@@ -146,9 +146,9 @@ impl<'a> Loss<'a> {
         let seed = self.seed;
         self.logits(normed, |cell, first, _, logits| {
             let width = logits.len() / all[cell].len();
-            let predictions = all[cell].par_iter_mut().enumerate();
-            let rows = predictions.zip(logits.par_chunks(width));
-            rows.for_each(|((row, prediction), logits)| {
+            let predictions = all[cell].iter_mut().enumerate();
+            let rows = predictions.zip(logits.chunks(width));
+            parallel::for_each(rows, |((row, prediction), logits)| {
                 prediction.see(first, logits, uniform(seed, [cell, row, first]));
             });
             Ok(())
@@ -161,8 +161,10 @@ impl<'a> Loss<'a> {
         self.logits(normed, |cell, first, matrix, mut logits| {
             let predictions = &predictions[cell];
             let width = logits.len() / predictions.len();
-            let rows = logits.par_chunks_mut(width).zip(predictions);
-            rows.for_each(|(logits, prediction)| prediction.gradient(first, logits));
+            let rows = logits.chunks_mut(width).zip(predictions);
+            parallel::for_each(rows, |(logits, prediction)| {
+                prediction.gradient(first, logits);
+            });
             let mut sum = gradients.read(cell)?;
             let new = matrix.back(0, &logits)?;
             sum.iter_mut().zip(new).for_each(|(sum, new)| *sum += new);

@@ -4,14 +4,13 @@
 
 use std::collections::BTreeMap;
 
-use rayon::prelude::*;
-
 use crate::backend::{Backend, Machine, ProductSums};
 use crate::calibrate::capture::Captured;
 use crate::calibrate::cells::{Merge, Tree};
 use crate::calibrate::magnitudes::Magnitudes;
 use crate::calibrate::second_moments::{CrossMoments, SecondMoments, weighted};
 use crate::error::Result;
+use crate::parallel;
 
 /// Columns that a thread sums up.
 const COLUMNS: usize = 64;
@@ -191,21 +190,18 @@ fn seen_beside(
     cross: Option<CrossMoments>,
 ) -> Seen {
     let n = captured.in_features;
+    let parts = || captured.rows.chunks(PART);
+    let largest = parallel::map(parts(), |part| {
+        part.iter().fold(0.0, |a: f32, x| a.max(x.abs()))
+    });
+    let mut magnitudes = Magnitudes::default();
+    let of_parts = parallel::map(parts(), Magnitudes::of);
+    of_parts.into_iter().for_each(|part| magnitudes.merge(part));
     Seen {
         moments,
         cross,
-        largest: captured
-            .rows
-            .par_chunks(PART)
-            .map(|part| part.iter().fold(0.0, |a: f32, x| a.max(x.abs())))
-            .reduce(|| 0.0, f32::max),
-        magnitudes: captured.rows.par_chunks(PART).map(Magnitudes::of).reduce(
-            Magnitudes::default,
-            |mut sum, part| {
-                sum.merge(part);
-                sum
-            },
-        ),
+        largest: largest.into_iter().fold(0.0, f32::max),
+        magnitudes,
         sums: sums_of(&captured.rows, n),
         original_sums: original.map(|original| sums_of(&original.rows, n)),
     }
@@ -214,8 +210,8 @@ fn seen_beside(
 /// Rows `[_, n]` summed up in order.
 fn sums_of(rows: &[f32], n: usize) -> Vec<f64> {
     let mut sums = vec![0.0; n];
-    let parts = sums.par_chunks_mut(COLUMNS).enumerate();
-    parts.for_each(|(part, sums)| {
+    let parts = sums.chunks_mut(COLUMNS).enumerate();
+    parallel::for_each(parts, |(part, sums)| {
         for row in rows.chunks_exact(n) {
             let row = row[part * COLUMNS..].iter().map(|x| f64::from(*x));
             sums.iter_mut().zip(row).for_each(|(sum, x)| *sum += x);

@@ -11,7 +11,6 @@
 
 use nemoconv_formats::GgmlType;
 use nemoconv_formats::block::dequantize;
-use rayon::prelude::*;
 
 use super::{Method, Rounding};
 use crate::artifact::{StoredModel, StoredTensor};
@@ -19,6 +18,7 @@ use crate::backend::cpu::kernels::Isa;
 use crate::error::Result;
 use crate::model::hybrid_pattern::BlockKind;
 use crate::model::nemotron_h::stream_readers;
+use crate::parallel;
 use crate::quantize::feedback::{self, Feedback, InputMoments, can_feed_back};
 use crate::quantize::{is_searched, quantize_rows};
 use crate::rewrite::{
@@ -432,11 +432,10 @@ impl Share {
 /// To the nearest, rows by themselves.
 fn nearest(ty: GgmlType, columns: usize, rows: &[f32], importance: Option<&[f32]>, out: &mut [u8]) {
     let row_bytes = out.len() / (rows.len() / columns).max(1);
-    rows.par_chunks(columns)
-        .zip(out.par_chunks_mut(row_bytes.max(1)))
-        .for_each(|(row, out)| {
-            let _ = quantize_rows(ty, columns, row, importance, out);
-        });
+    let rows = rows.chunks(columns).zip(out.chunks_mut(row_bytes.max(1)));
+    parallel::for_each(rows, |(row, out)| {
+        let _ = quantize_rows(ty, columns, row, importance, out);
+    });
 }
 
 /// Stored less wanted.
@@ -453,19 +452,16 @@ fn errors_of(ty: GgmlType, bytes: &[u8], rows: &[f32]) -> Vec<f32> {
 /// `tr(V A D A^T V^T)`: what readers V see of columns A `[hidden, columns]` of a writer whose inputs have mean squares D.
 fn seen(views: &[View], columns: &[f32], squares: &[f32]) -> f64 {
     let width = squares.len();
-    let sums: Vec<f64> = views
-        .par_iter()
-        .map(|view| {
-            let mut image = vec![0.0; width];
-            for (v, row) in view.iter().zip(columns.chunks_exact(width)) {
-                for (sum, value) in image.iter_mut().zip(row) {
-                    *sum += v * f64::from(*value);
-                }
+    let sums: Vec<f64> = parallel::map(views, |view| {
+        let mut image = vec![0.0; width];
+        for (v, row) in view.iter().zip(columns.chunks_exact(width)) {
+            for (sum, value) in image.iter_mut().zip(row) {
+                *sum += v * f64::from(*value);
             }
-            let counted = image.iter().zip(squares);
-            counted.map(|(x, square)| x * x * f64::from(*square)).sum()
-        })
-        .collect();
+        }
+        let counted = image.iter().zip(squares);
+        counted.map(|(x, square)| x * x * f64::from(*square)).sum()
+    });
     sums.iter().sum()
 }
 

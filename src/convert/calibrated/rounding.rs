@@ -1,7 +1,5 @@
 //! One tensor to its stored bytes, by the method that fits what is known of its inputs.
 
-use rayon::prelude::*;
-
 use super::collector::{Seen, SeenInputs};
 use super::{Calibrated, ExpertTokens, Method, TensorOutcome, Treatment};
 use crate::artifact::StoredTensor;
@@ -11,6 +9,7 @@ use crate::calibrate::experts::own_share;
 use crate::calibrate::magnitudes::Magnitudes;
 use crate::calibrate::second_moments::SecondMoments;
 use crate::error::Result;
+use crate::parallel;
 use crate::plan::PlannedTensor;
 use crate::quantize::feedback::{self, Correction, Damping, Feedback, InputMoments, OutputFactor};
 use crate::quantize::form::Form;
@@ -123,9 +122,9 @@ impl<'a> TensorRounding<'a> {
         let end = self.done + count;
         for first in (self.done..end).step_by(self.job.machines.count()) {
             let matrices = first..end.min(first + self.job.machines.count());
-            let together = matrices.clone().into_par_iter();
-            let rounded = together.map(|matrix| self.matrix(matrix, &prior, seen));
-            let rounded = rounded.collect::<Result<Vec<_>>>()?;
+            let one = |matrix| self.matrix(matrix, &prior, seen);
+            let rounded = parallel::map(matrices.clone(), one);
+            let rounded = rounded.into_iter().collect::<Result<Vec<_>>>()?;
             for (matrix, rounded) in matrices.zip(rounded) {
                 self.keep(seen.get(&(self.input.clone(), matrix)), rounded);
             }

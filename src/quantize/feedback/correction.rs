@@ -10,7 +10,7 @@
 //! Source: GPTAQ (ICML 2025), which applies a share of it column by column; here it is solved for at once. Writers that
 //! also make up for what the residual stream lacks where it enters their block were tried and gained nothing.
 
-use rayon::prelude::*;
+use std::ops::Range;
 
 use super::held::RowProducts;
 use super::{InputMoments, chunks, triangular};
@@ -18,9 +18,12 @@ use crate::backend::cpu::gram::{CHUNK_ROWS, Columns, products};
 use crate::backend::cpu::kernels::Isa;
 use crate::calibrate::second_moments::{CrossMoments, SecondMoments};
 use crate::error::Result;
+use crate::parallel;
 
 /// Tokens for each input with which half of the correction is applied.
 const TOKENS_PER_INPUT: f64 = 8.0;
+/// Rows that a thread copies at a time.
+const COPIED_ROWS: usize = 256;
 
 /// What is known of a layer's inputs in both networks.
 #[derive(Debug, Clone, Copy)]
@@ -72,8 +75,8 @@ impl Correction<'_> {
         let tokens = self.seen.tokens as f64;
         let share = self.share * tokens / (tokens + TOKENS_PER_INPUT * in_features as f64);
         let mut corrected = rows.to_vec();
-        let lines = corrected.par_chunks_exact_mut(in_features).enumerate();
-        lines.for_each(|(i, row)| {
+        let lines = corrected.chunks_exact_mut(in_features).enumerate();
+        parallel::for_each(lines, |(i, row)| {
             let pulls = pulls[i..].iter().step_by(count);
             row.iter_mut()
                 .zip(pulls)
@@ -87,12 +90,15 @@ impl Correction<'_> {
 fn differences(cross: &CrossMoments, seen: &SecondMoments, unit: f64) -> Vec<f32> {
     let n = seen.n;
     let (per_pair, per_token) = (1.0 / cross.tokens as f64, 1.0 / seen.weight);
-    let difference = |at: usize| {
-        let (i, j) = (at / n, at % n);
-        let moment = seen.sums[i.min(j) * n + i.max(j)] * per_token;
-        ((cross.sums[at] * per_pair - moment) / unit) as f32
-    };
-    (0..n * n).into_par_iter().map(difference).collect()
+    let mut differences = vec![0.0; n * n];
+    let lines = differences.chunks_exact_mut(n).enumerate();
+    parallel::for_each(lines, |(i, line)| {
+        for (j, difference) in line.iter_mut().enumerate() {
+            let moment = seen.sums[i.min(j) * n + i.max(j)] * per_token;
+            *difference = ((cross.sums[i * n + j] * per_pair - moment) / unit) as f32;
+        }
+    });
+    differences
 }
 
 /// `W (C - M)`, transposed: `[in_features, n]`.
@@ -136,21 +142,30 @@ fn pulls_on(
     weights.set(0, &transposed(rows, n))?;
     let mut out = Vec::with_capacity(rows.len());
     for columns in chunks(n) {
-        let lines = differences.par_chunks_exact(n);
-        let part: Vec<f32> = lines
-            .flat_map_iter(|line| line[columns.clone()].iter().copied())
-            .collect();
+        let part = columns_of(differences, n, &columns);
         out.extend(weights.times_exactly(0..n, &part, columns.len())?);
     }
     Ok(out)
+}
+
+/// Some columns of `values [_, n]`.
+fn columns_of(values: &[f32], n: usize, columns: &Range<usize>) -> Vec<f32> {
+    let width = columns.len();
+    let mut part = vec![0.0; values.len() / n * width];
+    let parts = part.chunks_mut(COPIED_ROWS * width);
+    parallel::for_each(parts.zip(values.chunks(COPIED_ROWS * n)), |(part, rows)| {
+        let rows = part.chunks_exact_mut(width).zip(rows.chunks_exact(n));
+        rows.for_each(|(part, row)| part.copy_from_slice(&row[columns.clone()]));
+    });
+    part
 }
 
 /// `[count, n]` to `[n, count]`.
 fn transposed(rows: &[f32], n: usize) -> Vec<f32> {
     let count = rows.len() / n;
     let mut transposed = vec![0.0; rows.len()];
-    let lines = transposed.par_chunks_exact_mut(count).enumerate();
-    lines.for_each(|(k, line)| {
+    let lines = transposed.chunks_exact_mut(count).enumerate();
+    parallel::for_each(lines, |(k, line)| {
         let column = rows[k..].iter().step_by(n);
         line.iter_mut()
             .zip(column)

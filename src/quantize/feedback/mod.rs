@@ -26,8 +26,6 @@ mod triangular;
 
 use std::ops::{AddAssign, Range};
 
-use rayon::prelude::*;
-
 use super::integer::IntegerGrid;
 pub use super::integer::ScaleFloat;
 pub use super::super_block::Sweep;
@@ -36,6 +34,7 @@ use crate::backend::cpu::kernels::{self, FLOAT_ROWS, Isa, MAX_TOKENS};
 use crate::error::Result;
 use crate::formats::GgmlType;
 use crate::formats::packed::Width;
+use crate::parallel;
 use cholesky::{STRIP, Strips};
 pub use correction::Correction;
 pub use description::{GridDescription, Search};
@@ -195,14 +194,11 @@ pub fn loss_on(machine: &dyn RowProducts, errors: &[f32], moments: &InputMoments
 /// `tr(E M E^T)` for errors of whole rows, `[n, in_features]`.
 pub fn loss(isa: Isa, errors: &[f32], moments: &InputMoments) -> f64 {
     let columns = moments.in_features();
-    let panels = errors.par_chunks(FLOAT_ROWS * columns);
-    let losses: Vec<f64> = panels
-        .map(|rows| {
-            let rows: Vec<&[f32]> = rows.chunks(columns).collect();
-            let halves = halves_of(&rows).map(|rows| Half::of_errors(rows, columns));
-            loss_of(isa, &halves, &moments.matrix)
-        })
-        .collect();
+    let losses = parallel::map(errors.chunks(FLOAT_ROWS * columns), |rows| {
+        let rows: Vec<&[f32]> = rows.chunks(columns).collect();
+        let halves = halves_of(&rows).map(|rows| Half::of_errors(rows, columns));
+        loss_of(isa, &halves, &moments.matrix)
+    });
     losses.iter().sum()
 }
 
@@ -303,10 +299,9 @@ impl<'a> Job<'a> {
             (rows, out) = (rest, rest_out);
         }
         assert!(rows.is_empty(), "factors of all rows");
-        let parts = parts.into_par_iter();
-        let rounded: Vec<Rounded> = parts
-            .map(|(outputs, rows, out)| self.row_after_row(grid, rows, outputs, out))
-            .collect();
+        let rounded = parallel::map(parts, |(outputs, rows, out)| {
+            self.row_after_row(grid, rows, outputs, out)
+        });
         Ok(in_order(rounded))
     }
 
@@ -328,12 +323,12 @@ impl<'a> Job<'a> {
             }
         };
         let panels = rows
-            .par_chunks(FLOAT_ROWS * columns)
-            .zip(out.par_chunks_mut(FLOAT_ROWS * row_bytes))
+            .chunks(FLOAT_ROWS * columns)
+            .zip(out.chunks_mut(FLOAT_ROWS * row_bytes))
             .zip(errors);
-        let rounded: Vec<Rounded> = panels
-            .map(|((rows, out), errors)| self.panel(grid, rows, out, errors))
-            .collect();
+        let rounded = parallel::map(panels, |((rows, out), errors)| {
+            self.panel(grid, rows, out, errors)
+        });
         in_order(rounded)
     }
 

@@ -2,13 +2,12 @@
 //!
 //! Enters: `M = E[u^T u]`. Leaves: M in units of its mean diagonal, damped, with its factor.
 
-use rayon::prelude::*;
-
 use super::HERE;
 use super::cholesky::{Factor, Strips, factor, factor_on};
 use super::held::RowProducts;
 use crate::backend::cpu::kernels::Isa;
 use crate::error::Result;
+use crate::parallel;
 
 /// What is added to the diagonal of M, as a share of its mean.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -93,7 +92,8 @@ impl<'a> Moments<'a> {
         }
         let moments = Self { n, matrix, unit };
         let is_number = |i: usize| (i..n).all(|j| moments.upper(i, j, 0.0).is_finite());
-        (0..n).into_par_iter().all(is_number).then_some(moments)
+        let are_numbers = parallel::map(0..n, is_number);
+        are_numbers.iter().all(|row| *row).then_some(moments)
     }
 
     /// Row i, column j with i <= j, in units of the mean diagonal.

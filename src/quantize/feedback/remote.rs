@@ -5,8 +5,6 @@
 
 use std::ops::Range;
 
-use rayon::prelude::*;
-
 use super::cholesky::Strips;
 
 use super::held::{HeldRows, RowProducts};
@@ -15,6 +13,7 @@ use super::sweep::{Half, ROWS, Row};
 use super::{Job, Rounded, chunks, halves_of, loss_in, pack_panel};
 use crate::backend::cpu::kernels::FLOAT_ROWS;
 use crate::error::Result;
+use crate::parallel;
 
 /// Rows that are rounded together, and their errors on the machine.
 struct Panels<'m> {
@@ -33,13 +32,10 @@ impl<'m> Panels<'m> {
         let Some(errors) = machine.hold(panels * FLOAT_ROWS, columns)? else {
             return Ok(None);
         };
-        let panels = rows.par_chunks(FLOAT_ROWS * columns);
-        let halves: Vec<[Half; 2]> = panels
-            .map(|rows| {
-                let rows: Vec<&[f32]> = rows.chunks_exact(columns).collect();
-                halves_of(&rows).map(&half)
-            })
-            .collect();
+        let halves = parallel::map(rows.chunks(FLOAT_ROWS * columns), |rows| {
+            let rows: Vec<&[f32]> = rows.chunks_exact(columns).collect();
+            halves_of(&rows).map(&half)
+        });
         Ok(Some(Self { halves, errors }))
     }
 
@@ -63,8 +59,8 @@ impl<'m> Panels<'m> {
                 .map(|column| *column[first..].first_chunk().expect("panels are whole"))
                 .collect()
         };
-        let panels = (0..self.halves.len()).into_par_iter();
-        Ok(panels.map(|panel| [0, 1].map(|h| half(panel, h))).collect())
+        let panel = |panel: usize| [0, 1].map(|h| half(panel, h));
+        Ok(parallel::map(0..self.halves.len(), panel))
     }
 
     /// Tells the machine what errors of a chunk are now.
@@ -118,8 +114,8 @@ impl Job<'_> {
         };
         for chunk in chunks(columns) {
             let repairs = panels.products(&factor.feedback, 0..chunk.start, &chunk)?;
-            let work = panels.halves.par_iter_mut().zip(repairs);
-            work.for_each(|(halves, repairs)| {
+            let work = panels.halves.iter_mut().zip(repairs);
+            parallel::for_each(work, |(halves, repairs)| {
                 self.first_pass(grid, halves, chunk.clone(), repairs);
             });
             panels.send(chunk)?;
@@ -127,8 +123,8 @@ impl Job<'_> {
         for _ in 0..self.how.passes {
             for chunk in chunks(columns) {
                 let gradients = panels.products(matrix, 0..columns, &chunk)?;
-                let work = panels.halves.par_iter_mut().zip(gradients);
-                work.for_each(|(halves, gradients)| {
+                let work = panels.halves.iter_mut().zip(gradients);
+                parallel::for_each(work, |(halves, gradients)| {
                     let mut changes = vec![[0.0; ROWS]; columns];
                     self.descend(grid, halves, chunk.clone(), gradients, &mut changes);
                 });
@@ -139,12 +135,15 @@ impl Job<'_> {
         let row_bytes = grid.row_bytes(columns);
         let packed = panels
             .halves
-            .par_iter()
-            .zip(out.par_chunks_mut(FLOAT_ROWS * row_bytes));
-        let overflow = packed
-            .map(|(halves, out)| pack_panel(grid, halves, columns, out))
-            .sum();
-        Ok(Rounded { loss, overflow })
+            .iter()
+            .zip(out.chunks_mut(FLOAT_ROWS * row_bytes));
+        let overflow = parallel::map(packed, |(halves, out)| {
+            pack_panel(grid, halves, columns, out)
+        });
+        Ok(Rounded {
+            loss,
+            overflow: overflow.iter().sum(),
+        })
     }
 }
 

@@ -3,8 +3,6 @@
 
 use std::ops::Range;
 
-use rayon::prelude::*;
-
 use super::description::Search;
 
 use super::held::{RoundingRows, RowProducts, RowsRounded};
@@ -13,6 +11,7 @@ use super::sweep::{Half, ROWS, Row};
 use super::{CHUNK, Job, Rounded, chunks, halves_of, pack_panel};
 use crate::backend::cpu::kernels::FLOAT_ROWS;
 use crate::error::Result;
+use crate::parallel;
 
 impl Job<'_> {
     /// Rows that are rounded without regard to each other; nothing where the machine does not round by itself.
@@ -71,15 +70,12 @@ impl Job<'_> {
     /// Scales that are chosen beforehand, `[sub-block][d, dmin, scale, min][row]`.
     fn presets(&self, grid: &dyn GridSteps, rows: &[f32]) -> Vec<f32> {
         let columns = self.how.moments.in_features();
-        let panels = rows.par_chunks(ROWS * columns);
-        let panels: Vec<Half> = panels
-            .map(|rows| {
-                let rows: Vec<&[f32]> = rows.chunks_exact(columns).collect();
-                let mut half = Half::new(&rows, columns, grid.sub());
-                grid.preset(&mut half, &self.how.moments.factor.pivots);
-                half
-            })
-            .collect();
+        let panels = parallel::map(rows.chunks(ROWS * columns), |rows| {
+            let rows: Vec<&[f32]> = rows.chunks_exact(columns).collect();
+            let mut half = Half::new(&rows, columns, grid.sub());
+            grid.preset(&mut half, &self.how.moments.factor.pivots);
+            half
+        });
         let count = rows.len() / columns;
         let mut scales = Vec::with_capacity(columns / grid.sub() * 4 * count);
         for part in 0..columns / grid.sub() * 4 {
@@ -96,8 +92,8 @@ impl Job<'_> {
 fn by_column(rows: &[f32], columns: usize) -> Vec<f32> {
     let count = rows.len() / columns;
     let mut turned = vec![0.0; rows.len()];
-    let chunks = turned.par_chunks_mut(CHUNK * count);
-    chunks.enumerate().for_each(|(chunk, turned)| {
+    let chunks = turned.chunks_mut(CHUNK * count);
+    parallel::for_each(chunks.enumerate(), |(chunk, turned)| {
         let first = chunk * CHUNK;
         let width = turned.len() / count;
         for (row, values) in rows.chunks_exact(columns).enumerate() {
@@ -119,23 +115,21 @@ fn pack(
 ) -> u64 {
     let count = rows.len() / columns;
     let panels = rows
-        .par_chunks(FLOAT_ROWS * columns)
-        .zip(out.par_chunks_mut(FLOAT_ROWS * grid.row_bytes(columns)));
-    panels
-        .enumerate()
-        .map(|(panel, (rows, out))| {
-            let rows: Vec<&[f32]> = rows.chunks_exact(columns).collect();
-            let mut halves = halves_of(&rows).map(|rows| Half::new(rows, columns, grid.sub()));
-            for (index, half) in halves.iter_mut().enumerate() {
-                let first = (panel * FLOAT_ROWS + index * ROWS).min(count);
-                let lanes = first..(first + ROWS).min(count);
-                read(&mut half.values, &found.values, count, lanes.clone());
-                let scales = half.scales.as_flattened_mut();
-                read(scales, &found.scales, count, lanes);
-            }
-            pack_panel(grid, &halves, columns, out)
-        })
-        .sum()
+        .chunks(FLOAT_ROWS * columns)
+        .zip(out.chunks_mut(FLOAT_ROWS * grid.row_bytes(columns)));
+    let overflow = parallel::map(panels.enumerate(), |(panel, (rows, out))| {
+        let rows: Vec<&[f32]> = rows.chunks_exact(columns).collect();
+        let mut halves = halves_of(&rows).map(|rows| Half::new(rows, columns, grid.sub()));
+        for (index, half) in halves.iter_mut().enumerate() {
+            let first = (panel * FLOAT_ROWS + index * ROWS).min(count);
+            let lanes = first..(first + ROWS).min(count);
+            read(&mut half.values, &found.values, count, lanes.clone());
+            let scales = half.scales.as_flattened_mut();
+            read(scales, &found.scales, count, lanes);
+        }
+        pack_panel(grid, &halves, columns, out)
+    });
+    overflow.iter().sum()
 }
 
 /// Lanes `lanes` of `from [_, count]`.

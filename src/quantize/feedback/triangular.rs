@@ -6,8 +6,6 @@
 
 use std::ops::Range;
 
-use rayon::prelude::*;
-
 use super::HERE;
 use super::cholesky::{Factor, subtract_scaled};
 use super::held::{HeldRows, RowProducts};
@@ -15,6 +13,7 @@ use crate::backend::cpu::gram::{Columns, products};
 use crate::backend::cpu::kernels::Isa;
 use crate::backend::cpu::shared_rows::SharedRows;
 use crate::error::Result;
+use crate::parallel;
 
 /// Rows that take what others explain together.
 const BLOCK: usize = 128;
@@ -22,6 +21,10 @@ const BLOCK: usize = 128;
 const CHUNK: usize = 128;
 /// Columns that a thread solves a block for.
 const SOLVED_COLUMNS: usize = 64;
+/// Rows whose coefficients a thread gathers at a time.
+const COEFFICIENT_ROWS: usize = 32;
+/// Sums that a thread takes at a time.
+const SUBTRACTED: usize = 1 << 14;
 
 /// Replaces `x [n, count]` by `M^-1 x`.
 pub fn solve(isa: Isa, factor: &Factor, x: &mut [f64]) {
@@ -64,8 +67,8 @@ fn solve_with(
         within(isa, rows, &block, count, order, needs, coefficient);
         solved.keep(block.start, rows)?;
     }
-    let rows = x.par_chunks_exact_mut(count).zip(&factor.pivots);
-    rows.for_each(|(row, pivot)| {
+    let rows = x.chunks_exact_mut(count).zip(&factor.pivots);
+    parallel::for_each(rows, |(row, pivot)| {
         row.iter_mut().for_each(|value| *value /= f64::from(*pivot));
     });
     // T^T y = z, from the first to the last.
@@ -98,10 +101,13 @@ fn subtract(
         return Ok(());
     }
     let mut coefficients = vec![0.0; explaining.len() * block.len()];
-    let lines = coefficients.par_chunks_exact_mut(block.len()).enumerate();
-    lines.for_each(|(k, line)| {
-        let line = line.iter_mut().zip(block.clone());
-        line.for_each(|(value, j)| *value = coefficient(j, explaining.start + k));
+    let parts = coefficients.chunks_mut(COEFFICIENT_ROWS * block.len());
+    let parts = parts.zip(explaining.clone().step_by(COEFFICIENT_ROWS));
+    parallel::for_each(parts, |(lines, first)| {
+        for (k, line) in (first..).zip(lines.chunks_exact_mut(block.len())) {
+            let line = line.iter_mut().zip(block.clone());
+            line.for_each(|(value, j)| *value = coefficient(j, k));
+        }
     });
     solved.subtract(explaining, &coefficients, block.len(), rows)
 }
@@ -179,8 +185,11 @@ impl SolvedRows for There<'_> {
         rows: &mut [f64],
     ) -> Result<()> {
         let sums = self.0.times_exactly(explaining, coefficients, width)?;
-        let pairs = rows.par_iter_mut().zip(sums);
-        pairs.for_each(|(x, sum)| *x -= sum);
+        let parts = rows.chunks_mut(SUBTRACTED).zip(sums.chunks(SUBTRACTED));
+        parallel::for_each(parts, |(rows, sums)| {
+            let pairs = rows.iter_mut().zip(sums);
+            pairs.for_each(|(x, sum)| *x -= sum);
+        });
         Ok(())
     }
 
@@ -201,8 +210,7 @@ fn within(
     coefficient: impl Fn(usize, usize) -> f32 + Sync,
 ) {
     let shared = SharedRows::new(rows, count);
-    let parts: Vec<usize> = (0..count).step_by(SOLVED_COLUMNS).collect();
-    parts.into_par_iter().for_each(|first| {
+    parallel::for_each((0..count).step_by(SOLVED_COLUMNS), |first| {
         let width = SOLVED_COLUMNS.min(count - first);
         // SAFETY: these columns belong to this part, and so to this thread, alone; rows are taken once each.
         let part = |j: usize| unsafe { shared.part(j - block.start, first, width) };

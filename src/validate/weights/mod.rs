@@ -10,16 +10,18 @@ mod order;
 mod statistics;
 mod undo;
 
+use std::sync::Mutex;
+
 use nemoconv_formats::GgmlType;
 use nemoconv_formats::block::dequantize;
 use nemoconv_formats::checkpoint::Checkpoint;
-use rayon::prelude::*;
 
 use super::Found;
 use super::container::layer_of;
 use super::rewritten::{Recorded, of_same_widths, recorded};
 use crate::artifact::{StoredModel, StoredTensor};
 use crate::error::Result;
+use crate::parallel;
 use crate::report::{Finding, Rule, TensorError};
 use crate::rewrite::{Mixer, Rewrites, Rewritten};
 use block_facts::BlockFacts;
@@ -372,16 +374,18 @@ impl Job<'_> {
             .collect();
         let blocks_of_row = tensor.columns / tensor.ty.block_elements();
         let mut whole = Statistics::default();
+        let idle = Mutex::new(Vec::new());
+        let lock = || idle.lock().expect("no work is done under this lock");
         for batch in tiles.chunks(TILES_AT_ONCE) {
-            let made: Result<Vec<Statistics>> = batch
-                .par_iter()
-                .map_init(Buffers::default, |buffers, &(matrix, row)| {
-                    self.tile(matrix, row, step.min(tensor.rows - row), buffers)
-                })
-                .collect();
-            for (tile, (matrix, row)) in made?.into_iter().zip(batch) {
+            let made = parallel::map(batch, |&(matrix, row)| {
+                let mut buffers = lock().pop().unwrap_or_default();
+                let tile = self.tile(matrix, row, step.min(tensor.rows - row), &mut buffers);
+                lock().push(buffers);
+                tile
+            });
+            for (tile, (matrix, row)) in made.into_iter().zip(batch) {
                 let rows_before = matrix * tensor.rows + row;
-                whole.merge(tile, *matrix, (rows_before * blocks_of_row) as u64);
+                whole.merge(tile?, *matrix, (rows_before * blocks_of_row) as u64);
             }
         }
         Ok(whole)

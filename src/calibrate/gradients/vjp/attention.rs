@@ -5,13 +5,12 @@
 
 use std::ops::Range;
 
-use rayon::prelude::*;
-
 use super::Assembly;
 use crate::backend::AttentionShape;
 use crate::backend::cpu::kernels::Isa;
 use crate::backend::cpu::multiversion::multiversion;
 use crate::backend::cpu::{dot, exp};
+use crate::parallel;
 
 /// Gradients at the inputs.
 #[derive(Debug)]
@@ -49,10 +48,9 @@ pub fn attention(inputs: &Attention, sequences: &[Range<usize>]) -> AttentionGra
     });
     let items: Vec<_> = items.collect();
     let isa = Isa::detect();
-    let found: Vec<AttentionGradient> = items
-        .par_iter()
-        .map(|(rows, head)| attend(isa, inputs, rows.clone(), *head))
-        .collect();
+    let found = parallel::map(&items, |(rows, head)| {
+        attend(isa, inputs, rows.clone(), *head)
+    });
     let mut query = Assembly::new(rows, width);
     let mut keys = Assembly::new(rows, cache_width);
     let mut values = Assembly::new(rows, cache_width);

@@ -4,9 +4,8 @@
 
 use std::ops::Range;
 
-use rayon::prelude::*;
-
 use super::{Channels, silu};
+use crate::parallel;
 
 /// The gradient at the channels `input [rows, channels]`; see [`crate::backend::Backend::conv1d_silu`].
 pub fn conv1d_silu(
@@ -24,8 +23,8 @@ pub fn conv1d_silu(
     for sequence in sequences {
         let own = sequence.start * channels..sequence.end * channels;
         let mut before_silu = gradient[own.clone()].to_vec();
-        let rows = before_silu.par_chunks_mut(channels).enumerate();
-        rows.for_each(|(t, gradient)| {
+        let rows = before_silu.chunks_mut(channels).enumerate();
+        parallel::for_each(rows, |(t, gradient)| {
             let mut sums = bias.to_vec();
             for (tap, weight) in by_tap.iter().enumerate() {
                 if let Some(source) = (t + 1 + tap).checked_sub(taps) {
@@ -39,8 +38,8 @@ pub fn conv1d_silu(
             let slopes = gradient.iter_mut().zip(&sums);
             slopes.for_each(|(gradient, sum)| *gradient *= silu(*sum).1);
         });
-        let rows = out[own].par_chunks_mut(channels).enumerate();
-        rows.for_each(|(s, out)| {
+        let rows = out[own].chunks_mut(channels).enumerate();
+        parallel::for_each(rows, |(s, out)| {
             out.fill(0.0);
             for (tap, weight) in by_tap.iter().enumerate() {
                 let reached = (s + taps - 1 - tap) * channels;

@@ -2,17 +2,15 @@
 //!
 //! With `v` of n values, `r = 1 / sqrt(mean(v^2) + eps)` and `e = gradient * weight`: `dv = r e - r^3 / n (e . v) v`.
 
-use rayon::prelude::*;
-
 use super::{Channels, silu};
 use crate::backend::cpu::{dot, sum_of_squares};
+use crate::parallel;
 
 /// The gradient at `input [rows, weight.len()]`; see [`crate::backend::Backend::rms_norm`].
 pub fn rms_norm(input: &[f32], weight: &[f32], eps: f32, gradient: &[f32]) -> Vec<f32> {
     let mut out = gradient.to_vec();
-    out.par_chunks_mut(weight.len())
-        .zip(input.par_chunks(weight.len()))
-        .for_each(|(row, input)| normalize(input, weight, eps, row));
+    let rows = out.chunks_mut(weight.len()).zip(input.chunks(weight.len()));
+    parallel::for_each(rows, |(row, input)| normalize(input, weight, eps, row));
     out
 }
 
@@ -28,28 +26,28 @@ pub fn gated_rms_norm(
     let inner = weight.len();
     let group = inner / groups;
     let (mut at_y, mut at_gate) = (gradient.to_vec(), vec![0.0; y.len()]);
-    at_y.par_chunks_mut(inner)
-        .zip(at_gate.par_chunks_mut(inner))
-        .zip(y.par_chunks(inner))
-        .enumerate()
-        .for_each(|(row, ((at_y, at_gate), y))| {
-            let gates: Vec<(f32, f32)> = gate
-                .row(row, inner)
-                .iter()
-                .map(|gate| silu(*gate))
-                .collect();
-            let gated: Vec<f32> = y.iter().zip(&gates).map(|(y, gate)| y * gate.0).collect();
-            let parts = at_y.chunks_exact_mut(group).zip(gated.chunks_exact(group));
-            for ((gradient, gated), weight) in parts.zip(weight.chunks_exact(group)) {
-                normalize(gated, weight, eps, gradient);
-            }
-            for (((at_y, at_gate), y), (value, slope)) in
-                at_y.iter_mut().zip(at_gate).zip(y).zip(gates)
-            {
-                *at_gate = *at_y * y * slope;
-                *at_y *= value;
-            }
-        });
+    let rows = at_y
+        .chunks_mut(inner)
+        .zip(at_gate.chunks_mut(inner))
+        .zip(y.chunks(inner))
+        .enumerate();
+    parallel::for_each(rows, |(row, ((at_y, at_gate), y))| {
+        let gates: Vec<(f32, f32)> = gate
+            .row(row, inner)
+            .iter()
+            .map(|gate| silu(*gate))
+            .collect();
+        let gated: Vec<f32> = y.iter().zip(&gates).map(|(y, gate)| y * gate.0).collect();
+        let parts = at_y.chunks_exact_mut(group).zip(gated.chunks_exact(group));
+        for ((gradient, gated), weight) in parts.zip(weight.chunks_exact(group)) {
+            normalize(gated, weight, eps, gradient);
+        }
+        for (((at_y, at_gate), y), (value, slope)) in at_y.iter_mut().zip(at_gate).zip(y).zip(gates)
+        {
+            *at_gate = *at_y * y * slope;
+            *at_y *= value;
+        }
+    });
     (at_y, at_gate)
 }
 

@@ -10,13 +10,12 @@
 
 use std::ops::Range;
 
-use rayon::prelude::*;
-
 use super::{Assembly, sigmoid};
 use crate::backend::cpu::kernels::Isa;
 use crate::backend::cpu::multiversion::multiversion;
 use crate::backend::cpu::{dot, exp, softplus};
 use crate::backend::{ScanShape, ScanWeights};
+use crate::parallel;
 
 /// Tokens whose states are in memory at once.
 const STRETCH: usize = 32;
@@ -56,10 +55,9 @@ pub fn selective_scan(scan: &Scan, sequences: &[Range<usize>]) -> ScanGradient {
     });
     let items: Vec<_> = items.collect();
     let isa = Isa::detect();
-    let found: Vec<HeadGradient> = items
-        .par_iter()
-        .map(|(rows, head)| scan_head(isa, scan, rows.clone(), *head))
-        .collect();
+    let found = parallel::map(&items, |(rows, head)| {
+        scan_head(isa, scan, rows.clone(), *head)
+    });
     let mut xbc = Assembly::new(rows, shape.conv_dim());
     let mut dt = Assembly::new(rows, shape.heads);
     for ((rows, head), found) in items.into_iter().zip(found) {

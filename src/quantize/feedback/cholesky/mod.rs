@@ -9,12 +9,11 @@ mod strips;
 
 use std::ops::Range;
 
-use rayon::prelude::*;
-
 use super::held::RowProducts;
 use crate::backend::cpu::kernels::{FLOAT_ROWS, Isa, LANES};
 use crate::backend::cpu::multiversion::multiversion;
 use crate::error::Result;
+use crate::parallel;
 use corner::Corner;
 use panels::{Coefficients, Panel, panels};
 pub use strips::{STRIP, Strips};
@@ -25,6 +24,8 @@ const BLOCK: usize = 64;
 const OUTER_BLOCK: usize = 128;
 /// Rows that are factored here where another machine multiplies: whole outer blocks.
 const ROWS_HERE: usize = 256;
+/// Rows of L that a thread copies at a time.
+const DENSE_ROWS: usize = 32;
 
 /// `M = L^T L` with L lower triangular: `T[i][j] = L[j][i] / L[j][j]` for `i < j` is how much of an error in input i input
 /// j repairs, and `D[j] = L[j][j]^2` what of input j no later one can.
@@ -67,7 +68,7 @@ pub fn factor_on(
             let part = dense(&panels, rows.end..n, rows.clone());
             let sums = done.times_exactly(rows.end..n, &part, rows.len())?;
             let subtract = |panel: &mut Panel| panel.subtract_sums(&rows, &sums, n);
-            panels.par_iter_mut().for_each(subtract);
+            parallel::for_each(&mut panels, subtract);
         }
         if factor_rows(isa, &mut panels, rows.clone()).is_none() {
             return Ok(None);
@@ -88,12 +89,11 @@ fn factor_rows(isa: Isa, panels: &mut [Panel], rows: Range<usize>) -> Option<()>
         let (left, own) = panels.split_at_mut(begin / FLOAT_ROWS);
         let own = &mut own[..block.len().div_ceil(FLOAT_ROWS)];
         let subtract = |panel: &mut Panel| panel.subtract(isa, &behind);
-        own.par_iter_mut().for_each(subtract);
+        parallel::for_each(&mut *own, subtract);
         let corner = || Corner::factor(isa, own, block);
-        let (corner, ()) = rayon::join(corner, || left.par_iter_mut().for_each(subtract));
+        let (corner, ()) = rayon::join(corner, || parallel::for_each(&mut *left, subtract));
         let corner = corner?;
-        left.par_iter_mut()
-            .for_each(|panel| corner.solve(isa, panel));
+        parallel::for_each(left, |panel| corner.solve(isa, panel));
     }
     Some(())
 }
@@ -101,10 +101,13 @@ fn factor_rows(isa: Isa, panels: &mut [Panel], rows: Range<usize>) -> Option<()>
 /// Rows of L in some columns, row-major, zero behind the diagonal.
 fn dense(panels: &[Panel], rows: Range<usize>, columns: Range<usize>) -> Vec<f32> {
     let mut values = vec![0.0; rows.len() * columns.len()];
-    let lines = values.par_chunks_exact_mut(columns.len()).zip(rows);
-    lines.for_each(|(line, row)| {
-        for (value, j) in line.iter_mut().zip(columns.start..columns.end.min(row + 1)) {
-            *value = panels[j / FLOAT_ROWS].at(row, j % FLOAT_ROWS);
+    let parts = values.chunks_mut(DENSE_ROWS * columns.len());
+    let parts = parts.zip(rows.step_by(DENSE_ROWS));
+    parallel::for_each(parts, |(lines, first)| {
+        for (line, row) in lines.chunks_exact_mut(columns.len()).zip(first..) {
+            for (value, j) in line.iter_mut().zip(columns.start..columns.end.min(row + 1)) {
+                *value = panels[j / FLOAT_ROWS].at(row, j % FLOAT_ROWS);
+            }
         }
     });
     values

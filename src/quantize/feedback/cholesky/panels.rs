@@ -2,11 +2,10 @@
 
 use std::ops::Range;
 
-use rayon::prelude::*;
-
 use super::STRIP;
 use crate::backend::cpu::gram::CHUNK_ROWS;
 use crate::backend::cpu::kernels::{self, FLOAT_ROWS, FloatTile, Isa, LANES, MAX_TOKENS};
+use crate::parallel;
 
 const _: () = assert!(MAX_TOKENS == STRIP);
 
@@ -20,7 +19,6 @@ pub struct Panel {
 
 /// The lower triangle of a symmetric matrix, panel by panel; `upper(i, j)` gives what it holds, asked with `i <= j`.
 pub fn panels(n: usize, upper: impl Fn(usize, usize) -> f32 + Sync) -> Vec<Panel> {
-    let firsts = (0..n).into_par_iter().step_by(FLOAT_ROWS);
     let panel = |first: usize| {
         let half = |begin: usize| {
             let mut half = vec![[0.0; LANES]; n - first];
@@ -42,7 +40,7 @@ pub fn panels(n: usize, upper: impl Fn(usize, usize) -> f32 + Sync) -> Vec<Panel
             halves: [half(first), half(first + LANES)],
         }
     };
-    firsts.map(panel).collect()
+    parallel::map((0..n).step_by(FLOAT_ROWS), panel)
 }
 
 impl Panel {
@@ -145,8 +143,8 @@ impl Coefficients {
     ) -> Self {
         let strips = columns.len().div_ceil(STRIP);
         let mut values = vec![0.0; strips * rows.len() * STRIP];
-        let chunks = values.par_chunks_mut(strips * CHUNK_ROWS * STRIP);
-        chunks.zip(cut(&rows)).for_each(|(values, chunk)| {
+        let chunks = values.chunks_mut(strips * CHUNK_ROWS * STRIP);
+        parallel::for_each(chunks.zip(cut(&rows)), |(values, chunk)| {
             let strips = values.chunks_exact_mut(chunk.len() * STRIP);
             for (out, first) in strips.zip(columns.clone().step_by(STRIP)) {
                 let out = out.as_chunks_mut().0.iter_mut();

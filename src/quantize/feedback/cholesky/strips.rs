@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use rayon::prelude::*;
+use crate::parallel;
 
 /// Columns that lie side by side in [`Strips`].
 pub const STRIP: usize = 8;
@@ -33,11 +33,10 @@ impl Strips {
 
     /// The matrix whose strip of some columns is `fill(columns)`: its first rows, eight values each; zero in the rest.
     pub fn of(n: usize, fill: impl Fn(Range<usize>) -> Vec<f32> + Sync) -> Self {
-        let firsts = (0..n).into_par_iter().step_by(STRIP);
-        let strips = firsts.map(|first| fill(first..n.min(first + STRIP)));
+        let strip = |first: usize| fill(first..n.min(first + STRIP));
         Self {
             n,
-            strips: strips.collect(),
+            strips: parallel::map((0..n).step_by(STRIP), strip),
         }
     }
 
@@ -55,8 +54,8 @@ impl Strips {
     /// Rows `rows` of columns `columns`, row-major. Runs in rayon's current pool.
     pub fn dense(&self, rows: Range<usize>, columns: Range<usize>) -> Vec<f32> {
         let mut dense = vec![0.0; rows.len() * columns.len()];
-        let parts = dense.par_chunks_mut((DENSE_ROWS * columns.len()).max(1));
-        parts.enumerate().for_each(|(part, dense)| {
+        let parts = dense.chunks_mut((DENSE_ROWS * columns.len()).max(1));
+        parallel::for_each(parts.enumerate(), |(part, dense)| {
             let first = rows.start + part * DENSE_ROWS;
             let of_rows = dense.chunks_exact_mut(columns.len().max(1));
             for (row, dense) in (first..).zip(of_rows) {

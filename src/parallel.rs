@@ -1,0 +1,92 @@
+//! Work on several threads: rayon, compiled once here and not anew for every closure.
+//!
+//! Enters: items, and what to do with one. Leaves: results, in the order of the items. Runs in rayon's current pool, and
+//! knows nothing of the work.
+
+use std::sync::Mutex;
+
+use rayon::prelude::*;
+
+/// Does something with every item, in any order. An item costs a lock: finer ones than some thousand operations go in
+/// chunks.
+///
+/// # Panics
+/// The work does.
+pub fn for_each<T: Send>(items: impl IntoIterator<Item = T>, work: impl Fn(T) + Sync) {
+    let slot = |item| Mutex::new(Some(item));
+    let slots: Vec<Mutex<Option<T>>> = items.into_iter().map(slot).collect();
+    for_each_index(slots.len(), &|index| work(taken(&slots[index])));
+}
+
+/// What comes of every item, in the order of the items; they cost as much as in [`for_each`].
+///
+/// # Panics
+/// The work does.
+pub fn map<T: Send, R: Send>(
+    items: impl IntoIterator<Item = T, IntoIter: ExactSizeIterator>,
+    work: impl Fn(T) -> R + Sync,
+) -> Vec<R> {
+    let items = items.into_iter();
+    let mut results: Vec<Option<R>> = Vec::new();
+    results.resize_with(items.len(), || None);
+    for_each(items.zip(&mut results), |(item, result)| {
+        *result = Some(work(item));
+    });
+    let results = results.into_iter();
+    results
+        .map(|result| result.expect("every item was worked on"))
+        .collect()
+}
+
+fn taken<T>(slot: &Mutex<Option<T>>) -> T {
+    let mut item = slot.lock().expect("no work is done under this lock");
+    item.take().expect("every index comes once")
+}
+
+/// The one place where threads share work: whatever is generic stays outside.
+fn for_each_index(count: usize, work: &(dyn Fn(usize) + Sync)) {
+    match count {
+        0 => {}
+        1 => work(0),
+        _ => (0..count).into_par_iter().for_each(work),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::panic::{AssertUnwindSafe, catch_unwind};
+
+    use super::*;
+
+    fn on_three_threads<R: Send>(run: impl FnOnce() -> R + Send) -> R {
+        let pool = rayon::ThreadPoolBuilder::new().num_threads(3).build();
+        pool.unwrap().install(run)
+    }
+
+    #[test]
+    fn every_item_is_taken_once_and_results_keep_their_order() {
+        for count in [0, 1, 2, 1000] {
+            let doubled = on_three_threads(|| map(0..count, |x| 2 * x));
+            assert_eq!(doubled, (0..count).map(|x| 2 * x).collect::<Vec<_>>());
+            let mut seen = vec![0; count];
+            on_three_threads(|| for_each(&mut seen, |seen| *seen += 1));
+            assert_eq!(seen, vec![1; count]);
+        }
+    }
+
+    #[test]
+    fn work_runs_in_the_current_pool() {
+        let threads = on_three_threads(|| map(0..100, |_| rayon::current_num_threads()));
+        assert_eq!(threads, [3; 100]);
+    }
+
+    #[test]
+    fn a_panic_reaches_the_caller() {
+        for count in [1, 100] {
+            let work = |x| assert!(x + 1 < count, "the last");
+            let run = || on_three_threads(|| for_each(0..count, work));
+            let panic = catch_unwind(AssertUnwindSafe(run)).unwrap_err();
+            assert_eq!(panic.downcast_ref(), Some(&"the last"));
+        }
+    }
+}
