@@ -13,8 +13,11 @@ use rayon::prelude::*;
 /// # Panics
 /// The work does.
 pub fn for_each<T: Send>(items: impl IntoIterator<Item = T>, work: impl Fn(T) + Sync) {
-    let slot = |item| Mutex::new(Some(item));
-    let slots: Vec<Mutex<Option<T>>> = items.into_iter().map(slot).collect();
+    // A loop is less to compile than what collecting comes to, here and below.
+    let mut slots = Vec::new();
+    for item in items {
+        slots.push(Mutex::new(Some(item)));
+    }
     for_each_index(slots.len(), &|index| work(taken(&slots[index])));
 }
 
@@ -23,19 +26,21 @@ pub fn for_each<T: Send>(items: impl IntoIterator<Item = T>, work: impl Fn(T) + 
 /// # Panics
 /// The work does.
 pub fn map<T: Send, R: Send>(
-    items: impl IntoIterator<Item = T, IntoIter: ExactSizeIterator>,
+    items: impl IntoIterator<Item = T>,
     work: impl Fn(T) -> R + Sync,
 ) -> Vec<R> {
-    let items = items.into_iter();
-    let mut results: Vec<Option<R>> = Vec::new();
-    results.resize_with(items.len(), || None);
-    for_each(items.zip(&mut results), |(item, result)| {
-        *result = Some(work(item));
+    let mut pairs: Vec<(Option<T>, Option<R>)> = Vec::new();
+    for item in items {
+        pairs.push((Some(item), None));
+    }
+    for_each(&mut pairs, |(item, result)| {
+        *result = item.take().map(&work);
     });
-    let results = results.into_iter();
+    let mut results = Vec::with_capacity(pairs.len());
+    for (_, result) in pairs {
+        results.push(result.expect("every item was worked on"));
+    }
     results
-        .map(|result| result.expect("every item was worked on"))
-        .collect()
 }
 
 fn taken<T>(slot: &Mutex<Option<T>>) -> T {

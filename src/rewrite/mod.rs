@@ -47,7 +47,7 @@ use serde::{Deserialize, Serialize};
 
 pub use kept::Kept;
 pub use matrix::SquareMatrix;
-pub(crate) use matrix::product_on;
+pub(crate) use matrix::{Packed, padded, product_on};
 pub use mixer::{MixedPart, Mixer, Mixing};
 pub(crate) use model::Rewritten;
 pub use model::RewrittenModel;

@@ -22,8 +22,8 @@ use crate::parallel;
 use crate::quantize::feedback::{self, Feedback, InputMoments, can_feed_back};
 use crate::quantize::{is_searched, quantize_rows};
 use crate::rewrite::{
-    Mixer, RewriteSettings, RewriteStatistics, Rewrites, Rewritten, Rotation, SquareMatrix,
-    product_on,
+    Mixer, Packed, RewriteSettings, RewriteStatistics, Rewrites, Rewritten, Rotation, SquareMatrix,
+    padded, product_on,
 };
 
 /// Blocks of each kind that are tried, evenly spread.
@@ -32,6 +32,8 @@ const BLOCKS_OF_A_KIND: usize = 3;
 const SAMPLE_ROWS: usize = 256;
 /// Columns of a writer that are rounded, in whole blocks of its type.
 const SAMPLE_COLUMNS: usize = 512;
+/// Views that are multiplied by one task.
+const VIEWS_AT_ONCE: usize = 64;
 /// Experts of a stack that are tried, evenly spread.
 const SAMPLE_EXPERTS: usize = 4;
 /// What a rotation must leave of the loss without one to be chosen: it costs compatibility with adapters.
@@ -140,7 +142,10 @@ impl RotationTrial<'_> {
                 mixer: self.mixer,
             },
         };
-        let mut views = Vec::new();
+        let mut views = Views {
+            hidden: self.model.config().hidden_size,
+            values: Vec::new(),
+        };
         let mut loss = 0.0;
         let blocks = self.blocks();
         for block in &blocks {
@@ -233,7 +238,11 @@ struct Rotated<'a> {
 
 /// Rows of readers as the stream before their norm meets them, each counted so that all readers of the trial count alike:
 /// what they make of an error is what it costs.
-type View = Vec<f64>;
+struct Views {
+    hidden: usize,
+    /// `[view, hidden]`.
+    values: Vec<f64>,
+}
 
 impl Rotated<'_> {
     /// Relative loss of all readers of a norm; adds what they see of the stream to `views`.
@@ -242,7 +251,7 @@ impl Rotated<'_> {
         block: usize,
         norm: &str,
         names: &[String],
-        views: &mut Vec<View>,
+        views: &mut Views,
     ) -> Result<f64> {
         let weight = self.rewritten.rows(norm, 0, &[0], |value| value)?;
         let moments = self.moments(block, &weight)?;
@@ -274,10 +283,9 @@ impl Rotated<'_> {
                 shares.add(error, energy);
                 let counted = 1.0 / energy.max(f64::MIN_POSITIVE).sqrt();
                 let rows = rows.chunks_exact(weight.len());
-                views.extend(rows.map(|row| {
-                    let seen = row.iter().zip(&weight);
-                    seen.map(|(w, g)| f64::from(*w) * g * counted).collect()
-                }));
+                let terms = rows.flat_map(|row| row.iter().zip(&weight));
+                let seen = terms.map(|(w, g)| f64::from(*w) * g * counted);
+                views.values.extend(seen);
             }
             loss += shares.relative();
         }
@@ -302,7 +310,7 @@ impl Rotated<'_> {
     }
 
     /// Relative loss of a matrix that writes to the stream, on some of its columns.
-    fn writer(&self, block: usize, name: &str, views: &[View]) -> Result<f64> {
+    fn writer(&self, block: usize, name: &str, views: &Views) -> Result<f64> {
         let name = format!("blk.{block}.{name}.weight");
         let ty = (self.trial.type_of)(&name);
         let tensor = self.trial.model.tensor(&name);
@@ -360,7 +368,7 @@ impl Rotated<'_> {
     }
 
     /// Relative loss of the embedding, whose rows are written to the stream as they are.
-    fn embedding(&self, views: &[View]) -> Result<f64> {
+    fn embedding(&self, views: &Views) -> Result<f64> {
         let name = "token_embd.weight";
         let ty = (self.trial.type_of)(name);
         let tensor = self.trial.model.tensor(name);
@@ -450,19 +458,22 @@ fn errors_of(ty: GgmlType, bytes: &[u8], rows: &[f32]) -> Vec<f32> {
 }
 
 /// `tr(V A D A^T V^T)`: what readers V see of columns A `[hidden, columns]` of a writer whose inputs have mean squares D.
-fn seen(views: &[View], columns: &[f32], squares: &[f32]) -> f64 {
-    let width = squares.len();
-    let sums: Vec<f64> = parallel::map(views, |view| {
-        let mut image = vec![0.0; width];
-        for (v, row) in view.iter().zip(columns.chunks_exact(width)) {
-            for (sum, value) in image.iter_mut().zip(row) {
-                *sum += v * f64::from(*value);
-            }
-        }
-        let counted = image.iter().zip(squares);
-        counted.map(|(x, square)| x * x * f64::from(*square)).sum()
+fn seen(views: &Views, columns: &[f32], squares: &[f32]) -> f64 {
+    let (hidden, width) = (views.hidden, squares.len());
+    let columns = Packed::of(hidden, width, |row, column| {
+        f64::from(columns[row * width + column])
     });
-    sums.iter().sum()
+    let parts = views.values.chunks(VIEWS_AT_ONCE * hidden);
+    let sums = parallel::map(parts, |views| -> Vec<f64> {
+        let images = columns.product(views, views.len() / hidden);
+        let images = images.chunks_exact(padded(width));
+        let counted = images.map(|image| {
+            let terms = image.iter().zip(squares);
+            terms.map(|(x, square)| x * x * f64::from(*square)).sum()
+        });
+        counted.collect()
+    });
+    sums.iter().flatten().sum()
 }
 
 /// `[rows, columns]` as `[columns, rows]`.
