@@ -6,9 +6,9 @@
 use std::ops::Range;
 use std::sync::{Arc, OnceLock};
 
+use pulp::{Arch, Simd, WithSimd};
+
 use super::mixer::Mixer;
-use crate::backend::cpu::kernels::Isa;
-use crate::backend::cpu::multiversion::multiversion;
 use crate::error::Result;
 use crate::parallel;
 
@@ -178,7 +178,7 @@ impl Packed {
     pub fn product(&self, a: &[f64], rows: usize) -> Vec<f64> {
         let width = self.values.len() / self.depth.max(1);
         let mut out = vec![0.0; rows * width];
-        let isa = Isa::detect();
+        let arch = Arch::new();
         if self.depth == 0 {
             return out;
         }
@@ -190,11 +190,23 @@ impl Packed {
                 let (out_fours, out_rest) = out.split_at_mut(fours.len() / self.depth * width);
                 let groups = fours.chunks_exact(ROWS * self.depth);
                 for (a, out) in groups.zip(out_fours.chunks_exact_mut(ROWS * width)) {
-                    four_rows(isa, a, b, out, width, first);
+                    arch.dispatch(RowSums::<ROWS> {
+                        a,
+                        b,
+                        out,
+                        width,
+                        first,
+                    });
                 }
                 let singles = rest.chunks_exact(self.depth);
                 for (a, out) in singles.zip(out_rest.chunks_exact_mut(width)) {
-                    one_row(isa, a, b, out, width, first);
+                    arch.dispatch(RowSums::<1> {
+                        a,
+                        b,
+                        out,
+                        width,
+                        first,
+                    });
                 }
             }
         }
@@ -202,33 +214,37 @@ impl Packed {
     }
 }
 
-multiversion! {
-    /// Sums of four rows with one panel.
-    fn four_rows(a: &[f64], b: &[f64], out: &mut [f64], width: usize, first: usize) = rows_body::<ROWS>;
+/// `out[row][first + column] = sum over k of a[row][k] * b[k][column]` for N rows and one panel, `b [depth, PANEL]`.
+struct RowSums<'a, const N: usize> {
+    a: &'a [f64],
+    b: &'a [f64],
+    out: &'a mut [f64],
+    width: usize,
+    first: usize,
 }
 
-multiversion! {
-    /// The same of one row.
-    fn one_row(a: &[f64], b: &[f64], out: &mut [f64], width: usize, first: usize) = rows_body::<1>;
-}
+impl<const N: usize> WithSimd for RowSums<'_, N> {
+    type Output = ();
 
-/// `out[row][first + column] = sum over k of a[row][k] * b[k][column]`.
-#[inline(always)]
-fn rows_body<const N: usize>(a: &[f64], b: &[f64], out: &mut [f64], width: usize, first: usize) {
-    let (b, _) = b.as_chunks::<PANEL>();
-    let depth = b.len();
-    let rows: [&[f64]; N] = std::array::from_fn(|row| &a[row * depth..][..depth]);
-    let mut sums = [[0.0; PANEL]; N];
-    for (k, b) in b.iter().enumerate() {
-        for (sums, row) in sums.iter_mut().zip(&rows) {
-            let factor = row[k];
-            for (sum, b) in sums.iter_mut().zip(b) {
-                *sum += factor * b;
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, simd: S) {
+        let (b, _) = self.b.as_chunks::<PANEL>();
+        let rows: [&[f64]; N] = std::array::from_fn(|row| &self.a[row * b.len()..][..b.len()]);
+        // A panel is one vector of AVX-512, two of AVX2, eight numbers elsewhere.
+        let mut sums = [[simd.splat_f64s(0.0); PANEL]; N];
+        for (k, b) in b.iter().enumerate() {
+            let (b, _) = S::as_simd_f64s(b);
+            for (sums, row) in sums.iter_mut().zip(&rows) {
+                let factor = simd.splat_f64s(row[k]);
+                for (sum, b) in sums.iter_mut().zip(b) {
+                    *sum = simd.add_f64s(*sum, simd.mul_f64s(factor, *b));
+                }
             }
         }
-    }
-    for (row, sums) in sums.iter().enumerate() {
-        out[row * width + first..][..PANEL].copy_from_slice(sums);
+        for (row, sums) in sums.iter().enumerate() {
+            let sums = bytemuck::cast_slice::<S::f64s, f64>(sums);
+            self.out[row * self.width + self.first..][..PANEL].copy_from_slice(&sums[..PANEL]);
+        }
     }
 }
 
@@ -243,12 +259,19 @@ mod tests {
         let mut values = |len| -> Vec<f64> { (0..len).map(|_| random.next_uniform()).collect() };
         let (depth, width) = (77, PANEL);
         let (a, b) = (values(ROWS * depth), values(depth * PANEL));
-        let of = |isa| {
+        let sums = |run: &dyn Fn(RowSums<'_, ROWS>)| {
             let mut out = vec![0.0; ROWS * width];
-            four_rows(isa, &a, &b, &mut out, width, 0);
+            run(RowSums {
+                a: &a,
+                b: &b,
+                out: &mut out,
+                width,
+                first: 0,
+            });
             out
         };
-        assert_eq!(of(Isa::Portable), of(Isa::detect()));
+        let here = sums(&|rows| Arch::new().dispatch(rows));
+        assert_eq!(here, sums(&|rows| pulp::Scalar.vectorize(rows)));
     }
 
     #[test]

@@ -34,6 +34,14 @@ pub fn attention(
         );
         append(&mut segment.state.values, &values[part], shape.arithmetic);
     }
+    let rounded: Vec<f32>;
+    let query = match shape.arithmetic {
+        AttentionArithmetic::F32 => query,
+        AttentionArithmetic::F16 => {
+            rounded = query.iter().map(|x| round_to_f16(*x)).collect();
+            &rounded
+        }
+    };
     let mut out = vec![0.0; query.len()];
     let shared = SharedRows::new(&mut out, width);
     let mut tasks = Vec::new();
@@ -63,8 +71,8 @@ pub fn attention(
         match shape.arithmetic {
             AttentionArithmetic::F32 => cache.attend(isa, &mut queries, scratch),
             AttentionArithmetic::F16 => {
-                for query in queries {
-                    attend_f16(isa, &cache, query.values, query.seen, scratch, query.out);
+                for query in &mut queries {
+                    attend_f16(isa, &cache, isa, query, scratch);
                 }
             }
         }
@@ -98,7 +106,7 @@ multiversion! {
 }
 
 multiversion! {
-    fn attend_f16(cache: &Cache<'_>, q: &[f32], seen: usize, rounded: &mut Vec<f32>, out: &mut [f32]) = Cache::attend_f16;
+    fn attend_f16(cache: &Cache<'_>, of: Isa, query: &mut Query<'_>, scratch: &mut Vec<f32>) = Cache::attend_f16;
 }
 
 /// One key-value head of a cache.
@@ -121,30 +129,39 @@ impl Cache<'_> {
     ///
     /// Source: ggml b11434, `ggml_compute_forward_flash_attn_ext_f16` on CPU, per row of queries.
     #[inline(always)]
-    fn attend_f16(&self, q: &[f32], seen: usize, rounded: &mut Vec<f32>, out: &mut [f32]) {
-        let scale = 1.0 / (q.len() as f32).sqrt();
-        rounded.clear();
-        rounded.extend(q.iter().map(|x| round_to_f16(*x)));
-        let (mut total, mut max) = (0.0_f32, f32::NEG_INFINITY);
-        for at in 0..seen {
-            let row = self.row(at, q.len());
-            let score = dot(rounded, &self.of.keys[row.clone()]) * scale;
-            let mut weight = 1.0;
-            if score > max {
-                let shrink = exp(max - score);
-                max = score;
-                total *= shrink;
-                out.iter_mut()
-                    .for_each(|out| *out = round_to_f16(*out * shrink));
+    fn attend_f16(&self, isa: Isa, query: &mut Query<'_>, scratch: &mut Vec<f32>) {
+        scratch.clear();
+        scratch.resize(2 * query.seen, 0.0);
+        let (scores, weights) = scratch.split_at_mut(query.seen);
+        self.score(isa, query, |at, score| scores[at] = score);
+        // All exponents are known before any value is summed: their loop becomes vectors.
+        let mut max = f32::NEG_INFINITY;
+        for (score, weight) in scores.iter().zip(&mut *weights) {
+            *weight = if *score > max {
+                max - score
             } else {
-                weight = exp(score - max);
+                score - max
+            };
+            max = if *score > max { *score } else { max };
+        }
+        weights.iter_mut().for_each(|weight| *weight = exp(*weight));
+        let (mut total, mut max) = (0.0_f32, f32::NEG_INFINITY);
+        for (at, (score, weight)) in scores.iter().zip(&*weights).enumerate() {
+            let mut weight = *weight;
+            if *score > max {
+                max = *score;
+                total *= weight;
+                let sums = query.out.iter_mut();
+                sums.for_each(|out| *out = round_to_f16(*out * weight));
+                weight = 1.0;
             }
             total += weight;
-            for (out, v) in out.iter_mut().zip(&self.of.values[row]) {
+            let values = &self.of.values[self.row(at, query.out.len())];
+            for (out, v) in query.out.iter_mut().zip(values) {
                 *out = round_to_f16(*out + weight * v);
             }
         }
-        out.iter_mut().for_each(|out| *out /= total);
+        query.out.iter_mut().for_each(|out| *out /= total);
     }
 
     /// Queries in the order of what they see; each result depends on its own query alone.
