@@ -43,7 +43,6 @@ use grid::RoundedRow;
 pub use held::{HeldRows, RoundingRows, RowProducts, RowsRounded, SUMMED_COLUMNS};
 pub use moments::{Damping, InputMoments};
 pub use outputs::OutputFactor;
-
 use steps::{GridSteps, Steps};
 use sweep::{Half, ROWS, Row};
 

@@ -6,7 +6,6 @@
 use std::ops::Range;
 
 use super::cholesky::Strips;
-
 use super::held::{HeldRows, RowProducts};
 use super::steps::GridSteps;
 use super::sweep::{Half, ROWS, Row};

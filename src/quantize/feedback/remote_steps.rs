@@ -4,7 +4,6 @@
 use std::ops::Range;
 
 use super::description::Search;
-
 use super::held::{RoundingRows, RowProducts, RowsRounded};
 use super::steps::GridSteps;
 use super::sweep::{Half, ROWS, Row};
