@@ -102,10 +102,11 @@ impl<T: SearchedType> WithSimd for Run<'_, T> {
         let lanes = Lanes::<S>::COUNT;
         let mut overflow = 0;
         let mut problem = Problem::empty(simd);
+        let mut row = RowEnergy::default();
         let batches = self.rows.chunks(lanes * BLOCK).zip(out.chunks_mut(lanes));
         for (batch, (rows, out)) in batches.enumerate() {
             problem.load(simd, rows);
-            self.weigh(simd, batch * lanes * BLOCK, &mut problem);
+            self.weigh(simd, batch * lanes * BLOCK, &mut problem, &mut row);
             let solution = T::search(simd, &problem);
             let (d, m) = (solution.d * problem.unit, solution.m * problem.unit);
             for (lane, block) in out.iter_mut().enumerate() {
@@ -122,9 +123,9 @@ impl<T: SearchedType> WithSimd for Run<'_, T> {
 }
 
 impl<T: SearchedType> Run<'_, T> {
-    /// Weighs the errors of the blocks from element `first` on.
+    /// Weighs the errors of the blocks from element `first` on; `row` is of the batch before.
     #[inline(always)]
-    fn weigh<S: Simd>(&self, simd: S, first: usize, problem: &mut Problem<S>) {
+    fn weigh<S: Simd>(&self, simd: S, first: usize, problem: &mut Problem<S>, row: &mut RowEnergy) {
         let Some(importance) = self.importance else {
             return problem.weigh_by_square();
         };
@@ -133,11 +134,11 @@ impl<T: SearchedType> Run<'_, T> {
             .take(Lanes::<S>::COUNT);
         let energy = match T::ENERGY {
             Energy::Row => {
-                let row_start = |at| at / self.row_len * self.row_len;
-                let rows = starts
-                    .clone()
-                    .map(|at| &self.rows[row_start(at)..][..self.row_len]);
-                problem.energy_of_rows(simd, rows)
+                let means = starts.clone().map(|at| {
+                    let index = at / self.row_len;
+                    row.of(index, || &self.rows[index * self.row_len..][..self.row_len])
+                });
+                problem.energy_of_rows(simd, means)
             }
             Energy::TwiceBlock => {
                 let energy = mean_square(&problem.x);
@@ -221,21 +222,13 @@ impl<S: Simd> Problem<S> {
         }
     }
 
-    /// The mean of `x^2` over the row of each lane.
+    /// `means`: of `x^2` over the row of each lane.
     #[inline(always)]
-    fn energy_of_rows<'a>(&self, simd: S, rows: impl Iterator<Item = &'a [f32]>) -> Lanes<S> {
+    fn energy_of_rows(&self, simd: S, means: impl Iterator<Item = f64>) -> Lanes<S> {
         let mut energy = Lanes::zero(simd);
-        let mut last: (Option<*const f32>, f64) = (None, 0.0);
-        for ((energy, unit), row) in energy
-            .as_mut_slice()
-            .iter_mut()
-            .zip(self.unit.as_slice())
-            .zip(rows)
-        {
-            if last.0 != Some(row.as_ptr()) {
-                last = (Some(row.as_ptr()), mean_square_of_row(row));
-            }
-            let in_units = last.1 / (f64::from(*unit) * f64::from(*unit));
+        let units = self.unit.as_slice();
+        for ((energy, unit), mean) in energy.as_mut_slice().iter_mut().zip(units).zip(means) {
+            let in_units = mean / (f64::from(*unit) * f64::from(*unit));
             *energy = in_units.min(1e30) as f32;
         }
         energy
@@ -264,6 +257,26 @@ impl<S: Simd> Problem<S> {
         for (weight, &x) in self.weight.iter_mut().zip(&self.x) {
             *weight = (*weight * inverse).max(floor) * (energy + x * x).sqrt();
         }
+    }
+}
+
+/// The mean of `x^2` over the row that was asked for last: rows are longer than batches.
+#[derive(Default)]
+struct RowEnergy {
+    row: Option<usize>,
+    mean: f64,
+}
+
+impl RowEnergy {
+    #[inline(always)]
+    fn of<'a>(&mut self, index: usize, row: impl FnOnce() -> &'a [f32]) -> f64 {
+        if self.row != Some(index) {
+            *self = Self {
+                row: Some(index),
+                mean: mean_square_of_row(row()),
+            };
+        }
+        self.mean
     }
 }
 

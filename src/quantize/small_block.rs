@@ -141,10 +141,8 @@ impl Tile {
             (self.step[b], self.inverse[b], self.offset[b]) =
                 (grid.step, grid.inverse, grid.offset);
         }
-        for b in 0..TILE / N {
-            self.inverse_of_each[b * N..][..N].fill(self.inverse[b]);
-            self.offset_of_each[b * N..][..N].fill(self.offset[b]);
-        }
+        spread::<S, N>(simd, &self.inverse, &mut self.inverse_of_each);
+        spread::<S, N>(simd, &self.offset, &mut self.offset_of_each);
     }
 
     #[inline(always)]
@@ -179,6 +177,16 @@ impl Tile {
             );
             *block = T::pack((self.step[b], self.offset[b]), rounded, codes);
         }
+    }
+}
+
+/// Repeats what belongs to a block for each of its elements.
+#[inline(always)]
+fn spread<S: Simd, const N: usize>(simd: S, of_blocks: &[f32], of_each: &mut [f32; TILE]) {
+    for (value, of_each) in of_blocks.iter().zip(of_each.as_chunks_mut::<N>().0) {
+        let (lanes, rest) = S::as_mut_simd_f32s(of_each);
+        lanes.fill(simd.splat_f32s(*value));
+        rest.fill(*value);
     }
 }
 

@@ -25,22 +25,38 @@ pub fn unpack<const BITS: usize, const STRIDE: usize>(
 }
 
 /// Gathers bits `shift..shift + BITS` of `codes` into bytes. The inverse of [`unpack`].
+///
+/// Eight bytes at a time, as one word: what is masked does not cross from byte to byte.
 #[inline(always)]
 pub fn pack<const BITS: usize, const STRIDE: usize, const BYTES: usize>(
     codes: &[u8],
     shift: usize,
 ) -> [u8; BYTES] {
-    let mask = ((1u16 << BITS) - 1) as u8;
+    let mask = u64::from_ne_bytes([((1u16 << BITS) - 1) as u8; WORD]);
     let mut packed = [0; BYTES];
     let chunks = codes.chunks_exact(STRIDE * 8 / BITS);
     for (bytes, codes) in packed.as_chunks_mut::<STRIDE>().0.iter_mut().zip(chunks) {
-        for (s, codes) in codes.as_chunks::<STRIDE>().0.iter().enumerate() {
-            for (byte, code) in bytes.iter_mut().zip(codes) {
-                *byte |= ((code >> shift) & mask) << (BITS * s);
+        for (w, bytes) in bytes.chunks_mut(WORD).enumerate() {
+            let mut word = 0;
+            for (s, codes) in codes.as_chunks::<STRIDE>().0.iter().enumerate() {
+                let codes = word_of(&codes[w * WORD..][..bytes.len()]);
+                word |= ((codes >> shift) & mask) << (BITS * s);
             }
+            bytes.copy_from_slice(&word.to_le_bytes()[..bytes.len()]);
         }
     }
     packed
+}
+
+/// Bytes of a word.
+const WORD: usize = 8;
+
+/// At most eight bytes, the first in the lowest bits.
+#[inline(always)]
+fn word_of(bytes: &[u8]) -> u64 {
+    let mut word = [0; WORD];
+    word[..bytes.len()].copy_from_slice(bytes);
+    u64::from_le_bytes(word)
 }
 
 /// Nibbles: byte `l` of each `HALF` bytes holds codes `l` (low) and `l + HALF` (high).
