@@ -4,6 +4,7 @@
 //! knows nothing of the work.
 
 use std::sync::Mutex;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 use rayon::prelude::*;
 
@@ -43,6 +44,29 @@ pub fn map<T: Send, R: Send>(
     results
 }
 
+/// As [`map`], where the work can fail: no item behind one that failed is begun.
+///
+/// # Errors
+/// That of the first item that fails, in the order of the items, whatever the number of threads.
+pub fn try_map<T: Send, R: Send, E: Send>(
+    items: impl IntoIterator<Item = T>,
+    work: impl Fn(T) -> Result<R, E> + Sync,
+) -> Result<Vec<R>, E> {
+    let first_failed = AtomicUsize::new(usize::MAX);
+    let results = map(items.into_iter().enumerate(), |(index, item)| {
+        if index > first_failed.load(Ordering::Relaxed) {
+            return None;
+        }
+        let result = work(item);
+        if result.is_err() {
+            first_failed.fetch_min(index, Ordering::Relaxed);
+        }
+        Some(result)
+    });
+    // What was left out lies behind an error.
+    results.into_iter().flatten().collect()
+}
+
 fn taken<T>(slot: &Mutex<Option<T>>) -> T {
     let mut item = slot.lock().expect("no work is done under this lock");
     item.take().expect("every index comes once")
@@ -76,6 +100,26 @@ mod tests {
             let mut seen = vec![0; count];
             on_three_threads(|| for_each(&mut seen, |seen| *seen += 1));
             assert_eq!(seen, vec![1; count]);
+        }
+    }
+
+    #[test]
+    fn the_first_error_is_returned_and_little_is_begun_behind_it() {
+        for count in [1, 2, 1000] {
+            assert_eq!(try_map(0..count, Ok::<_, ()>), Ok((0..count).collect()));
+        }
+        let begun = AtomicUsize::new(0);
+        let work = |x: usize| {
+            begun.fetch_add(1, Ordering::Relaxed);
+            if x % 400 == 7 { Err(x) } else { Ok(x) }
+        };
+        assert_eq!(try_map(0..1000, work), Err(7));
+        let one = rayon::ThreadPoolBuilder::new().num_threads(1).build();
+        begun.store(0, Ordering::Relaxed);
+        assert_eq!(one.unwrap().install(|| try_map(0..1000, work)), Err(7));
+        assert_eq!(begun.load(Ordering::Relaxed), 8);
+        for _ in 0..20 {
+            assert_eq!(on_three_threads(|| try_map(0..1000, work)), Err(7));
         }
     }
 

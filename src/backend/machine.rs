@@ -98,7 +98,7 @@ impl Machines {
         run: impl Fn(usize) -> Result<T> + Send + Sync,
     ) -> Result<Vec<T>> {
         match self {
-            Self::Cpu => parallel::map(parts, run).into_iter().collect(),
+            Self::Cpu => parallel::try_map(parts, run),
             #[cfg(feature = "device")]
             Self::Devices(_) => parts.map(run).collect(),
         }

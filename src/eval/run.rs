@@ -112,14 +112,12 @@ impl PreparedTask {
             }))
         };
         // The first fault in the order of the data, not the first that a thread found.
-        let prepared = parallel::map(data.documents.iter().enumerate(), prepare);
-        let prepared = prepared.into_iter().filter_map(Result::transpose);
-        let documents = prepared.collect::<Result<_>>()?;
+        let prepared = parallel::try_map(data.documents.iter().enumerate(), prepare)?;
         Ok(Self {
             task,
             original: data.documents.len(),
             files: data.files.clone(),
-            documents,
+            documents: prepared.into_iter().flatten().collect(),
         })
     }
 

@@ -249,8 +249,7 @@ impl<B: Backend> Scorer for NetworkScorer<B> {
                 .map(|(index, batch)| Ok((index, self.score_batch(batch)?)))
                 .collect()
         };
-        let lanes = parallel::map(0..lanes, lane);
-        let mut scored = lanes.into_iter().collect::<Result<Vec<_>>>()?.concat();
+        let mut scored = parallel::try_map(0..lanes, lane)?.concat();
         scored.sort_by_key(|(index, _)| *index);
         Ok(scored.into_iter().flat_map(|(_, scores)| scores).collect())
     }

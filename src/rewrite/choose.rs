@@ -288,12 +288,11 @@ impl Choice<'_> {
         let sizes = self.sizes(consumer)?;
         let tensor = self.rewritten().tensor(consumer)?;
         let balance = self.settings.balance;
-        let parts = parallel::map(0..tensor.matrices, |matrix| {
+        let parts = parallel::try_map(0..tensor.matrices, |matrix| -> Result<Vec<f64>> {
             let columns = self.column_sizes(tensor, matrix)?;
             let sizes = &sizes[matrix * tensor.columns..][..tensor.columns];
             Ok(scales(sizes, &columns, balance))
         });
-        let parts: Result<Vec<Vec<f64>>> = parts.into_iter().collect();
         Ok(parts?.concat())
     }
 

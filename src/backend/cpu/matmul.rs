@@ -61,7 +61,7 @@ pub fn matmul(
         false => TILE_TOKENS / MAX_TOKENS,
     };
     let token_items = tiles.len().div_ceil(per_item);
-    let done = parallel::map(0..row_tiles * token_items, |item| {
+    let done: Result<Vec<()>> = parallel::try_map(0..row_tiles * token_items, |item| {
         let (row_tile, token_item) = (item % row_tiles, item / row_tiles);
         let begin = token_item * per_item;
         let tiles = &tiles[begin..(begin + per_item).min(tiles.len())];
@@ -75,8 +75,7 @@ pub fn matmul(
         };
         SCRATCH.with_borrow_mut(|scratch| product.run(weight, matrix, scratch))
     });
-    done.into_iter().collect::<Result<()>>()?;
-    Ok(out)
+    done.map(|_| out)
 }
 
 /// One work item: up to 64 weight rows times some tiles of tokens.

@@ -123,8 +123,7 @@ impl<'a> TensorRounding<'a> {
         for first in (self.done..end).step_by(self.job.machines.count()) {
             let matrices = first..end.min(first + self.job.machines.count());
             let one = |matrix| self.matrix(matrix, &prior, seen);
-            let rounded = parallel::map(matrices.clone(), one);
-            let rounded = rounded.into_iter().collect::<Result<Vec<_>>>()?;
+            let rounded = parallel::try_map(matrices.clone(), one)?;
             for (matrix, rounded) in matrices.zip(rounded) {
                 self.keep(seen.get(&(self.input.clone(), matrix)), rounded);
             }

@@ -11,7 +11,8 @@ use super::super::integer::ScaleFloat;
 use super::super::lanes::Lanes;
 use super::super::symmetric::Nearest;
 use super::cholesky::Strips;
-use super::grid::{Lattice, Scales};
+use super::grid::Lattice;
+use super::scales::Scales;
 use super::sweep::{Half, ROWS, Row, gather, spread, write};
 
 /// One pass over a chunk of columns.

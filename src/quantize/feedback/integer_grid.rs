@@ -14,7 +14,8 @@ use super::super::lanes::Lanes;
 use super::super::super_block::Sweep;
 use super::super::symmetric::{Codebook, NearestWhole, Whole};
 use super::description::Search;
-use super::grid::{Candidates, FeedbackGrid, Lattice, RoundedRow, Scales};
+use super::grid::{FeedbackGrid, Lattice, RoundedRow};
+use super::scales::{Candidates, Scales};
 use super::sweep::{Half, ROWS, Row};
 
 /// 4-bit codes, a scale and perhaps a zero point per `SUB` columns.

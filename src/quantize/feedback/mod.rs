@@ -17,7 +17,8 @@ mod integer_grid;
 mod moments;
 mod outputs;
 mod remote;
-mod remote_steps;
+mod remote_rounding;
+mod scales;
 mod steps;
 mod sweep;
 #[cfg(test)]

@@ -13,7 +13,8 @@ use super::super::symmetric::Codebook;
 use super::cholesky::{Factor, Strips};
 use super::descent::Pass;
 use super::description::GridDescription;
-use super::grid::{Candidates, FeedbackGrid, RoundedRow, Scales};
+use super::grid::{FeedbackGrid, RoundedRow};
+use super::scales::{Candidates, Scales};
 use super::sweep::{FirstPass, Half, ROWS, Row};
 
 /// Most weights of a block.

@@ -13,7 +13,7 @@ use pulp::{Simd, WithSimd};
 use super::super::lanes::Lanes;
 use super::super::symmetric::Nearest;
 use super::cholesky::{Factor, STRIP, Strips};
-use super::grid::{Candidates, Scales};
+use super::scales::{Candidates, Scales};
 use super::steps::GridSteps;
 
 /// Rows that go side by side.

@@ -377,15 +377,15 @@ impl Job<'_> {
         let idle = Mutex::new(Vec::new());
         let lock = || idle.lock().expect("no work is done under this lock");
         for batch in tiles.chunks(TILES_AT_ONCE) {
-            let made = parallel::map(batch, |&(matrix, row)| {
+            let made = parallel::try_map(batch, |&(matrix, row)| {
                 let mut buffers = lock().pop().unwrap_or_default();
                 let tile = self.tile(matrix, row, step.min(tensor.rows - row), &mut buffers);
                 lock().push(buffers);
                 tile
-            });
+            })?;
             for (tile, (matrix, row)) in made.into_iter().zip(batch) {
                 let rows_before = matrix * tensor.rows + row;
-                whole.merge(tile?, *matrix, (rows_before * blocks_of_row) as u64);
+                whole.merge(tile, *matrix, (rows_before * blocks_of_row) as u64);
             }
         }
         Ok(whole)
