@@ -8,8 +8,8 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 use rayon::prelude::*;
 
-/// Does something with every item, in any order. An item costs a lock: finer ones than some thousand operations go in
-/// chunks.
+/// Does something with every item, in any order. An item costs a lock: many that are finer than some thousand operations
+/// go in chunks.
 ///
 /// # Panics
 /// The work does.

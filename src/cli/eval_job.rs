@@ -19,7 +19,6 @@ use nemoconv::eval::samples::sha256;
 use nemoconv::eval::shard::Shard;
 use nemoconv::eval::tasks::Task;
 use nemoconv::forward::scoring::Scorer;
-use rayon::prelude::*;
 use serde_json::{Value, json};
 
 use super::args::{Eval, EvalCommand, EvalMerge, EvalRun};
@@ -277,9 +276,7 @@ fn read_data(args: &EvalRun) -> Result<Vec<(Task, DataSet)>> {
             tasks.push(*task);
         }
     }
-    let read = |task: Task| Ok((task, DataSet::read(folder, task)?));
-    let data: Vec<Result<_>> = tasks.into_par_iter().map(read).collect();
-    data.into_iter().collect()
+    DataSet::read_all(folder, tasks)
 }
 
 /// Seconds since 1970: SOURCE_DATE_EPOCH, else now.

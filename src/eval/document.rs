@@ -12,6 +12,7 @@ use serde_json::{Map, Value};
 use super::parquet;
 use super::tasks::Task;
 use crate::error::{Error, Fault, Result};
+use crate::parallel;
 
 /// Longest line: several times the longest page of the known data sets.
 const MAX_LINE_BYTES: u64 = 64 << 20;
@@ -60,6 +61,14 @@ impl DataSet {
             ));
         }
         Ok(Self { files, documents })
+    }
+
+    /// [`read`](Self::read) for some tasks, side by side.
+    ///
+    /// # Errors
+    /// Those of the first task that has some.
+    pub fn read_all(folder: &Path, tasks: Vec<Task>) -> Result<Vec<(Task, Self)>> {
+        parallel::try_map(tasks, |task| Ok((task, Self::read(folder, task)?)))
     }
 
     /// A fault of one row: file and line, then what is wrong.

@@ -102,11 +102,16 @@ impl<T: SearchedType> WithSimd for Run<'_, T> {
         let lanes = Lanes::<S>::COUNT;
         let mut overflow = 0;
         let mut problem = Problem::empty(simd);
-        let mut row = RowEnergy::default();
+        let mut energy_of_row = RowEnergy::default();
         let batches = self.rows.chunks(lanes * BLOCK).zip(out.chunks_mut(lanes));
         for (batch, (rows, out)) in batches.enumerate() {
             problem.load(simd, rows);
-            self.weigh(simd, batch * lanes * BLOCK, &mut problem, &mut row);
+            self.weigh(
+                simd,
+                batch * lanes * BLOCK,
+                &mut problem,
+                &mut energy_of_row,
+            );
             let solution = T::search(simd, &problem);
             let (d, m) = (solution.d * problem.unit, solution.m * problem.unit);
             for (lane, block) in out.iter_mut().enumerate() {
@@ -123,9 +128,15 @@ impl<T: SearchedType> WithSimd for Run<'_, T> {
 }
 
 impl<T: SearchedType> Run<'_, T> {
-    /// Weighs the errors of the blocks from element `first` on; `row` is of the batch before.
+    /// Weighs the errors of the blocks from element `first` on; `energy_of_row` is of the row asked for last.
     #[inline(always)]
-    fn weigh<S: Simd>(&self, simd: S, first: usize, problem: &mut Problem<S>, row: &mut RowEnergy) {
+    fn weigh<S: Simd>(
+        &self,
+        simd: S,
+        first: usize,
+        problem: &mut Problem<S>,
+        energy_of_row: &mut RowEnergy,
+    ) {
         let Some(importance) = self.importance else {
             return problem.weigh_by_square();
         };
@@ -136,7 +147,7 @@ impl<T: SearchedType> Run<'_, T> {
             Energy::Row => {
                 let means = starts.clone().map(|at| {
                     let index = at / self.row_len;
-                    row.of(index, || &self.rows[index * self.row_len..][..self.row_len])
+                    energy_of_row.of(index, || &self.rows[index * self.row_len..][..self.row_len])
                 });
                 problem.energy_of_rows(simd, means)
             }
@@ -260,7 +271,7 @@ impl<S: Simd> Problem<S> {
     }
 }
 
-/// The mean of `x^2` over the row that was asked for last: rows are longer than batches.
+/// The mean of `x^2` over the row that was asked for last: rows are mostly longer than batches.
 #[derive(Default)]
 struct RowEnergy {
     row: Option<usize>,

@@ -44,8 +44,11 @@ pub trait Codebook {
         Self::NEAREST.nearest(x)
     }
 
-    /// The code of the value nearest to `x`.
-    fn code<S: Simd>(x: Lanes<S>) -> Lanes<S>;
+    /// The code of the value nearest to `x`; that value, where no other is told.
+    #[inline(always)]
+    fn code<S: Simd>(x: Lanes<S>) -> Lanes<S> {
+        Self::nearest(x)
+    }
 }
 
 /// Rounding to the values of a codebook. Codebooks of whole numbers share it, and so share what is compiled around it.

@@ -361,10 +361,12 @@ fn sensitivities_of_devices_are_those_of_the_cpu() {
 /// Of the divergences of a group's types, as a share of them.
 fn largest_difference(found: &Value, expected: &Value) -> f64 {
     let types = [found, expected].map(|types| types.as_array().expect("types were looked at"));
+    assert!(types[0].len() == types[1].len() && !types[0].is_empty());
     let difference = |(found, expected): (&Value, &Value)| {
         assert_eq!(found["type"], expected["type"]);
         let [found, expected] =
             [found, expected].map(|ty| ty["kl_divergence"].as_f64().expect("it is a number"));
+        assert!(expected > 0.0);
         (found - expected).abs() / expected
     };
     types[0]

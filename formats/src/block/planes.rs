@@ -26,12 +26,13 @@ pub fn unpack<const BITS: usize, const STRIDE: usize>(
 
 /// Gathers bits `shift..shift + BITS` of `codes` into bytes. The inverse of [`unpack`].
 ///
-/// Eight bytes at a time, as one word: what is masked does not cross from byte to byte.
+/// Eight bytes at a time, as one word, whose bytes stay apart: `shift + BITS` is at most 8.
 #[inline(always)]
 pub fn pack<const BITS: usize, const STRIDE: usize, const BYTES: usize>(
     codes: &[u8],
     shift: usize,
 ) -> [u8; BYTES] {
+    debug_assert!(shift + BITS <= 8, "bits of the next code");
     let mask = u64::from_ne_bytes([((1u16 << BITS) - 1) as u8; WORD]);
     let mut packed = [0; BYTES];
     let chunks = codes.chunks_exact(STRIDE * 8 / BITS);

@@ -124,8 +124,8 @@ impl Cache<'_> {
         begin..begin + head_dim
     }
 
-    /// One pass over the positions, as flash attention makes it: what was summed is scaled down whenever a larger score
-    /// comes. Every sum is rounded to F16.
+    /// Sums values in one pass over the positions, as flash attention does: what was summed is scaled down whenever a larger
+    /// score comes. Every sum is rounded to F16.
     ///
     /// Source: ggml b11434, `ggml_compute_forward_flash_attn_ext_f16` on CPU, per row of queries.
     #[inline(always)]
@@ -290,6 +290,19 @@ mod tests {
         arithmetic: AttentionArithmetic::F32,
     };
 
+    /// Heads of whole vectors, which scores have a kernel for.
+    const VECTORS: AttentionShape = AttentionShape {
+        head_dim: 48,
+        ..WIDE
+    };
+
+    fn f16(shape: AttentionShape) -> AttentionShape {
+        AttentionShape {
+            arithmetic: AttentionArithmetic::F16,
+            ..shape
+        }
+    }
+
     fn values(count: usize, seed: usize) -> Vec<f32> {
         (0..count)
             .map(|i| ((i * 29 + seed * 13) % 19) as f32 / 5.0 - 1.9)
@@ -362,15 +375,12 @@ mod tests {
     fn it_is_a_weighted_mean_of_values() {
         check_mean(SHAPE);
         check_mean(WIDE);
+        check_mean(VECTORS);
     }
 
     #[test]
     fn pieces_give_what_the_whole_gives() {
-        let f16 = AttentionShape {
-            arithmetic: AttentionArithmetic::F16,
-            ..SHAPE
-        };
-        for (shape, isa) in [SHAPE, WIDE, f16]
+        for (shape, isa) in [SHAPE, WIDE, VECTORS, f16(SHAPE), f16(VECTORS)]
             .iter()
             .flat_map(|shape| Isa::all().into_iter().map(|isa| (*shape, isa)))
         {
@@ -382,20 +392,20 @@ mod tests {
 
     #[test]
     fn vectors_of_any_width_give_the_same_bits() {
-        let all = Isa::all().into_iter();
-        let all: Vec<_> = all.map(|isa| run(isa, &[45], WIDE)).collect();
-        assert!(all.windows(2).all(|pair| pair[0] == pair[1]));
+        for shape in [WIDE, VECTORS, f16(WIDE), f16(VECTORS)] {
+            let all = Isa::all().into_iter();
+            let all: Vec<_> = all.map(|isa| run(isa, &[45], shape)).collect();
+            assert!(all.windows(2).all(|pair| pair[0] == pair[1]), "{shape:?}");
+        }
     }
 
     #[test]
     fn f16_is_near_and_not_the_same() {
-        let f16 = AttentionShape {
-            arithmetic: AttentionArithmetic::F16,
-            ..SHAPE
-        };
-        let [exact, f16] = [SHAPE, f16].map(|shape| run(Isa::detect(), &[25], shape));
-        let differences = exact.iter().zip(&f16).map(|(a, b)| (a - b).abs());
-        let largest = differences.fold(0.0, f32::max);
-        assert!(largest > 1e-5 && largest < 1e-2, "{largest}");
+        for shape in [SHAPE, VECTORS] {
+            let [exact, f16] = [shape, f16(shape)].map(|shape| run(Isa::detect(), &[25], shape));
+            let differences = exact.iter().zip(&f16).map(|(a, b)| (a - b).abs());
+            let largest = differences.fold(0.0, f32::max);
+            assert!(largest > 1e-5 && largest < 1e-2, "{largest}");
+        }
     }
 }

@@ -75,8 +75,12 @@ impl Stage {
         }
         let model = json!({"type": "BPE", "vocab": {}, "merges": []});
         let tokenizer = json!({"model": model, self.key: value}).to_string();
-        let malformed = |error| Error::malformed(format!("in `{}`: {error}", self.key));
-        tokenizer.parse().map_err(malformed)
+        tokenizer.parse().map_err(|error: tokenizers::Error| {
+            // The place is one in the text above, which nobody has.
+            let error = error.to_string();
+            let what = error.split(" at line ").next().unwrap_or_default();
+            Error::malformed(format!("in `{}`: {what}", self.key))
+        })
     }
 
     fn check(&self, value: &Value) -> Result<()> {

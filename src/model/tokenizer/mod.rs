@@ -295,7 +295,7 @@ mod tests {
             (
                 "/pre_tokenizer/pretokenizers/0/pattern/Regex",
                 json!("("),
-                "in `pre_tokenizer`: ",
+                "in `pre_tokenizer`: data did not match any variant of untagged enum PreTokenizerWrapper (tokenizer.json)",
             ),
             (
                 "/pre_tokenizer/pretokenizers/0/pattern/Regex",

@@ -75,12 +75,13 @@ pub trait FeedbackGrid: Sync + Send {
         let _ = (half, pivots);
     }
 
-    /// What is fixed when a block begins, given its targets and what an error in each column counts. Asked where
-    /// [`Self::HAS_HEAD`]; elsewhere that is what was chosen beforehand.
+    /// What is fixed when a block begins, given its targets and what an error in each column counts.
+    ///
+    /// # Panics
+    /// Without [`Self::HAS_HEAD`]: there it is what was chosen beforehand.
     #[inline(always)]
-    fn begin<S: Simd>(&self, simd: S, targets: &[Lanes<S>], weights: &[f32]) -> Scales<S> {
-        let _ = (targets, weights);
-        Scales::head(Lanes::zero(simd), Lanes::zero(simd))
+    fn begin<S: Simd>(&self, _: S, _: &[Lanes<S>], _: &[f32]) -> Scales<S> {
+        unreachable!("asked of grids whose blocks have factors of their own")
     }
 
     /// Scales to try for a sub-block, at least one.
@@ -245,11 +246,6 @@ impl Codebook for Bytes {
         first: Self::FIRST,
         last: Self::LAST,
     };
-
-    #[inline(always)]
-    fn code<S: Simd>(x: Lanes<S>) -> Lanes<S> {
-        Self::nearest(x)
-    }
 }
 
 /// The whole numbers from 0 on, each its own code.
@@ -263,11 +259,6 @@ impl<const LAST: i32> Codebook for Unsigned<LAST> {
         first: Self::FIRST,
         last: Self::LAST,
     };
-
-    #[inline(always)]
-    fn code<S: Simd>(x: Lanes<S>) -> Lanes<S> {
-        Self::nearest(x)
-    }
 }
 
 /// Relative changes of the scale that are tried around the best line.

@@ -8,6 +8,7 @@
 //! scales and codes (`descent`). Where gradients at the outputs are known, rows repair each other too (`outputs`).
 
 pub mod cholesky;
+mod compiled;
 mod correction;
 mod descent;
 mod description;
@@ -19,7 +20,6 @@ mod outputs;
 mod remote;
 mod remote_rounding;
 mod scales;
-mod steps;
 mod sweep;
 #[cfg(test)]
 mod tests;
@@ -37,6 +37,7 @@ use crate::formats::GgmlType;
 use crate::formats::packed::Width;
 use crate::parallel;
 use cholesky::{STRIP, Strips};
+use compiled::{Compiled, CompiledGrid};
 pub use correction::Correction;
 pub use description::{GridDescription, Search};
 pub use grid::Lattice;
@@ -44,7 +45,6 @@ use grid::RoundedRow;
 pub use held::{HeldRows, RoundingRows, RowProducts, RowsRounded, SUMMED_COLUMNS};
 pub use moments::{Damping, InputMoments};
 pub use outputs::OutputFactor;
-use steps::{GridSteps, Steps};
 use sweep::{Half, ROWS, Row};
 
 /// Columns that are rounded between two products with everything before them: a multiple of every block.
@@ -72,33 +72,33 @@ impl AddAssign for Rounded {
 }
 
 /// The grid of a type, where it has one.
-fn grid_of(ty: GgmlType) -> Option<&'static dyn GridSteps> {
+fn grid_of(ty: GgmlType) -> Option<&'static dyn CompiledGrid> {
     Some(match ty {
-        GgmlType::Q4_0 => &Steps::<_, 32>(grid::Q4_0),
-        GgmlType::Q4_1 => &Steps::<_, 32>(grid::Q4_1),
-        GgmlType::Q5_0 => &Steps::<_, 32>(grid::Q5_0),
-        GgmlType::Q5_1 => &Steps::<_, 32>(grid::Q5_1),
-        GgmlType::Q8_0 => &Steps::<_, 32>(grid::Q8_0),
-        GgmlType::IQ4_NL => &Steps::<_, 32>(grid::IQ4_NL),
-        GgmlType::MXFP4 => &Steps::<_, 32>(grid::MXFP4),
-        GgmlType::Q2_K => &Steps::<_, 16>(grid::Q2_K),
-        GgmlType::Q3_K => &Steps::<_, 16>(grid::Q3_K),
-        GgmlType::Q4_K => &Steps::<_, 32>(grid::Q4_K),
-        GgmlType::Q5_K => &Steps::<_, 32>(grid::Q5_K),
-        GgmlType::Q6_K => &Steps::<_, 16>(grid::Q6_K),
-        GgmlType::IQ4_XS => &Steps::<_, 32>(grid::IQ4_XS),
+        GgmlType::Q4_0 => &Compiled::<_, 32>(grid::Q4_0),
+        GgmlType::Q4_1 => &Compiled::<_, 32>(grid::Q4_1),
+        GgmlType::Q5_0 => &Compiled::<_, 32>(grid::Q5_0),
+        GgmlType::Q5_1 => &Compiled::<_, 32>(grid::Q5_1),
+        GgmlType::Q8_0 => &Compiled::<_, 32>(grid::Q8_0),
+        GgmlType::IQ4_NL => &Compiled::<_, 32>(grid::IQ4_NL),
+        GgmlType::MXFP4 => &Compiled::<_, 32>(grid::MXFP4),
+        GgmlType::Q2_K => &Compiled::<_, 16>(grid::Q2_K),
+        GgmlType::Q3_K => &Compiled::<_, 16>(grid::Q3_K),
+        GgmlType::Q4_K => &Compiled::<_, 32>(grid::Q4_K),
+        GgmlType::Q5_K => &Compiled::<_, 32>(grid::Q5_K),
+        GgmlType::Q6_K => &Compiled::<_, 16>(grid::Q6_K),
+        GgmlType::IQ4_XS => &Compiled::<_, 32>(grid::IQ4_XS),
         _ => return None,
     })
 }
 
 /// The steps of a grid that has feedback.
-fn steps_of(grid: IntegerGrid) -> Box<dyn GridSteps> {
+fn integer_grid_of(grid: IntegerGrid) -> Box<dyn CompiledGrid> {
     use integer_grid::{Groups, ROWS_SUB, Rows};
     match (grid.width, grid.group_size) {
-        (Width::Eight, _) => Box::new(Steps::<_, ROWS_SUB>(Rows(grid))),
-        (Width::Four, Some(32)) => Box::new(Steps::<_, 32>(Groups::<32>(grid))),
-        (Width::Four, Some(64)) => Box::new(Steps::<_, 64>(Groups::<64>(grid))),
-        _ => Box::new(Steps::<_, 128>(Groups::<128>(grid))),
+        (Width::Eight, _) => Box::new(Compiled::<_, ROWS_SUB>(Rows(grid))),
+        (Width::Four, Some(32)) => Box::new(Compiled::<_, 32>(Groups::<32>(grid))),
+        (Width::Four, Some(64)) => Box::new(Compiled::<_, 64>(Groups::<64>(grid))),
+        _ => Box::new(Compiled::<_, 128>(Groups::<128>(grid))),
     }
 }
 
@@ -279,10 +279,10 @@ impl<'a> Job<'a> {
         let columns = self.how.moments.in_features();
         assert!(can_feed_back_integers(&grid, columns) && rows.len().is_multiple_of(columns));
         assert_eq!(out.len(), rows.len() / columns * grid.row_bytes(columns));
-        self.run(steps_of(grid).as_ref(), rows, out)
+        self.run(integer_grid_of(grid).as_ref(), rows, out)
     }
 
-    fn run(&self, grid: &dyn GridSteps, rows: &[f32], out: &mut [u8]) -> Result<Rounded> {
+    fn run(&self, grid: &dyn CompiledGrid, rows: &[f32], out: &mut [u8]) -> Result<Rounded> {
         let columns = self.how.moments.in_features();
         if self.how.outputs.is_empty() {
             return match self.machine {
@@ -308,7 +308,7 @@ impl<'a> Job<'a> {
     /// Rows that are rounded without regard to each other. Their errors against `rows` go to `errors`.
     fn panels(
         &self,
-        grid: &dyn GridSteps,
+        grid: &dyn CompiledGrid,
         rows: &[f32],
         out: &mut [u8],
         errors: Option<&mut [f32]>,
@@ -335,7 +335,7 @@ impl<'a> Job<'a> {
     /// Blocks of rows, each with the repairs of those before it.
     fn row_after_row(
         &self,
-        grid: &dyn GridSteps,
+        grid: &dyn CompiledGrid,
         rows: &[f32],
         outputs: &OutputFactor,
         out: &mut [u8],
@@ -373,7 +373,7 @@ impl<'a> Job<'a> {
 
     fn panel(
         &self,
-        grid: &dyn GridSteps,
+        grid: &dyn CompiledGrid,
         rows: &[f32],
         out: &mut [u8],
         errors: Option<&mut [f32]>,
@@ -415,7 +415,7 @@ impl<'a> Job<'a> {
 
     fn first_pass(
         &self,
-        grid: &dyn GridSteps,
+        grid: &dyn CompiledGrid,
         halves: &mut [Half; 2],
         chunk: Range<usize>,
         repairs: [Vec<Row>; 2],
@@ -434,7 +434,7 @@ impl<'a> Job<'a> {
 
     fn descend(
         &self,
-        grid: &dyn GridSteps,
+        grid: &dyn CompiledGrid,
         halves: &mut [Half; 2],
         chunk: Range<usize>,
         gradients: [Vec<Row>; 2],
@@ -448,7 +448,7 @@ impl<'a> Job<'a> {
 }
 
 /// Packs the rows of a panel that are there; says how many scales are too large.
-fn pack_panel(grid: &dyn GridSteps, halves: &[Half; 2], columns: usize, out: &mut [u8]) -> u64 {
+fn pack_panel(grid: &dyn CompiledGrid, halves: &[Half; 2], columns: usize, out: &mut [u8]) -> u64 {
     let mut overflow = 0;
     for (row, out) in out.chunks_exact_mut(grid.row_bytes(columns)).enumerate() {
         let (half, lane) = (&halves[row / ROWS], row % ROWS);

@@ -6,8 +6,8 @@
 use std::ops::Range;
 
 use super::cholesky::Strips;
+use super::compiled::CompiledGrid;
 use super::held::{HeldRows, RowProducts};
-use super::steps::GridSteps;
 use super::sweep::{Half, ROWS, Row};
 use super::{Job, Rounded, chunks, halves_of, loss_in, pack_panel};
 use crate::backend::cpu::kernels::FLOAT_ROWS;
@@ -94,7 +94,7 @@ impl Job<'_> {
     pub(super) fn panels_on(
         &self,
         machine: &dyn RowProducts,
-        grid: &dyn GridSteps,
+        grid: &dyn CompiledGrid,
         rows: &[f32],
         out: &mut [u8],
     ) -> Result<Rounded> {

@@ -3,9 +3,9 @@
 
 use std::ops::Range;
 
+use super::compiled::CompiledGrid;
 use super::description::Search;
 use super::held::{RoundingRows, RowProducts, RowsRounded};
-use super::steps::GridSteps;
 use super::sweep::{Half, ROWS, Row};
 use super::{CHUNK, Job, Rounded, chunks, halves_of, pack_panel};
 use crate::backend::cpu::kernels::FLOAT_ROWS;
@@ -17,7 +17,7 @@ impl Job<'_> {
     pub(super) fn rounded_by(
         &self,
         machine: &dyn RowProducts,
-        grid: &dyn GridSteps,
+        grid: &dyn CompiledGrid,
         rows: &[f32],
         out: &mut [u8],
     ) -> Result<Option<Rounded>> {
@@ -67,7 +67,7 @@ impl Job<'_> {
     }
 
     /// Scales that are chosen beforehand, `[sub-block][d, dmin, scale, min][row]`.
-    fn presets(&self, grid: &dyn GridSteps, rows: &[f32]) -> Vec<f32> {
+    fn presets(&self, grid: &dyn CompiledGrid, rows: &[f32]) -> Vec<f32> {
         let columns = self.how.moments.in_features();
         let panels = parallel::map(rows.chunks(ROWS * columns), |rows| {
             let rows: Vec<&[f32]> = rows.chunks_exact(columns).collect();
@@ -106,7 +106,7 @@ fn by_column(rows: &[f32], columns: usize) -> Vec<f32> {
 
 /// Packs rows whose codes and scales were found; says how many scales are too large.
 fn pack(
-    grid: &dyn GridSteps,
+    grid: &dyn CompiledGrid,
     rows: &[f32],
     columns: usize,
     found: &RowsRounded,

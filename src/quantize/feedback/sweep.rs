@@ -13,8 +13,8 @@ use pulp::{Simd, WithSimd};
 use super::super::lanes::Lanes;
 use super::super::symmetric::Nearest;
 use super::cholesky::{Factor, STRIP, Strips};
+use super::compiled::CompiledGrid;
 use super::scales::{Candidates, Scales};
-use super::steps::GridSteps;
 
 /// Rows that go side by side.
 pub const ROWS: usize = 16;
@@ -82,7 +82,7 @@ pub struct FirstPass<'a, N, const SUB: usize> {
     /// The factor of the second moments.
     pub factor: &'a Factor,
     /// Who knows scales to try.
-    pub grid: &'a dyn GridSteps,
+    pub grid: &'a dyn CompiledGrid,
     /// Rounds to the type's codes.
     pub nearest: N,
 }

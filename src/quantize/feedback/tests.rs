@@ -197,7 +197,7 @@ fn upper_cholesky(n: usize, matrix: &[f64]) -> Vec<f64> {
 
 #[test]
 fn codes_are_those_of_textbook_gptq_on_the_same_grid() {
-    fn check(grid: &dyn GridSteps, nearest: impl Fn(f64) -> f64) {
+    fn check(grid: &dyn CompiledGrid, nearest: impl Fn(f64) -> f64) {
         let (n, sub) = (256, grid.sub());
         let (rows, moments) = (weights(16, n), prepared(n));
         let damped: Vec<f64> = (0..n * n)
@@ -237,7 +237,7 @@ fn codes_are_those_of_textbook_gptq_on_the_same_grid() {
             Width::Eight => whole(-128.0, 127.0),
             Width::Four => whole(-8.0, 7.0),
         };
-        check(steps_of(grid).as_ref(), nearest);
+        check(integer_grid_of(grid).as_ref(), nearest);
     }
 }
 

@@ -21,7 +21,7 @@ use super::sweep::{FirstPass, Half, ROWS, Row};
 const MAX_BLOCK: usize = 256;
 
 /// What rounding asks of a grid. Scales are `[d, dmin, scale, min]` of sixteen rows, targets `[column]`.
-pub trait GridSteps: Sync + Send {
+pub trait CompiledGrid: Sync + Send {
     /// Columns of a block.
     fn block(&self) -> usize;
 
@@ -67,14 +67,14 @@ pub trait GridSteps: Sync + Send {
 }
 
 /// A grid whose sub-blocks have `SUB` columns, known where it is compiled.
-pub struct Steps<G, const SUB: usize>(pub G);
+pub struct Compiled<G, const SUB: usize>(pub G);
 
-impl<G: FeedbackGrid, const SUB: usize> Steps<G, SUB> {
+impl<G: FeedbackGrid, const SUB: usize> Compiled<G, SUB> {
     const WHOLE: () =
         assert!(G::SUB == SUB && G::BLOCK.is_multiple_of(SUB) && G::BLOCK <= MAX_BLOCK);
 }
 
-impl<G: FeedbackGrid, const SUB: usize> GridSteps for Steps<G, SUB> {
+impl<G: FeedbackGrid, const SUB: usize> CompiledGrid for Compiled<G, SUB> {
     fn block(&self) -> usize {
         let () = Self::WHOLE;
         G::BLOCK
