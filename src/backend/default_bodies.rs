@@ -53,6 +53,16 @@ pub fn duplicate<B: Backend + ?Sized>(backend: &B, buffer: &B::Buffer) -> Result
     backend.upload(fetch(backend, buffer)?)
 }
 
+pub fn embed<B: Backend + ?Sized>(
+    backend: &B,
+    embedding: &B::Weight,
+    tokens: &[u32],
+) -> Result<B::Buffer> {
+    backend.on_host("embed");
+    let embedding = backend.host_weight(embedding);
+    backend.upload(backend.host().embed(embedding, tokens)?)
+}
+
 pub fn matmul<B: Backend + ?Sized>(
     backend: &B,
     weight: &B::Weight,

@@ -274,7 +274,7 @@ pub trait Backend: Sync {
     /// # Errors
     /// The file cannot be read.
     fn embed(&self, embedding: &Self::Weight, tokens: &[u32]) -> Result<Self::Buffer> {
-        self.upload(self.host().embed(self.host_weight(embedding), tokens)?)
+        default_bodies::embed(self, embedding, tokens)
     }
 
     /// `x W^T` for matrix `matrix` of a stack: `input [rows, in_features]` to `[rows, out_features]`, activations taken

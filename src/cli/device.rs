@@ -66,7 +66,8 @@ impl FromStr for WantedDevice {
     }
 }
 
-/// Runs `work` on what was asked for. Where a device runs out of memory, the CPU does it again.
+/// Runs `work` on what was asked for. Where a device runs out of memory, the CPU does it again, and whatever fails of one that
+/// nobody asked for.
 pub fn on_device<T>(
     args: &DeviceArgs,
     talk: &Talk,
@@ -77,12 +78,17 @@ pub fn on_device<T>(
     machines.tallies().iter().for_each(|tally| talk.say(tally));
     match done {
         #[cfg(feature = "device")]
-        Err(Error::Device(error @ DeviceError::OutOfMemory { .. })) => {
+        Err(Error::Device(error)) if does_cpu_go_on(args, &error) => {
             talk.say(format_args!("{error}: going on on the CPU"));
             work(&Machines::Cpu)
         }
         done => done,
     }
+}
+
+#[cfg(feature = "device")]
+fn does_cpu_go_on(args: &DeviceArgs, error: &DeviceError) -> bool {
+    args.device == WantedDevice::Auto || matches!(error, DeviceError::OutOfMemory { .. })
 }
 
 #[cfg(not(feature = "device"))]
@@ -242,6 +248,33 @@ pub fn exit_code(_: &Error) -> Option<u8> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[cfg(feature = "device")]
+    #[test]
+    fn what_fails_of_devices_has_codes_of_its_own() {
+        let (family, device, library) = ("cuda", String::new(), "");
+        let errors = [
+            DeviceError::NoDriver { family, library },
+            DeviceError::NoDevice { family, index: 0 },
+            DeviceError::NoCompiler,
+            DeviceError::UnsupportedArchitecture {
+                device: device.clone(),
+                architecture: String::new(),
+            },
+            DeviceError::OutOfMemory { bytes: 1 },
+            DeviceError::Lost {
+                reason: String::new(),
+            },
+            DeviceError::LimitTooSmall {
+                device,
+                what: "",
+                found: 0,
+                needed: 1,
+            },
+        ];
+        let codes = errors.map(|error| exit_code(&Error::Device(error)));
+        assert_eq!(codes, [70, 71, 72, 73, 74, 75, 76].map(Some));
+    }
 
     #[test]
     fn devices_have_names() {

@@ -6,8 +6,8 @@ use std::process::{Command, Output};
 use nemoconv_device::{DeviceName, Found, devices, open};
 use nemoconv_fixtures::nano;
 use serde_json::Value;
-use tempfile::TempDir;
 
+use super::emulated_cuda::EmulatedCuda;
 use crate::support::{Place, stderr, to_gguf};
 
 /// Runs the binary as if the loader of Vulkan knew no driver.
@@ -142,6 +142,10 @@ fn devices_are_listed() {
 
 /// Mean KL divergence and top-1 agreement of a file, measured on the CPU.
 fn drift(file: &Path, place: &Place, device: &str) -> (f64, String) {
+    drift_within(file, place, device, &[])
+}
+
+fn drift_within(file: &Path, place: &Place, device: &str, more: &[&str]) -> (f64, String) {
     let model = nano();
     let args = [
         "validate",
@@ -158,7 +162,7 @@ fn drift(file: &Path, place: &Place, device: &str) -> (f64, String) {
         "--device",
         device,
     ];
-    let output = run(&args);
+    let output = run(&[&args, more].concat());
     // 2: a file of few samples may have findings.
     let code = output.status.code();
     assert!(matches!(code, Some(0 | 2)), "{}", stderr(&output));
@@ -208,34 +212,8 @@ fn calibrated_files_of_devices_are_as_good_as_those_of_the_cpu() {
     }
 }
 
-/// A folder with a `libcuda` and a `libnvrtc` that are the emulator's, where it was built.
-fn emulated_cuda() -> Option<TempDir> {
-    let binary = Path::new(env!("CARGO_BIN_EXE_nemoconv"));
-    let library = binary.parent()?.join("examples").join("libcuda.so");
-    if !library.exists() {
-        println!(
-            "skipped: `cargo build -p nemoconv-cuda-emu --examples` makes {}",
-            library.display()
-        );
-        return None;
-    }
-    let folder = tempfile::tempdir().expect("there is a temporary folder");
-    for name in ["libcuda.so", "libnvrtc.so"] {
-        std::fs::copy(&library, folder.path().join(name)).expect("the library can be copied");
-    }
-    let mut listed = Command::new(binary);
-    listed.arg("devices").env("LD_LIBRARY_PATH", folder.path());
-    let listed = listed.output().expect("the binary starts");
-    if !stdout(&listed).contains("cuda:0") {
-        // One with sanitizers cannot be loaded by a program without them.
-        println!("skipped: {} does not load", library.display());
-        return None;
-    }
-    Some(folder)
-}
-
 /// A rotated file that is rounded to the nearest: no sum of a network decides a byte of it.
-fn rotated(place: &Place, device: &str, libraries: Option<&Path>) -> (Vec<u8>, String) {
+fn rotated(place: &Place, device: &str, cuda: Option<&EmulatedCuda>) -> (Vec<u8>, String) {
     let file = place.file("rotated.gguf");
     let mut command = Command::new(env!("CARGO_BIN_EXE_nemoconv"));
     command.arg("to-gguf").arg(nano()).arg("-o").arg(&file);
@@ -248,9 +226,8 @@ fn rotated(place: &Place, device: &str, libraries: Option<&Path>) -> (Vec<u8>, S
     ]);
     command.args(["-t", "q8_0", "--method", "rtn", "--rotate", "hadamard"]);
     command.args(["--no-smoothing", "--device", device]);
-    if let Some(folder) = libraries {
-        command.env("LD_LIBRARY_PATH", folder);
-        command.env("XDG_CACHE_HOME", folder);
+    if let Some(cuda) = cuda {
+        cuda.lend(&mut command);
     }
     let output = command.output().expect("the binary starts");
     assert!(output.status.success(), "{}", stderr(&output));
@@ -274,8 +251,8 @@ fn rotated_files_of_devices_are_those_of_the_cpu() {
         };
         assert!(taken.contains("mix "), "{name}: {said}");
     }
-    if let Some(folder) = emulated_cuda() {
-        let (found, said) = rotated(&place, "cuda", Some(folder.path()));
+    if let Some(cuda) = EmulatedCuda::found() {
+        let (found, said) = rotated(&place, "cuda", Some(&cuda));
         assert!(found == expected, "the emulator");
         let (on_device, on_cpu) = said.rsplit_once("on the CPU: ").expect("a tally is said");
         assert!(
@@ -302,6 +279,20 @@ fn drift_on_devices_is_that_of_the_cpu() {
         let (there, here) = said.split_once("; on the CPU: ").unwrap();
         assert!(there.contains("kl_divergence"), "{said}");
         assert!(!here.contains("kl_divergence"), "{said}");
+    }
+}
+
+#[test]
+fn drift_within_little_memory_is_the_same() {
+    let place = place();
+    let file = place.file("m.gguf");
+    to_gguf(&nano(), &file, &["-t", "q4_k_m"]);
+    for name in names() {
+        let (expected, _) = drift(&file, &place, &name);
+        let (kl, said) = drift_within(&file, &place, &name, &["--device-mem", "12M"]);
+        println!("{name}: mean KL {kl:.6e}, with all memory {expected:.6e}");
+        assert!((kl - expected).abs() <= DIVERGENCE * expected, "{name}");
+        assert!(!said.contains("going on on the CPU"), "{said}");
     }
 }
 

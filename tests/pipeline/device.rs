@@ -118,7 +118,9 @@ fn check_on(
         let tally = machines.tallies()[0].counts();
         let on_host: Vec<_> = tally.iter().filter(|(_, count)| count.host > 0).collect();
         assert!(
-            on_host.iter().all(|(operation, _)| **operation == "route"),
+            on_host
+                .iter()
+                .all(|(operation, _)| ["embed", "route"].contains(*operation)),
             "{name}: {on_host:?}"
         );
     }

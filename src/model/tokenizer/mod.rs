@@ -295,7 +295,12 @@ mod tests {
             (
                 "/pre_tokenizer/pretokenizers/0/pattern/Regex",
                 json!("("),
-                "in `pre_tokenizer`: data did not match any variant of untagged enum PreTokenizerWrapper (tokenizer.json)",
+                "in `pre_tokenizer`: Parsing error at position 1: ",
+            ),
+            (
+                "/pre_tokenizer/pretokenizers/0/pattern",
+                json!(5),
+                "in `pre_tokenizer`: invalid type: number, expected string or map (tokenizer.json)",
             ),
             (
                 "/pre_tokenizer/pretokenizers/0/pattern/Regex",

@@ -1,7 +1,7 @@
 //! Products that do not fit views, and come in parts: the same to the bit.
 
 use nemoconv_cuda_emu::{Emulator, Order};
-use nemoconv_device::{Device, MatmulLayout, Packing};
+use nemoconv_device::{Device, DeviceError, MatmulLayout, Packing};
 use nemoconv_formats::GgmlType;
 
 use crate::numbers;
@@ -54,4 +54,21 @@ fn products_in_parts() {
         device.download_all(&out).unwrap()
     });
     assert!(results[0] == results[1]);
+}
+
+/// What no part of a kernel is made for says so, with both sizes.
+#[test]
+fn rows_that_no_view_spans_are_refused() {
+    let [_, narrow] = devices();
+    let weight = narrow.upload(&[1.0; 64]).unwrap();
+    let norm = |rows: usize| {
+        let x = narrow.zeros(rows * 64).unwrap();
+        narrow.rms_norm(&x, &weight, 1e-5).map(drop)
+    };
+    norm(8).unwrap();
+    let error = norm(16).unwrap_err();
+    let DeviceError::LimitTooSmall { found, needed, .. } = &error else {
+        panic!("{error}");
+    };
+    assert_eq!((*found, *needed), (2048, 4096));
 }

@@ -1,0 +1,207 @@
+//! `--device cuda` where the driver is the emulator's library: whole commands, and what is said of each thing that fails.
+
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output};
+
+use nemoconv_fixtures::nano;
+use serde_json::Value;
+use tempfile::TempDir;
+
+use crate::support::{Place, stderr, to_gguf};
+
+/// A folder with a `libcuda` and a `libnvrtc` that are the emulator's.
+pub struct EmulatedCuda(TempDir);
+
+impl EmulatedCuda {
+    /// Nothing where it was not built, or cannot be loaded.
+    pub fn found() -> Option<Self> {
+        let binary = Path::new(env!("CARGO_BIN_EXE_nemoconv"));
+        let library = binary.parent()?.join("examples").join("libcuda.so");
+        if !library.exists() {
+            println!(
+                "skipped: `cargo build -p nemoconv-cuda-emu --examples` makes {}",
+                library.display()
+            );
+            return None;
+        }
+        let folder = tempfile::tempdir().expect("there is a temporary folder");
+        for name in ["libcuda.so", "libnvrtc.so"] {
+            std::fs::copy(&library, folder.path().join(name)).expect("the library can be copied");
+        }
+        let found = Self(folder);
+        let listed = found.run(&[], &["devices"]);
+        if !String::from_utf8_lossy(&listed.stdout).contains("cuda:0") {
+            // One with sanitizers cannot be loaded by a program without them.
+            println!("skipped: {} does not load", library.display());
+            return None;
+        }
+        Some(found)
+    }
+
+    /// Makes a command find the emulator.
+    pub fn lend(&self, command: &mut Command) {
+        command.env("LD_LIBRARY_PATH", self.0.path());
+        command.env("XDG_CACHE_HOME", self.0.path());
+    }
+
+    /// `settings`: as `NEMOCONV_LIBCUDA_NAME`.
+    fn run(&self, settings: &[(&str, u64)], args: &[&str]) -> Output {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_nemoconv"));
+        command.args(args);
+        self.lend(&mut command);
+        for (name, value) in settings {
+            command.env(format!("NEMOCONV_LIBCUDA_{name}"), value.to_string());
+        }
+        command.output().expect("the binary starts")
+    }
+}
+
+fn prose() -> PathBuf {
+    nemoconv_fixtures::data().join("calibration.txt")
+}
+
+fn place() -> Place {
+    Place::new(std::fs::read(prose()).expect("fixtures have a text"))
+}
+
+/// A short validation of `file`.
+fn validation<'a>(
+    file: &'a Path,
+    model: &'a Path,
+    place: &'a Place,
+    device: &'a str,
+) -> Vec<&'a str> {
+    let text = |path: &'a Path| path.to_str().expect("test paths are UTF-8");
+    let mut args = vec!["validate", text(file), "--reference", text(model)];
+    args.extend(["--text", text(&place.text), "--context", "64"]);
+    args.extend(["--chunks", "1", "--json", "--device", device]);
+    args
+}
+
+fn mean_kl(output: &Output) -> f64 {
+    // 2: a file of few samples may have findings.
+    let code = output.status.code();
+    assert!(matches!(code, Some(0 | 2)), "{}", stderr(output));
+    let report: Value = serde_json::from_slice(&output.stdout).unwrap();
+    let kl = report["logits"]["kl_divergence"]["mean"]["value"].as_f64();
+    kl.unwrap_or_else(|| panic!("{report:#}"))
+}
+
+/// Largest difference of a mean KL divergence from the CPU's, as a share of it.
+const DIVERGENCE: f64 = 1e-2;
+
+#[test]
+fn files_are_validated_as_on_the_cpu() {
+    let Some(cuda) = EmulatedCuda::found() else {
+        return;
+    };
+    let (place, model) = (place(), nano());
+    let file = place.file("m.gguf");
+    to_gguf(&model, &file, &["-t", "q4_k_m"]);
+    let expected = mean_kl(&cuda.run(&[], &validation(&file, &model, &place, "cpu")));
+    for more in [&[][..], &["--device-mem", "12M"]] {
+        let args = [&validation(&file, &model, &place, "cuda")[..], more].concat();
+        let output = cuda.run(&[], &args);
+        let (found, said) = (mean_kl(&output), stderr(&output));
+        println!("{more:?}: {found:e}, on the CPU {expected:e}");
+        assert!((found - expected).abs() <= DIVERGENCE * expected, "{said}");
+        let (there, here) = said.split_once("; on the CPU: ").expect("a tally is said");
+        assert!(there.contains("matmul"), "{said}");
+        assert!(there.contains("kl_divergence"), "{said}");
+        assert!(!here.contains("matmul"), "{said}");
+    }
+}
+
+#[test]
+fn calibrated_files_are_as_good_as_those_of_the_cpu() {
+    let Some(cuda) = EmulatedCuda::found() else {
+        return;
+    };
+    let (place, model) = (place(), nano());
+    let convert = |device: &str| {
+        let file = place.file(&format!("{device}.gguf"));
+        let flags = ["-t", "q4_k_m", "--calibration-context", "64"];
+        let mut args = vec!["to-gguf", model.to_str().unwrap(), "-o"];
+        args.extend([file.to_str().unwrap(), "--calibration"]);
+        args.push(place.text.to_str().unwrap());
+        args.extend(flags);
+        args.extend(["--calibration-sequences", "2", "--passes", "1"]);
+        args.extend(["--rotate", "none", "--device", device]);
+        let output = cuda.run(&[], &args);
+        assert!(output.status.success(), "{}", stderr(&output));
+        (file, stderr(&output))
+    };
+    let ((expected, _), (found, said)) = (convert("cpu"), convert("cuda"));
+    for operation in ["gram", "cross_gram", "feedback_sweep", "feedback_descent"] {
+        let (there, _) = said.split_once("; on the CPU: ").expect("a tally is said");
+        assert!(there.contains(operation), "{operation}: {said}");
+    }
+    let bytes = [&found, &expected].map(|file| std::fs::read(file).unwrap());
+    assert_eq!(bytes[0].len(), bytes[1].len());
+    let [found, expected] = [found, expected]
+        .map(|file| mean_kl(&cuda.run(&[], &validation(&file, &model, &place, "cpu"))));
+    println!("mean KL {found:e}, of the CPU's file {expected:e}");
+    // Second moments of few tokens that differ in last bits choose other scales and codes, no worse ones.
+    assert!((found - expected).abs() <= 0.2 * expected);
+}
+
+#[test]
+fn benchmarks_have_the_scores_of_the_cpu() {
+    let Some(cuda) = EmulatedCuda::found() else {
+        return;
+    };
+    let folder = tempfile::tempdir().unwrap();
+    super::eval::write_data(folder.path());
+    let model = nano();
+    let results = |device: &str| -> Value {
+        let mut args = vec!["eval", model.to_str().unwrap(), "--data"];
+        args.extend([folder.path().to_str().unwrap(), "--tasks", "piqa", "--json"]);
+        args.extend(["--device", device]);
+        let output = cuda.run(&[], &args);
+        assert!(output.status.success(), "{}", stderr(&output));
+        let document: Value = serde_json::from_slice(&output.stdout).unwrap();
+        document["results"]["results"].clone()
+    };
+    let expected = results("cpu");
+    assert!(expected.is_object(), "{expected}");
+    assert_eq!(results("cuda"), expected);
+}
+
+#[test]
+fn what_fails_is_told_apart() {
+    let Some(cuda) = EmulatedCuda::found() else {
+        return;
+    };
+    let (place, model) = (place(), nano());
+    let check = |settings: &[(&str, u64)], device: &str, code: i32, words: &[&str]| {
+        let output = cuda.run(settings, &validation(&model, &model, &place, device));
+        let said = stderr(&output);
+        assert_eq!(output.status.code(), Some(code), "{settings:?}: {said}");
+        for word in words {
+            assert!(said.contains(word), "{settings:?}: {word}: {said}");
+        }
+        assert!(!said.contains("panicked"), "{settings:?}: {said}");
+    };
+    check(&[("DEVICES", 0)], "cuda", 71, &["no usable device"]);
+    check(&[], "cuda:1", 71, &["no usable device"]);
+    check(
+        &[("CAPABILITY", 75)],
+        "cuda",
+        73,
+        &["sm_75", "not supported"],
+    );
+    check(&[("BROKEN", 1)], "cuda", 75, &["the device was lost"]);
+    // Of a device that nobody asked for, whatever fails: the CPU does it.
+    let went_on = ["going on on the CPU"];
+    check(&[("BROKEN", 1)], "auto", 0, &went_on);
+    check(&[("CAPABILITY", 75)], "auto", 0, &["running on the CPU"]);
+    // Not even a tile fits.
+    check(&[("MEMORY", 1 << 14)], "cuda", 0, &went_on);
+    std::fs::remove_file(cuda.0.path().join("libnvrtc.so")).unwrap();
+    if Path::new("/usr/local/cuda").exists() {
+        println!("skipped: there is a compiler in /usr/local/cuda");
+    } else {
+        std::fs::remove_dir_all(cuda.0.path().join("nemoconv")).ok();
+        check(&[], "cuda", 72, &["NVRTC"]);
+    }
+}
