@@ -6,8 +6,6 @@
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
-use wgpu::util::{BufferInitDescriptor, DeviceExt};
-
 use crate::driver::{Description, Driver, Family, Handle, Launch, Limits, View};
 use crate::error::{DeviceError, Result};
 use crate::kernels::Kernel;
@@ -210,13 +208,33 @@ impl Wgpu {
     }
 
     fn create_buffer(&self, bytes: u64, usage: wgpu::BufferUsages) -> Result<wgpu::Buffer> {
-        let descriptor = wgpu::BufferDescriptor {
+        self.create(&wgpu::BufferDescriptor {
             label: None,
             size: bytes,
             usage,
             mapped_at_creation: false,
-        };
-        self.guarded(|| self.device.create_buffer(&descriptor))
+        })
+    }
+
+    /// A buffer with these bytes, to copy from. `wgpu::util` has one that panics where there is no memory for it.
+    fn staged(&self, contents: &[u8]) -> Result<wgpu::Buffer> {
+        let buffer = self.create(&wgpu::BufferDescriptor {
+            label: Some("upload"),
+            size: contents.len() as u64,
+            usage: wgpu::BufferUsages::COPY_SRC,
+            mapped_at_creation: true,
+        })?;
+        let mapped = buffer.get_mapped_range_mut(..);
+        let mut mapped = mapped.map_err(|error| call("get_mapped_range_mut", &error))?;
+        mapped.slice(..).copy_from_slice(contents);
+        drop(mapped);
+        buffer.unmap();
+        Ok(buffer)
+    }
+
+    fn create(&self, descriptor: &wgpu::BufferDescriptor<'_>) -> Result<wgpu::Buffer> {
+        let bytes = descriptor.size;
+        self.guarded(|| self.device.create_buffer(descriptor))
             .map_err(|error| match error {
                 wgpu::Error::OutOfMemory { .. } => DeviceError::OutOfMemory { bytes },
                 other => call("create_buffer", &other),
@@ -304,7 +322,7 @@ impl Wgpu {
     }
 }
 
-fn call(call: &'static str, error: &wgpu::Error) -> DeviceError {
+fn call(call: &'static str, error: &dyn std::fmt::Display) -> DeviceError {
     DeviceError::Call {
         call,
         reason: error.to_string(),
@@ -356,20 +374,10 @@ impl Driver for Wgpu {
 
     fn write(&self, memory: Handle, offset: u64, bytes: &[u8]) -> Result<()> {
         let mut state = self.state();
-        let staged = self
-            .guarded(|| {
-                self.device.create_buffer_init(&BufferInitDescriptor {
-                    label: Some("upload"),
-                    contents: bytes,
-                    usage: wgpu::BufferUsages::COPY_SRC,
-                })
-            })
-            .map_err(|error| match error {
-                wgpu::Error::OutOfMemory { .. } => DeviceError::OutOfMemory {
-                    bytes: bytes.len() as u64,
-                },
-                other => call("create_buffer_init", &other),
-            })?;
+        if bytes.is_empty() {
+            return Ok(());
+        }
+        let staged = self.staged(bytes)?;
         let to = state.buffers[&memory].clone();
         let encoder = encoder(&self.device, &mut state.encoder);
         encoder.copy_buffer_to_buffer(&staged, 0, &to, offset, bytes.len() as u64);
