@@ -373,11 +373,11 @@ impl Driver for Wgpu {
     }
 
     fn write(&self, memory: Handle, offset: u64, bytes: &[u8]) -> Result<()> {
-        let mut state = self.state();
         if bytes.is_empty() {
             return Ok(());
         }
         let staged = self.staged(bytes)?;
+        let mut state = self.state();
         let to = state.buffers[&memory].clone();
         let encoder = encoder(&self.device, &mut state.encoder);
         encoder.copy_buffer_to_buffer(&staged, 0, &to, offset, bytes.len() as u64);

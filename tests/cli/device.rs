@@ -42,7 +42,7 @@ fn names() -> Vec<String> {
 }
 
 /// With a text that does not repeat itself.
-fn place() -> Place {
+pub fn place() -> Place {
     let prose = nemoconv_fixtures::data().join("calibration.txt");
     Place::new(std::fs::read(prose).expect("fixtures have a text"))
 }
@@ -163,12 +163,17 @@ fn drift_within(file: &Path, place: &Place, device: &str, more: &[&str]) -> (f64
         device,
     ];
     let output = run(&[&args, more].concat());
+    (mean_kl(&output), stderr(&output))
+}
+
+/// Of a validation that printed JSON.
+pub fn mean_kl(output: &Output) -> f64 {
     // 2: a file of few samples may have findings.
     let code = output.status.code();
-    assert!(matches!(code, Some(0 | 2)), "{}", stderr(&output));
-    let report: Value = serde_json::from_str(&stdout(&output)).unwrap();
+    assert!(matches!(code, Some(0 | 2)), "{}", stderr(output));
+    let report: Value = serde_json::from_str(&stdout(output)).unwrap();
     let kl = report["logits"]["kl_divergence"]["mean"]["value"].as_f64();
-    (kl.unwrap_or_else(|| panic!("{report:#}")), stderr(&output))
+    kl.unwrap_or_else(|| panic!("{report:#}"))
 }
 
 #[test]
@@ -264,7 +269,7 @@ fn rotated_files_of_devices_are_those_of_the_cpu() {
 
 /// Largest difference of a mean KL divergence from the CPU's, as a share of it: inputs rounded to 8 bits fall on other sides of
 /// ties.
-const DIVERGENCE: f64 = 1e-2;
+pub const DIVERGENCE: f64 = 1e-2;
 
 #[test]
 fn drift_on_devices_is_that_of_the_cpu() {

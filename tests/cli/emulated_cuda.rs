@@ -1,6 +1,6 @@
 //! `--device cuda` where the driver is the emulator's library: whole commands, and what is said of each thing that fails.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::{Command, Output};
 
 use nemoconv_fixtures::checkpoint::cases;
@@ -8,6 +8,7 @@ use nemoconv_fixtures::nano;
 use serde_json::Value;
 use tempfile::TempDir;
 
+use super::device::{DIVERGENCE, mean_kl, place};
 use crate::support::{Place, stderr, to_gguf};
 
 /// A folder with a `libcuda` and a `libnvrtc` that are the emulator's.
@@ -57,14 +58,6 @@ impl EmulatedCuda {
     }
 }
 
-fn prose() -> PathBuf {
-    nemoconv_fixtures::data().join("calibration.txt")
-}
-
-fn place() -> Place {
-    Place::new(std::fs::read(prose()).expect("fixtures have a text"))
-}
-
 /// A short validation of `file`.
 fn validation<'a>(
     file: &'a Path,
@@ -78,18 +71,6 @@ fn validation<'a>(
     args.extend(["--chunks", "1", "--json", "--device", device]);
     args
 }
-
-fn mean_kl(output: &Output) -> f64 {
-    // 2: a file of few samples may have findings.
-    let code = output.status.code();
-    assert!(matches!(code, Some(0 | 2)), "{}", stderr(output));
-    let report: Value = serde_json::from_slice(&output.stdout).unwrap();
-    let kl = report["logits"]["kl_divergence"]["mean"]["value"].as_f64();
-    kl.unwrap_or_else(|| panic!("{report:#}"))
-}
-
-/// Largest difference of a mean KL divergence from the CPU's, as a share of it.
-const DIVERGENCE: f64 = 1e-2;
 
 #[test]
 fn files_are_validated_as_on_the_cpu() {
