@@ -209,6 +209,10 @@ kernels! {
     QUANTIZE_Q8_0 = "quantize_q8_0", 64 threads, 3 views;
     /// `sums += X^T X` with sums in two floats. Views: rows, sums.
     GRAM = "gram", 64 threads, 2 views;
+    /// What columns come to. Views: rows, numbers of parts of rows.
+    COLUMN_SUMS = "column_sums", 256 threads, 2 views;
+    /// How many values have which magnitude. Views: values, counts (in place).
+    MAGNITUDE_COUNTS = "magnitude_counts", 256 threads, 2 views;
     /// Views: input, weight, out.
     RMS_NORM = "rms_norm", 64 threads, 3 views;
     /// Views: y (in place), z, weight.

@@ -20,8 +20,8 @@ pub use choice::{DeviceName, Found, devices, open};
 pub use driver::{Description, Driver, Family, Handle, Launch, Limits, View};
 pub use error::{DeviceError, Result};
 pub use ops::{
-    AttentionLayout, CodeValues, ConvLayout, FEEDBACK_CHUNK, FeedbackGrid, FeedbackRows,
-    FloatLayout, IntegerLayout, KlDivergence, LogitRows, MatmulLayout, Packed, Packing, Rounding,
-    ScaleLattice, ScaleSearch, ScanLayout, SoftmaxSums, Splitting, Tries, can_dequantize,
-    has_minima,
+    AttentionLayout, CodeValues, ColumnSums, ConvLayout, FEEDBACK_CHUNK, FeedbackGrid,
+    FeedbackRows, FloatLayout, IntegerLayout, KlDivergence, LogitRows, MagnitudeBins, MatmulLayout,
+    Packed, Packing, Rounding, ScaleLattice, ScaleSearch, ScanLayout, SoftmaxSums, Splitting,
+    Tries, can_dequantize, has_minima,
 };

@@ -1,5 +1,6 @@
 //! One typed method per kernel: shapes in, launch grid and parameters out. What does not fit one view is cut into parts.
 
+mod columns;
 mod decode;
 mod doubles;
 mod feedback;
@@ -16,6 +17,7 @@ mod split;
 mod stored;
 mod values;
 
+pub use columns::{ColumnSums, MagnitudeBins};
 pub use decode::can_dequantize;
 pub use feedback::{
     CodeValues, FEEDBACK_CHUNK, FeedbackGrid, FeedbackRows, ScaleLattice, ScaleSearch, Tries,

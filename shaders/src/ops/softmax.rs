@@ -136,7 +136,7 @@ impl Device {
     }
 
     /// Rows of `stride` values, as many at a time as fit one view.
-    fn logit_rows_of_views(
+    pub(super) fn logit_rows_of_views(
         &self,
         rows: usize,
         stride: usize,

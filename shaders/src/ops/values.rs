@@ -7,7 +7,7 @@ use crate::kernels::{self, Kernel};
 
 impl Device {
     /// Values that one launch may take: a multiple of every alignment.
-    fn part_values(&self) -> usize {
+    pub(super) fn part_values(&self) -> usize {
         let limit = self.description().limits.view_bytes.min(1 << 30);
         (limit / 4096 * 1024) as usize
     }

@@ -1,6 +1,7 @@
 //! One table of cases, every operation against plain loops in f64, on every device that is there: odd sizes, tails, no
 //! rows, values that are no numbers.
 
+mod columns;
 mod doubles;
 mod drivers;
 mod feedback;
