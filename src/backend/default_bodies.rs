@@ -3,9 +3,10 @@
 //! Enters: buffers of any backend. Leaves: the same. Every step is counted as one of the host.
 
 use super::activation::Activation;
+use super::magnitudes::Magnitudes;
 use super::{
-    AttentionShape, Backend, ExpertRows, Exponentials, KeyValues, KlDivergence, LogitRows,
-    RouteShape, ScanShape, ScanWeights, Segment, SoftmaxSums,
+    AttentionShape, Backend, ColumnSums, ExpertRows, Exponentials, KeyValues, KlDivergence,
+    LogitRows, RouteShape, ScanShape, ScanWeights, Segment, SoftmaxSums,
 };
 use crate::error::Result;
 
@@ -277,4 +278,50 @@ pub fn kl_divergence<B: Backend + ?Sized>(
     let [x, y] = [(&x, reference.stride), (&y, other.stride)]
         .map(|(logits, stride)| LogitRows { logits, stride });
     backend.host().kl_divergence(x, y, width, exponentials)
+}
+
+pub fn scale_rows<B: Backend + ?Sized>(
+    backend: &B,
+    rows: &B::Buffer,
+    width: usize,
+    factors: &[f32],
+) -> Result<B::Buffer> {
+    backend.on_host("scale_rows");
+    let rows = fetch(backend, rows)?;
+    backend.upload(backend.host().scale_rows(&rows, width, factors)?)
+}
+
+pub fn column_sums<B: Backend + ?Sized>(
+    backend: &B,
+    rows: &B::Buffer,
+    n: usize,
+) -> Result<ColumnSums> {
+    backend.on_host("column_sums");
+    backend.host().column_sums(&fetch(backend, rows)?, n)
+}
+
+pub fn magnitudes<B: Backend + ?Sized>(backend: &B, values: &B::Buffer) -> Result<Magnitudes> {
+    backend.on_host("magnitudes");
+    backend.host().magnitudes(&fetch(backend, values)?)
+}
+
+pub fn gram<B: Backend + ?Sized>(
+    backend: &B,
+    rows: &B::Buffer,
+    n: usize,
+    sums: &mut [f64],
+) -> Result<()> {
+    backend.on_host("gram");
+    backend.host().gram(&fetch(backend, rows)?, n, sums)
+}
+
+pub fn cross_gram<B: Backend + ?Sized>(
+    backend: &B,
+    (v, width): (&B::Buffer, usize),
+    (u, n): (&B::Buffer, usize),
+    sums: &mut [f64],
+) -> Result<()> {
+    backend.on_host("cross_gram");
+    let (v, u) = (fetch(backend, v)?, fetch(backend, u)?);
+    backend.host().cross_gram((&v, width), (&u, n), sums)
 }

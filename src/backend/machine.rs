@@ -8,10 +8,11 @@ use super::activation::Activation;
 use super::cpu::{Cpu, CpuWeight, Residence};
 #[cfg(feature = "device")]
 use super::device::{DeviceWeight, OnDevice, OpenDevice};
+use super::magnitudes::Magnitudes;
 use super::tally::Tally;
 use super::{
-    AttentionShape, Backend, ExpertRows, Exponentials, KeyValues, KlDivergence, LogitRows,
-    ProductSums, RouteShape, ScanShape, ScanWeights, Segment, SoftmaxSums,
+    AttentionShape, Backend, ColumnSums, ExpertRows, Exponentials, KeyValues, KlDivergence,
+    LogitRows, ProductSums, RouteShape, ScanShape, ScanWeights, Segment, SoftmaxSums,
 };
 use crate::artifact::{StoredModel, StoredTensor};
 use crate::error::Result;
@@ -299,6 +300,31 @@ fn with_caches<T>(
     out.map(into)
 }
 
+type MachineSums<'a> = Box<dyn ProductSums<MachineBuffer> + 'a>;
+
+/// Sums of one side that take buffers of either.
+struct SidedSums<'a, T> {
+    sums: Box<dyn ProductSums<T> + 'a>,
+    side: fn(&MachineBuffer) -> &T,
+}
+
+fn sums_of<'a, T: 'a>(
+    sums: Box<dyn ProductSums<T> + 'a>,
+    side: fn(&MachineBuffer) -> &T,
+) -> MachineSums<'a> {
+    Box::new(SidedSums { sums, side })
+}
+
+impl<T> ProductSums<MachineBuffer> for SidedSums<'_, T> {
+    fn add(&mut self, v: &MachineBuffer, u: &MachineBuffer) -> Result<()> {
+        self.sums.add((self.side)(v), (self.side)(u))
+    }
+
+    fn finish(&self, sums: &mut [f64]) -> Result<()> {
+        self.sums.finish(sums)
+    }
+}
+
 impl Backend for Machine {
     type Buffer = MachineBuffer;
     type Weight = MachineWeight;
@@ -351,6 +377,14 @@ impl Backend for Machine {
 
     fn zeros(&self, len: usize) -> Result<MachineBuffer> {
         buffer!(self, cpu => cpu.zeros(len), device => device.zeros(len))
+    }
+
+    fn kept_zeros(&self, lengths: &[usize]) -> Result<Option<Vec<MachineBuffer>>> {
+        either!(
+            self,
+            cpu => Ok(cpu.kept_zeros(lengths)?.map(|all| all.into_iter().map(MachineBuffer::Host).collect())),
+            device => Ok(device.kept_zeros(lengths)?.map(|all| all.into_iter().map(MachineBuffer::Device).collect()))
+        )
     }
 
     fn duplicate(&self, buffer: &MachineBuffer) -> Result<MachineBuffer> {
@@ -548,20 +582,54 @@ impl Backend for Machine {
         )
     }
 
-    fn gram(&self, rows: &[f32], n: usize, sums: &mut [f64]) -> Result<()> {
-        either!(self, cpu => cpu.gram(rows, n, sums), device => device.gram(rows, n, sums))
+    fn scale_rows(
+        &self,
+        rows: &MachineBuffer,
+        width: usize,
+        factors: &[f32],
+    ) -> Result<MachineBuffer> {
+        buffer!(self, cpu => cpu.scale_rows(rows.host(), width, factors), device => device.scale_rows(rows.device(), width, factors))
     }
 
-    fn cross_gram(&self, v: (&[f32], usize), u: (&[f32], usize), sums: &mut [f64]) -> Result<()> {
-        either!(self, cpu => cpu.cross_gram(v, u, sums), device => device.cross_gram(v, u, sums))
+    fn column_sums(&self, rows: &MachineBuffer, n: usize) -> Result<ColumnSums> {
+        either!(self, cpu => cpu.column_sums(rows.host(), n), device => device.column_sums(rows.device(), n))
     }
 
-    fn gram_sums(&self, n: usize) -> Result<Option<Box<dyn ProductSums + '_>>> {
-        either!(self, cpu => cpu.gram_sums(n), device => device.gram_sums(n))
+    fn magnitudes(&self, values: &MachineBuffer) -> Result<Magnitudes> {
+        either!(self, cpu => cpu.magnitudes(values.host()), device => device.magnitudes(values.device()))
     }
 
-    fn cross_gram_sums(&self, width: usize, n: usize) -> Result<Option<Box<dyn ProductSums + '_>>> {
-        either!(self, cpu => cpu.cross_gram_sums(width, n), device => device.cross_gram_sums(width, n))
+    fn gram(&self, rows: &MachineBuffer, n: usize, sums: &mut [f64]) -> Result<()> {
+        either!(self, cpu => cpu.gram(rows.host(), n, sums), device => device.gram(rows.device(), n, sums))
+    }
+
+    fn cross_gram(
+        &self,
+        (v, width): (&MachineBuffer, usize),
+        (u, n): (&MachineBuffer, usize),
+        sums: &mut [f64],
+    ) -> Result<()> {
+        either!(
+            self,
+            cpu => cpu.cross_gram((v.host(), width), (u.host(), n), sums),
+            device => device.cross_gram((v.device(), width), (u.device(), n), sums)
+        )
+    }
+
+    fn gram_sums(&self, n: usize) -> Result<Option<MachineSums<'_>>> {
+        either!(
+            self,
+            cpu => Ok(cpu.gram_sums(n)?.map(|sums| sums_of(sums, MachineBuffer::host))),
+            device => Ok(device.gram_sums(n)?.map(|sums| sums_of(sums, MachineBuffer::device)))
+        )
+    }
+
+    fn cross_gram_sums(&self, width: usize, n: usize) -> Result<Option<MachineSums<'_>>> {
+        either!(
+            self,
+            cpu => Ok(cpu.cross_gram_sums(width, n)?.map(|sums| sums_of(sums, MachineBuffer::host))),
+            device => Ok(device.cross_gram_sums(width, n)?.map(|sums| sums_of(sums, MachineBuffer::device)))
+        )
     }
 
     fn row_products(&self) -> Option<&dyn RowProducts> {

@@ -10,6 +10,7 @@ mod default_bodies;
 #[cfg(feature = "device")]
 pub mod device;
 mod machine;
+pub mod magnitudes;
 pub mod tally;
 
 pub use machine::{Machine, MachineBuffer, MachineWeight, Machines};
@@ -21,6 +22,7 @@ use crate::error::Result;
 use crate::quantize::feedback::RowProducts;
 use activation::Activation;
 use cpu::{Cpu, CpuWeight};
+use magnitudes::Magnitudes;
 
 /// One sequence's share of a batch, with the state that an operation reads and advances.
 ///
@@ -175,13 +177,24 @@ pub struct LogitRows<'a, B> {
     pub stride: usize,
 }
 
-/// Products of rows, summed up on a machine.
-pub trait ProductSums {
+/// What the columns of some rows come to.
+#[derive(Debug, Clone, PartialEq)]
+pub struct ColumnSums {
+    /// Sums of values.
+    pub sums: Vec<f64>,
+    /// Sums of squares.
+    pub squares: Vec<f64>,
+    /// Largest magnitudes; NaN is passed over.
+    pub max_abs: Vec<f32>,
+}
+
+/// Products of rows, summed up on a machine that holds them as `B`.
+pub trait ProductSums<B> {
     /// Sums up the products of as many rows `v [_, width]` and `u [_, n]`; of second moments `u` alone is read.
     ///
     /// # Errors
     /// The machine fails.
-    fn add(&mut self, v: &[f32], u: &[f32]) -> Result<()>;
+    fn add(&mut self, v: &B, u: &B) -> Result<()>;
 
     /// Adds what was summed up to `sums [width, n]`.
     ///
@@ -259,6 +272,16 @@ pub trait Backend: Sync {
     /// The machine fails.
     fn zeros(&self, len: usize) -> Result<Self::Buffer> {
         self.upload(vec![0.0; len])
+    }
+
+    /// Arrays of zeros, of these lengths, that lie on the machine as long as the work takes; `None` where that is the
+    /// business of this computer's memory, or there is no room for them beside the work.
+    ///
+    /// # Errors
+    /// The machine fails.
+    fn kept_zeros(&self, lengths: &[usize]) -> Result<Option<Vec<Self::Buffer>>> {
+        let _ = lengths;
+        Ok(None)
     }
 
     /// A copy of a buffer.
@@ -475,13 +498,41 @@ pub trait Backend: Sync {
         default_bodies::kl_divergence(self, reference, other, width, exponentials)
     }
 
+    /// Rows of `width` values, each times its factor.
+    ///
+    /// # Errors
+    /// The machine fails.
+    fn scale_rows(
+        &self,
+        rows: &Self::Buffer,
+        width: usize,
+        factors: &[f32],
+    ) -> Result<Self::Buffer> {
+        default_bodies::scale_rows(self, rows, width, factors)
+    }
+
+    /// What the columns of `rows [_, n]` come to, summed up in order.
+    ///
+    /// # Errors
+    /// The machine fails.
+    fn column_sums(&self, rows: &Self::Buffer, n: usize) -> Result<ColumnSums> {
+        default_bodies::column_sums(self, rows, n)
+    }
+
+    /// How large values are.
+    ///
+    /// # Errors
+    /// The machine fails.
+    fn magnitudes(&self, values: &Self::Buffer) -> Result<Magnitudes> {
+        default_bodies::magnitudes(self, values)
+    }
+
     /// `sums += X^T X` for `rows [_, n]`, `sums [n, n]`; columns from about the row on are meant.
     ///
     /// # Errors
     /// The machine fails.
-    fn gram(&self, rows: &[f32], n: usize, sums: &mut [f64]) -> Result<()> {
-        self.on_host("gram");
-        self.host().gram(rows, n, sums)
+    fn gram(&self, rows: &Self::Buffer, n: usize, sums: &mut [f64]) -> Result<()> {
+        default_bodies::gram(self, rows, n, sums)
     }
 
     /// `sums += V^T U` for as many rows of both, `v [_, width]`, `u [_, n]`: `sums [width, n]`.
@@ -490,12 +541,11 @@ pub trait Backend: Sync {
     /// The machine fails.
     fn cross_gram(
         &self,
-        (v, width): (&[f32], usize),
-        (u, n): (&[f32], usize),
+        v: (&Self::Buffer, usize),
+        u: (&Self::Buffer, usize),
         sums: &mut [f64],
     ) -> Result<()> {
-        self.on_host("cross_gram");
-        self.host().cross_gram((v, width), (u, n), sums)
+        default_bodies::cross_gram(self, v, u, sums)
     }
 
     /// Sums as those of [`Self::gram`] that stay on the machine between calls; `None` where they are best summed here, or
@@ -503,7 +553,7 @@ pub trait Backend: Sync {
     ///
     /// # Errors
     /// The machine fails.
-    fn gram_sums(&self, n: usize) -> Result<Option<Box<dyn ProductSums + '_>>> {
+    fn gram_sums(&self, n: usize) -> Result<Option<Box<dyn ProductSums<Self::Buffer> + '_>>> {
         let _ = n;
         Ok(None)
     }
@@ -512,7 +562,11 @@ pub trait Backend: Sync {
     ///
     /// # Errors
     /// The machine fails.
-    fn cross_gram_sums(&self, width: usize, n: usize) -> Result<Option<Box<dyn ProductSums + '_>>> {
+    fn cross_gram_sums(
+        &self,
+        width: usize,
+        n: usize,
+    ) -> Result<Option<Box<dyn ProductSums<Self::Buffer> + '_>>> {
         let _ = (width, n);
         Ok(None)
     }

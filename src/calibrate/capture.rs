@@ -8,18 +8,51 @@ use crate::error::Result;
 use crate::forward::observer::Observer;
 
 /// Inputs of one matrix in one pass.
-#[derive(Debug, Clone, Default)]
 pub struct Captured {
-    /// `[rows, in_features]`.
-    pub rows: Vec<f32>,
+    /// `[rows, in_features]`, on the machine that ran the block.
+    pub rows: MachineBuffer,
+    /// How many there are.
+    pub count: usize,
     /// Their length.
     pub in_features: usize,
     /// What each row counts; empty where all count 1.
     pub weights: Vec<f32>,
 }
 
-/// Copies what it is asked for.
-#[derive(Debug, Default)]
+impl Captured {
+    /// Inputs that all count 1.
+    pub fn unweighted(machine: &Machine, rows: MachineBuffer, in_features: usize) -> Self {
+        Self {
+            count: machine.len(&rows) / in_features,
+            rows,
+            in_features,
+            weights: Vec::new(),
+        }
+    }
+
+    /// What rows count, where they do not all count 1.
+    pub fn weights(&self) -> Option<&[f32]> {
+        (!self.weights.is_empty()).then_some(self.weights.as_slice())
+    }
+}
+
+/// What rows of a matrix count; empty where all count 1.
+///
+/// An expert's output is multiplied with its weight, and so is its error: the square counts. Where no token chose an expert it
+/// is shown all of them, with weight 0: they count alike.
+pub fn weights_of(routes: &[ExpertRows], tensor: &str, matrix: usize) -> Vec<f32> {
+    if !tensor.contains("_exps") {
+        return Vec::new();
+    }
+    let weights = &routes[matrix].weights;
+    match weights.iter().all(|weight| *weight == 0.0) {
+        true => Vec::new(),
+        false => weights.iter().map(|weight| weight * weight).collect(),
+    }
+}
+
+/// Keeps what it is asked for, where the machine has it.
+#[derive(Default)]
 pub struct Capture<'a> {
     wanted: BTreeMap<&'a str, Range<usize>>,
     routing: Option<&'a [ExpertRows]>,
@@ -31,13 +64,13 @@ pub struct Capture<'a> {
 }
 
 impl<'a> Capture<'a> {
-    /// Copies inputs of the tensors `wanted`; with `routing`, tokens go where it says.
+    /// Keeps inputs of the tensors `wanted`; with `routing`, tokens go where it says.
     pub fn new(wanted: &[&'a str], routing: Option<&'a [ExpertRows]>) -> Self {
         let all = wanted.iter().map(|tensor| (*tensor, 0..usize::MAX));
         Self::of_matrices(&all.collect(), routing)
     }
 
-    /// Copies inputs of some matrices of the tensors `wanted`.
+    /// Keeps inputs of some matrices of the tensors `wanted`.
     pub fn of_matrices(
         wanted: &BTreeMap<&'a str, Range<usize>>,
         routing: Option<&'a [ExpertRows]>,
@@ -53,19 +86,6 @@ impl<'a> Capture<'a> {
     pub fn leaving_out(mut self, tensors: impl IntoIterator<Item = &'a str>) -> Self {
         self.left_out = tensors.into_iter().collect();
         self
-    }
-
-    /// An expert's output is multiplied with its weight, and so is its error: the square counts. Where no token chose an
-    /// expert it is shown all of them, with weight 0: they count alike.
-    fn weights_of(&self, tensor: &str, matrix: usize) -> Vec<f32> {
-        if !tensor.contains("_exps") {
-            return Vec::new();
-        }
-        let weights = &self.routes[matrix].weights;
-        match weights.iter().all(|weight| *weight == 0.0) {
-            true => Vec::new(),
-            false => weights.iter().map(|weight| weight * weight).collect(),
-        }
     }
 }
 
@@ -93,11 +113,11 @@ impl Observer<Machine> for Capture<'_> {
         // A cell without sequences shows nothing, not even how wide inputs are.
         let wanted = self.wanted.get(tensor);
         if rows > 0 && wanted.is_some_and(|matrices| matrices.contains(&matrix)) {
-            let input = machine.download(input, 0..machine.len(input))?;
             let captured = Captured {
-                in_features: input.len() / rows,
-                rows: input,
-                weights: self.weights_of(tensor, matrix),
+                rows: machine.duplicate(input)?,
+                count: rows,
+                in_features: machine.len(input) / rows,
+                weights: weights_of(&self.routes, tensor, matrix),
             };
             self.inputs.insert((tensor.to_string(), matrix), captured);
         }

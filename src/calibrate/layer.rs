@@ -54,27 +54,24 @@ impl Layer {
         self.block.kind()
     }
 
-    /// Runs fresh sequences of `lengths` tokens, one after the other in `residual`, through the block.
+    /// Runs fresh sequences of `lengths` tokens, one after the other in `stream`, through the block.
     ///
     /// # Errors
     /// A value that is not finite, naming the block; the machine fails.
     pub fn run(
         &self,
-        residual: &mut Vec<f32>,
+        stream: &mut MachineBuffer,
         lengths: &[usize],
-        capture: &mut Capture,
+        observer: &mut dyn Observer<Machine>,
     ) -> Result<()> {
-        let numerics = Numerics::EXACT;
-        let mut stream = self.machine.upload(std::mem::take(residual))?;
         let is_finite = self.block.run_fresh(
             &self.model,
             &self.machine,
-            &mut stream,
+            stream,
             lengths,
-            &numerics,
-            capture,
+            &Numerics::EXACT,
+            observer,
         )?;
-        *residual = self.machine.download_all(stream)?;
         if is_finite {
             return Ok(());
         }
@@ -89,6 +86,22 @@ impl Layer {
         Err(NotFinite { block, fault }.into())
     }
 
+    /// The same with a stream that this computer holds.
+    ///
+    /// # Errors
+    /// As [`Self::run`].
+    pub fn run_values(
+        &self,
+        residual: &mut Vec<f32>,
+        lengths: &[usize],
+        observer: &mut dyn Observer<Machine>,
+    ) -> Result<()> {
+        let mut stream = self.machine.upload(std::mem::take(residual))?;
+        self.run(&mut stream, lengths, observer)?;
+        *residual = self.machine.download_all(stream)?;
+        Ok(())
+    }
+
     /// Shows the inputs of matrices that read the normed stream, without running the block: `routing` says which rows
     /// experts read.
     ///
@@ -96,14 +109,13 @@ impl Layer {
     /// The machine fails.
     pub fn show_readers(
         &self,
-        residual: Vec<f32>,
+        stream: &MachineBuffer,
         routing: Option<&[ExpertRows]>,
         capture: &mut Capture,
     ) -> Result<()> {
         let hidden = self.model.config().hidden_size;
-        let rows = residual.len() / hidden;
-        let stream = self.machine.upload(residual)?;
-        let normed = self.block.normed(&self.machine, &stream)?;
+        let rows = self.machine.len(stream) / hidden;
+        let normed = self.block.normed(&self.machine, stream)?;
         if let Some(routing) = routing {
             capture.experts(self.index, routing);
         }

@@ -12,7 +12,6 @@ pub mod experts;
 pub mod gradients;
 pub mod importance;
 pub mod layer;
-pub mod magnitudes;
 pub mod samples;
 pub mod second_moments;
 pub mod statistics;

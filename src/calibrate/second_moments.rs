@@ -1,11 +1,10 @@
 //! Sums of outer products of inputs: what rounding with error feedback minimizes against.
 
-use std::borrow::Cow;
-
 use super::cells::Merge;
 use crate::backend::Backend;
 use crate::backend::cpu::gram::{cross_moments, second_moments};
 use crate::backend::cpu::kernels::Isa;
+use crate::backend::cpu::scale_rows;
 use crate::error::Result;
 use crate::parallel;
 
@@ -35,41 +34,39 @@ impl SecondMoments {
 
     /// Sees `rows [_, n]`, each with its weight; without weights each counts 1.
     pub fn add(&mut self, isa: Isa, rows: &[f32], weights: Option<&[f32]>) {
-        second_moments(
-            isa,
-            &weighted(rows, self.n, weights),
-            self.n,
-            &mut self.sums,
-        );
-        self.count(rows, weights);
+        let scaled = weights.map(|weights| scale_rows(rows, self.n, &roots(weights)));
+        let scaled = scaled.as_deref().unwrap_or(rows);
+        second_moments(isa, scaled, self.n, &mut self.sums);
+        self.count(rows.len() / self.n, weights);
     }
 
-    /// The same on a machine.
+    /// The same of rows that lie on a machine.
     ///
     /// # Errors
     /// The machine fails.
     pub fn add_on<B: Backend>(
         &mut self,
         machine: &B,
-        rows: &[f32],
+        rows: &B::Buffer,
         weights: Option<&[f32]>,
     ) -> Result<()> {
-        machine.gram(&weighted(rows, self.n, weights), self.n, &mut self.sums)?;
-        self.count(rows, weights);
+        let scaled = weighted(machine, rows, self.n, weights)?;
+        let scaled = scaled.as_ref().unwrap_or(rows);
+        machine.gram(scaled, self.n, &mut self.sums)?;
+        self.count(machine.len(rows) / self.n, weights);
         Ok(())
     }
 
-    /// What was seen but for the sums, which are elsewhere.
-    pub fn without_sums(n: usize, rows: &[f32], weights: Option<&[f32]>) -> Self {
+    /// What is seen of so many rows but for the sums, which are elsewhere.
+    pub fn without_sums(n: usize, rows: usize, weights: Option<&[f32]>) -> Self {
         let mut moments = Self::empty(0);
         moments.n = n;
         moments.count(rows, weights);
         moments
     }
 
-    fn count(&mut self, rows: &[f32], weights: Option<&[f32]>) {
+    fn count(&mut self, count: usize, weights: Option<&[f32]>) {
         let seen = |weight: f32| (f64::from(weight), u64::from(weight > 0.0));
-        let count = rows.len() / self.n;
         let (weight, tokens) = match weights {
             None => (count as f64, count as u64),
             Some(weights) => weights.iter().fold((0.0, 0), |(sum, tokens), weight| {
@@ -127,17 +124,22 @@ fn add_sums(sums: &mut [f64], later: &[f64]) {
     });
 }
 
-/// Rows times the square roots of their weights, which are not more than there are rows.
-pub fn weighted<'a>(rows: &'a [f32], n: usize, weights: Option<&[f32]>) -> Cow<'a, [f32]> {
-    let Some(weights) = weights else {
-        return Cow::Borrowed(rows);
-    };
-    let rows = rows.chunks_exact(n).zip(weights);
-    let scaled = rows.flat_map(|(row, weight)| {
-        let factor = weight.sqrt();
-        row.iter().map(move |x| x * factor)
-    });
-    Cow::Owned(scaled.collect())
+/// Rows times the square roots of their weights, if they have any: products of them count with the weights.
+///
+/// # Errors
+/// The machine fails.
+pub fn weighted<B: Backend>(
+    machine: &B,
+    rows: &B::Buffer,
+    n: usize,
+    weights: Option<&[f32]>,
+) -> Result<Option<B::Buffer>> {
+    let scaled = weights.map(|weights| machine.scale_rows(rows, n, &roots(weights)));
+    scaled.transpose()
+}
+
+fn roots(weights: &[f32]) -> Vec<f32> {
+    weights.iter().map(|weight| weight.sqrt()).collect()
 }
 
 /// `sum of v^T u` over pairs of rows: u the inputs of a matrix of the rounded network, v something of the same tokens.
@@ -154,31 +156,35 @@ pub struct CrossMoments {
 impl CrossMoments {
     /// Sees pairs of rows `[_, width]` and `[_, n]`.
     pub fn of(isa: Isa, v: (&[f32], usize), u: (&[f32], usize)) -> Self {
-        let mut cross = Self::empty(v.1, u);
+        let mut cross = Self::empty(v.1, u.1, u.0.len() / u.1);
         cross_moments(isa, v, u, &mut cross.sums);
         cross
     }
 
-    /// The same on a machine.
+    /// The same of rows that lie on a machine.
     ///
     /// # Errors
     /// The machine fails.
-    pub fn of_on<B: Backend>(machine: &B, v: (&[f32], usize), u: (&[f32], usize)) -> Result<Self> {
-        let mut cross = Self::empty(v.1, u);
+    pub fn of_on<B: Backend>(
+        machine: &B,
+        v: (&B::Buffer, usize),
+        u: (&B::Buffer, usize),
+    ) -> Result<Self> {
+        let mut cross = Self::empty(v.1, u.1, machine.len(u.0) / u.1);
         machine.cross_gram(v, u, &mut cross.sums)?;
         Ok(cross)
     }
 
-    /// What was seen but for the sums, which are elsewhere.
-    pub fn without_sums((u, n): (&[f32], usize)) -> Self {
-        Self::empty(0, (u, n))
+    /// What is seen of so many pairs but for the sums, which are elsewhere.
+    pub fn without_sums(n: usize, pairs: usize) -> Self {
+        Self::empty(0, n, pairs)
     }
 
-    fn empty(width: usize, (u, n): (&[f32], usize)) -> Self {
+    fn empty(width: usize, n: usize, pairs: usize) -> Self {
         Self {
             n,
             sums: vec![0.0; width * n],
-            tokens: (u.len() / n) as u64,
+            tokens: pairs as u64,
         }
     }
 }

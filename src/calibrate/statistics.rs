@@ -6,20 +6,17 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use super::capture::{Capture, Captured};
+use super::capture::weights_of;
 use super::cells::{CELLS, Merge, SIDE_BY_SIDE, Tree, side_by_side};
 use super::layer::Layer;
 use super::samples::Samples;
 use super::second_moments::SecondMoments;
-use super::stream::Streams;
+use super::stream::MachineStreams;
 use crate::artifact::StoredModel;
-use crate::backend::{Backend, Machine, Machines};
+use crate::backend::{Backend, ExpertRows, Machine, MachineBuffer, Machines};
 use crate::error::{Error, Fault, Result};
-use crate::parallel;
+use crate::forward::observer::Observer;
 use crate::rewrite::{ChannelStatistics, Kept, RewriteStatistics, RewrittenModel};
-
-/// Columns that a thread sums up.
-const COLUMNS: usize = 64;
 
 /// Inputs of one matrix: sums over tokens.
 #[derive(Debug, Clone, PartialEq)]
@@ -35,34 +32,20 @@ pub struct InputSums {
 }
 
 impl InputSums {
-    fn of(captured: &Captured) -> Self {
-        let n = captured.in_features;
-        let mut sums = Self {
-            squares: vec![0.0; n],
-            max_abs: vec![0.0; n],
-            tokens: (captured.rows.len() / n.max(1)) as u64,
-            weight: 0.0,
-        };
-        let squares = sums.squares.chunks_mut(COLUMNS);
-        let parts = squares.zip(sums.max_abs.chunks_mut(COLUMNS)).enumerate();
-        parallel::for_each(parts, |(part, (squares, max_abs))| {
-            for row in captured.rows.chunks_exact(n) {
-                let columns = squares.iter_mut().zip(&mut *max_abs);
-                for ((square, max), x) in columns.zip(&row[part * COLUMNS..]) {
-                    *square += f64::from(*x) * f64::from(*x);
-                    *max = max.max(x.abs());
-                }
-            }
-        });
-        sums.weight = match captured.weights.is_empty() {
-            true => sums.tokens as f64,
-            false => captured
-                .weights
-                .iter()
-                .map(|weight| f64::from(*weight))
-                .sum(),
-        };
-        sums
+    /// Of rows `[_, n]`, which count `weights`; all 1 where there are none.
+    fn of(machine: &Machine, rows: &MachineBuffer, n: usize, weights: &[f32]) -> Result<Self> {
+        let tokens = machine.len(rows) / n;
+        let columns = machine.column_sums(rows, n)?;
+        let weight = weights.iter().map(|weight| f64::from(*weight));
+        Ok(Self {
+            squares: columns.squares,
+            max_abs: columns.max_abs,
+            tokens: tokens as u64,
+            weight: match weights.is_empty() {
+                true => tokens as f64,
+                false => weight.sum(),
+            },
+        })
     }
 }
 
@@ -276,10 +259,40 @@ fn peak_bytes(model: &StoredModel, samples: &Samples, in_file: bool) -> u64 {
     BASE_BYTES + moments + largest + streams
 }
 
+/// Sums up every input that a block shows of one cell.
+#[derive(Default)]
+struct InputObserver {
+    routes: Vec<ExpertRows>,
+    sums: Vec<((String, usize), InputSums)>,
+}
+
+impl Observer<Machine> for InputObserver {
+    fn experts(&mut self, _: usize, experts: &[ExpertRows]) {
+        self.routes = experts.to_vec();
+    }
+
+    fn input(
+        &mut self,
+        tensor: &str,
+        matrix: usize,
+        machine: &Machine,
+        input: &MachineBuffer,
+        rows: usize,
+    ) -> Result<()> {
+        // A cell without sequences shows nothing, not even how wide inputs are.
+        if let Some(in_features) = machine.len(input).checked_div(rows) {
+            let weights = weights_of(&self.routes, tensor, matrix);
+            let sums = InputSums::of(machine, input, in_features, &weights)?;
+            self.sums.push(((tensor.to_string(), matrix), sums));
+        }
+        Ok(())
+    }
+}
+
 /// Residual streams on their way through the blocks.
 struct Walk<'a> {
     model: &'a RewrittenModel,
-    streams: Streams,
+    streams: MachineStreams,
     cells: Vec<Vec<usize>>,
     machines: &'a Machines,
     machine: Machine,
@@ -301,20 +314,21 @@ impl<'a> Walk<'a> {
             .iter()
             .map(|cell| hidden * cell.iter().sum::<usize>())
             .collect();
-        let mut streams = Streams::new(lengths, in_file)?;
+        let machine = || machines.without_weights(0, model.stored().config());
+        let mut streams = MachineStreams::new(machine(), lengths, in_file)?;
         let embedding = model.matrix("token_embd.weight", 0)?;
         for (cell, sequences) in samples.cells().enumerate() {
             let rows = sequences
                 .iter()
                 .flatten()
                 .map(|token| &embedding[*token as usize * hidden..][..hidden]);
-            streams.write(cell, rows.flatten().copied().collect())?;
+            streams.write_values(cell, rows.flatten().copied().collect())?;
         }
         Ok(Self {
             model,
             streams,
             cells,
-            machine: machines.without_weights(0, model.stored().config()),
+            machine: machine(),
             machines,
         })
     }
@@ -341,7 +355,6 @@ impl<'a> Walk<'a> {
             block,
             in_memory.collect::<Result<_>>()?,
         )?;
-        let names: Vec<&str> = tensors.iter().map(|tensor| tensor.name.as_str()).collect();
         let mut residual = Tree::default();
         let mut inputs: BTreeMap<(String, usize), Tree<InputSums>> = BTreeMap::new();
         for cells in side_by_side(self.cells.len()) {
@@ -349,12 +362,10 @@ impl<'a> Walk<'a> {
             let first = cells.start;
             let shown = self.machines.each(cells, |cell| {
                 let mut stream = self.streams.read(cell)?;
-                let moments = self.normed_moments(stream.clone())?;
-                let mut capture = Capture::new(&names, None);
-                layer.run(&mut stream, &self.cells[cell], &mut capture)?;
-                let sums = capture.inputs.iter();
-                let sums = sums.map(|(key, captured)| (key.clone(), InputSums::of(captured)));
-                Ok((moments, stream, sums.collect::<Vec<_>>()))
+                let moments = self.normed_moments(&stream)?;
+                let mut inputs = InputObserver::default();
+                layer.run(&mut stream, &self.cells[cell], &mut inputs)?;
+                Ok((moments, stream, inputs.sums))
             })?;
             for (cell, (moments, stream, sums)) in (first..).zip(shown) {
                 residual.push(moments);
@@ -388,14 +399,14 @@ impl<'a> Walk<'a> {
         let mut tree = Tree::default();
         for cell in 0..self.cells.len() {
             watch()?;
-            tree.push(self.normed_moments(self.streams.read(cell)?)?);
+            tree.push(self.normed_moments(&self.streams.read(cell)?)?);
         }
         Ok(tree
             .finish()
             .unwrap_or_else(|| SecondMoments::empty(self.hidden())))
     }
 
-    fn normed_moments(&self, stream: Vec<f32>) -> Result<SecondMoments> {
+    fn normed_moments(&self, stream: &MachineBuffer) -> Result<SecondMoments> {
         let ones = vec![1.0; self.hidden()];
         let mut moments = SecondMoments::empty(self.hidden());
         moments.add_on(&self.machine, &self.normed(stream, ones)?, None)?;
@@ -406,21 +417,16 @@ impl<'a> Walk<'a> {
         let weight = self.model.matrix("output_norm.weight", 0)?;
         let mut tree = Tree::default();
         for cell in 0..self.cells.len() {
-            let rows = self.normed(self.streams.read(cell)?, weight.clone())?;
-            tree.push(InputSums::of(&Captured {
-                rows,
-                in_features: self.hidden(),
-                weights: Vec::new(),
-            }));
+            let rows = self.normed(&self.streams.read(cell)?, weight.clone())?;
+            tree.push(InputSums::of(&self.machine, &rows, self.hidden(), &[])?);
         }
         Ok(tree.finish())
     }
 
-    fn normed(&self, stream: Vec<f32>, weight: Vec<f32>) -> Result<Vec<f32>> {
-        let (stream, weight) = (self.machine.upload(stream)?, self.machine.upload(weight)?);
+    fn normed(&self, stream: &MachineBuffer, weight: Vec<f32>) -> Result<MachineBuffer> {
+        let weight = self.machine.upload(weight)?;
         let eps = self.model.stored().config().norm_epsilon();
-        let normed = self.machine.rms_norm(&stream, &weight, eps)?;
-        self.machine.download_all(normed)
+        self.machine.rms_norm(stream, &weight, eps)
     }
 
     fn hidden(&self) -> usize {

@@ -1,8 +1,10 @@
-//! The residual streams of all cells between two blocks, in memory or, where they do not fit, in a file.
+//! The residual streams of all cells between two blocks: on the machine that runs them, in memory or, where they do not fit, in
+//! a file.
 
 use std::fs::File;
 use std::os::unix::fs::FileExt;
 
+use crate::backend::{Backend, Machine, MachineBuffer};
 use crate::error::{Error, Fault, Result};
 
 /// One array `[tokens, hidden]` per cell.
@@ -69,6 +71,66 @@ impl Streams {
 
     fn offset(&self, cell: usize) -> u64 {
         4 * self.lengths[..cell].iter().sum::<usize>() as u64
+    }
+}
+
+/// The same for a machine: there while they leave it room, which on the CPU is this computer's memory.
+pub struct MachineStreams {
+    machine: Machine,
+    place: Place,
+}
+
+enum Place {
+    Machine(Vec<MachineBuffer>),
+    Here(Streams),
+}
+
+impl MachineStreams {
+    /// Zeros. `in_file` keeps those that do not lie on a device in a nameless temporary file.
+    ///
+    /// # Errors
+    /// The file cannot be made; the machine fails.
+    pub fn new(machine: Machine, lengths: Vec<usize>, in_file: bool) -> Result<Self> {
+        let place = match machine.kept_zeros(&lengths)? {
+            Some(cells) => Place::Machine(cells),
+            None => Place::Here(Streams::new(lengths, in_file)?),
+        };
+        Ok(Self { machine, place })
+    }
+
+    /// A copy of the streams of a cell.
+    ///
+    /// # Errors
+    /// The file cannot be read; the machine fails.
+    pub fn read(&self, cell: usize) -> Result<MachineBuffer> {
+        match &self.place {
+            Place::Machine(cells) => self.machine.duplicate(&cells[cell]),
+            Place::Here(streams) => self.machine.upload(streams.read(cell)?),
+        }
+    }
+
+    /// Replaces the streams of a cell.
+    ///
+    /// # Errors
+    /// The file cannot be written; the machine fails.
+    pub fn write(&mut self, cell: usize, stream: MachineBuffer) -> Result<()> {
+        match &mut self.place {
+            Place::Machine(cells) => {
+                assert_eq!(self.machine.len(&stream), self.machine.len(&cells[cell]));
+                cells[cell] = stream;
+                Ok(())
+            }
+            Place::Here(streams) => streams.write(cell, self.machine.download_all(stream)?),
+        }
+    }
+
+    /// The same with values of this computer.
+    ///
+    /// # Errors
+    /// As [`Self::write`].
+    pub fn write_values(&mut self, cell: usize, values: Vec<f32>) -> Result<()> {
+        let stream = self.machine.upload(values)?;
+        self.write(cell, stream)
     }
 }
 

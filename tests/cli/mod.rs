@@ -5,6 +5,7 @@ mod calibrate;
 mod calibration;
 #[cfg(feature = "device")]
 mod device;
+#[cfg(feature = "device")]
 mod emulated_cuda;
 mod eval;
 mod hostile;

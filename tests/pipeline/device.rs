@@ -288,6 +288,7 @@ fn second_moments_are_those_of_the_cpu() {
     let sums = |machines: &Machines| {
         let machine = machines.without_weights(0, model.config());
         let (mut gram, mut cross) = (vec![0.0; n * n], vec![0.0; width * n]);
+        let [u, v] = [&u, &v].map(|rows| machine.upload(rows.clone()).unwrap());
         machine.gram(&u, n, &mut gram).unwrap();
         machine
             .cross_gram((&v, width), (&u, n), &mut cross)

@@ -19,6 +19,13 @@ pub fn add(isa: Isa, sum: &mut [f32], values: &[f32]) {
     parallel::for_each(parts, |(sum, values)| add_part(isa, sum, values));
 }
 
+/// Rows of `width` values, each times its factor; not more than there are factors.
+pub fn scale_rows(rows: &[f32], width: usize, factors: &[f32]) -> Vec<f32> {
+    let rows = rows.chunks_exact(width).zip(factors);
+    let scaled = rows.flat_map(|(row, factor)| row.iter().map(move |x| x * factor));
+    scaled.collect()
+}
+
 /// Whether no value is NaN or infinite.
 pub fn is_finite(isa: Isa, values: &[f32]) -> bool {
     let are_finite = parallel::map(values.chunks(PART), |part| is_part_finite(isa, part));

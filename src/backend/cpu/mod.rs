@@ -4,12 +4,13 @@
 //! current rayon pool.
 
 mod attention;
+mod columns;
 mod conv1d;
 mod elementwise;
 pub mod gram;
 mod input;
 pub mod kernels;
-pub(crate) use elementwise::{dot, softplus, sum_of_squares};
+pub(crate) use elementwise::{dot, scale_rows, softplus, sum_of_squares};
 pub use elementwise::{exp, exp_f64, largest};
 pub use softmax::{exact_kl_divergence, exact_softmax_sums, softmax_sums};
 mod matmul;
@@ -31,9 +32,10 @@ use std::sync::Arc;
 use nemoconv_formats::block;
 
 use super::activation::Activation;
+use super::magnitudes::Magnitudes;
 use super::{
-    AttentionShape, Backend, ExpertRows, Exponentials, KeyValues, KlDivergence, LogitRows,
-    RouteShape, ScanShape, ScanWeights, Segment, SoftmaxSums,
+    AttentionShape, Backend, ColumnSums, ExpertRows, Exponentials, KeyValues, KlDivergence,
+    LogitRows, RouteShape, ScanShape, ScanWeights, Segment, SoftmaxSums,
 };
 use crate::artifact::{PackedMatrix, StoredModel, StoredTensor};
 use crate::error::Result;
@@ -381,13 +383,30 @@ impl Backend for Cpu {
         }))
     }
 
-    fn gram(&self, rows: &[f32], n: usize, sums: &mut [f64]) -> Result<()> {
+    fn scale_rows(&self, rows: &Vec<f32>, width: usize, factors: &[f32]) -> Result<Vec<f32>> {
+        Ok(elementwise::scale_rows(rows, width, factors))
+    }
+
+    fn column_sums(&self, rows: &Vec<f32>, n: usize) -> Result<ColumnSums> {
+        Ok(columns::column_sums(rows, n))
+    }
+
+    fn magnitudes(&self, values: &Vec<f32>) -> Result<Magnitudes> {
+        Ok(columns::magnitudes(values))
+    }
+
+    fn gram(&self, rows: &Vec<f32>, n: usize, sums: &mut [f64]) -> Result<()> {
         gram::second_moments(self.isa, rows, n, sums);
         Ok(())
     }
 
-    fn cross_gram(&self, v: (&[f32], usize), u: (&[f32], usize), sums: &mut [f64]) -> Result<()> {
-        gram::cross_moments(self.isa, v, u, sums);
+    fn cross_gram(
+        &self,
+        (v, width): (&Vec<f32>, usize),
+        (u, n): (&Vec<f32>, usize),
+        sums: &mut [f64],
+    ) -> Result<()> {
+        gram::cross_moments(self.isa, (v, width), (u, n), sums);
         Ok(())
     }
 }

@@ -16,10 +16,12 @@ use std::sync::Arc;
 
 use super::activation::Activation;
 use super::cpu::{Cpu, CpuWeight};
+use super::magnitudes::{self, Magnitudes};
 use super::tally::Tally;
 use super::{
-    AttentionArithmetic, AttentionShape, Backend, Exponentials, KeyValues, KlDivergence, LogitRows,
-    ProductSums, ScanShape, ScanWeights, Segment, SoftmaxSums, default_bodies,
+    AttentionArithmetic, AttentionShape, Backend, ColumnSums, Exponentials, KeyValues,
+    KlDivergence, LogitRows, ProductSums, ScanShape, ScanWeights, Segment, SoftmaxSums,
+    default_bodies,
 };
 use crate::artifact::StoredTensor;
 use crate::backend::ExpertRows;
@@ -27,7 +29,8 @@ use crate::error::{Error, Result};
 use crate::quantize::feedback::RowProducts;
 use mixing::HeldMatrices;
 use nemoconv_device::{
-    Array, AttentionLayout, ConvLayout, Device, DeviceError, Rounding, ScanLayout, can_dequantize,
+    Array, AttentionLayout, ConvLayout, Device, DeviceError, MagnitudeBins, Rounding, ScanLayout,
+    can_dequantize,
 };
 use sums::{CrossGramOnDevice, GramOnDevice};
 pub use weights::DeviceWeight;
@@ -39,6 +42,12 @@ const TILE_BYTES: usize = 64 << 20;
 const SENT_BYTES: usize = 32 << 20;
 /// The part of free memory that decoded weights may take.
 const TILES: u64 = 8;
+
+/// The part of free memory that streams which stay on the device may take.
+const KEPT: u64 = 4;
+
+/// Sums that stay on the device.
+type SumsOnDevice<'a> = Box<dyn ProductSums<Array> + 'a>;
 
 /// A device that backends share.
 pub struct OpenDevice {
@@ -147,6 +156,19 @@ impl Backend for OnDevice {
 
     fn zeros(&self, len: usize) -> Result<Array> {
         Ok(self.device().zeros(len)?)
+    }
+
+    fn kept_zeros(&self, lengths: &[usize]) -> Result<Option<Vec<Array>>> {
+        let bytes = lengths.iter().map(|len| 4 * *len as u64).sum::<u64>();
+        if bytes > self.device().free_bytes() / KEPT || !self.has_room(bytes) {
+            return Ok(None);
+        }
+        let zeros = lengths.iter().map(|len| self.device().zeros(*len));
+        or_no_room(
+            zeros
+                .collect::<std::result::Result<_, _>>()
+                .map_err(Error::from),
+        )
     }
 
     fn duplicate(&self, buffer: &Array) -> Result<Array> {
@@ -341,24 +363,54 @@ impl Backend for OnDevice {
         Ok(rows.into_iter().map(divergence).collect())
     }
 
-    fn gram(&self, rows: &[f32], n: usize, sums: &mut [f64]) -> Result<()> {
-        let mut own = GramOnDevice::new(self, n)?;
+    fn scale_rows(&self, rows: &Array, width: usize, factors: &[f32]) -> Result<Array> {
+        let device = self.counted("scale_rows");
+        let mut scaled = device.zeros(factors.len() * width)?;
+        let each: Vec<u32> = (0..).take(factors.len()).collect();
+        device.scatter_add(&mut scaled, width, rows, &each, factors)?;
+        Ok(scaled)
+    }
+
+    fn column_sums(&self, rows: &Array, n: usize) -> Result<ColumnSums> {
+        let found = self.counted("column_sums").column_sums(rows, n)?;
+        Ok(ColumnSums {
+            sums: found.sums,
+            squares: found.squares,
+            max_abs: found.max_abs,
+        })
+    }
+
+    fn magnitudes(&self, values: &Array) -> Result<Magnitudes> {
+        let bins = MagnitudeBins {
+            shift: magnitudes::SHIFT,
+            least: magnitudes::LEAST,
+        };
+        let counts = self.counted("magnitudes").magnitude_counts(values, bins)?;
+        Ok(Magnitudes::of_counts(counts))
+    }
+
+    fn gram(&self, rows: &Array, n: usize, sums: &mut [f64]) -> Result<()> {
+        let Some(mut own) = or_no_room(GramOnDevice::new(self, n))? else {
+            return default_bodies::gram(self, rows, n, sums);
+        };
         own.add(rows, rows)?;
         own.finish(sums)
     }
 
     fn cross_gram(
         &self,
-        (v, width): (&[f32], usize),
-        (u, n): (&[f32], usize),
+        (v, width): (&Array, usize),
+        (u, n): (&Array, usize),
         sums: &mut [f64],
     ) -> Result<()> {
-        let mut own = CrossGramOnDevice::new(self, width, n)?;
+        let Some(mut own) = or_no_room(CrossGramOnDevice::new(self, width, n))? else {
+            return default_bodies::cross_gram(self, (v, width), (u, n), sums);
+        };
         own.add(v, u)?;
         own.finish(sums)
     }
 
-    fn gram_sums(&self, n: usize) -> Result<Option<Box<dyn ProductSums + '_>>> {
+    fn gram_sums(&self, n: usize) -> Result<Option<SumsOnDevice<'_>>> {
         if !self.has_room(8 * (n * n) as u64) {
             return Ok(None);
         }
@@ -366,7 +418,7 @@ impl Backend for OnDevice {
         Ok(sums.map(|sums| Box::new(sums) as _))
     }
 
-    fn cross_gram_sums(&self, width: usize, n: usize) -> Result<Option<Box<dyn ProductSums + '_>>> {
+    fn cross_gram_sums(&self, width: usize, n: usize) -> Result<Option<SumsOnDevice<'_>>> {
         if !self.has_room(4 * (width * n) as u64) {
             return Ok(None);
         }

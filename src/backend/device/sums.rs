@@ -1,6 +1,6 @@
 //! What stays on a device while a matrix is calibrated and rounded: sums of products of inputs, rows that are multiplied.
 //!
-//! Enters: rows of inputs, columns of rows to hold. Leaves: sums in f64, products. Knows no weights.
+//! Enters: rows of inputs that lie there, columns of rows to hold. Leaves: sums in f64, products. Knows no weights.
 
 use std::ops::Range;
 
@@ -38,11 +38,10 @@ impl<'a> GramOnDevice<'a> {
     }
 }
 
-impl ProductSums for GramOnDevice<'_> {
-    fn add(&mut self, _: &[f32], u: &[f32]) -> Result<()> {
+impl ProductSums<Array> for GramOnDevice<'_> {
+    fn add(&mut self, _: &Array, u: &Array) -> Result<()> {
         let device = self.on.counted("gram");
-        let rows = device.upload(u)?;
-        Ok(device.gram(&rows, self.n, &mut self.strips)?)
+        Ok(device.gram(u, self.n, &mut self.strips)?)
     }
 
     fn finish(&self, sums: &mut [f64]) -> Result<()> {
@@ -97,12 +96,11 @@ impl<'a> CrossGramOnDevice<'a> {
     }
 }
 
-impl ProductSums for CrossGramOnDevice<'_> {
-    fn add(&mut self, v: &[f32], u: &[f32]) -> Result<()> {
+impl ProductSums<Array> for CrossGramOnDevice<'_> {
+    fn add(&mut self, v: &Array, u: &Array) -> Result<()> {
         let device = self.on.counted("cross_gram");
         let rows = u.len() / self.n;
-        let (v, u) = (device.upload(v)?, device.upload(u)?);
-        let parts = self.in_parts(&v, &u, rows)?;
+        let parts = self.in_parts(v, u, rows)?;
         for (strip, sums) in &mut self.strips {
             if let Some([v, u]) = &parts {
                 device.matmul_split(v, strip.clone(), u, [1.0, 1.0], [0, self.n], sums)?;
@@ -114,7 +112,7 @@ impl ProductSums for CrossGramOnDevice<'_> {
                 beta: 1.0,
                 ..MatmulLayout::linear(strip.len(), rows, self.n, 0, self.n)
             };
-            device.matmul(&layout, &v, &u, sums)?;
+            device.matmul(&layout, v, u, sums)?;
         }
         Ok(())
     }

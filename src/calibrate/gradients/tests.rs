@@ -13,7 +13,7 @@ use super::matrix::Matrix;
 use super::*;
 use crate::artifact::{MemoryTensor, StoredModel};
 use crate::backend::cpu::{Cpu, Residence};
-use crate::backend::{ExpertRows, Machines};
+use crate::backend::{Backend, ExpertRows, Machines};
 use crate::calibrate::capture::Capture;
 use crate::calibrate::layer::Layer;
 use crate::forward::log_softmax::LogSoftmax;
@@ -70,6 +70,7 @@ fn check_inputs(path: &Path) {
     let (weights, samples) = (open(path), samples());
     let walk = Walk::new(&weights, &samples, false, &|| Ok(()));
     let streams = walk.forward(&samples).unwrap();
+    let machine = Machines::Cpu.without_weights(0, walk.config());
     for (block, before) in streams.iter().enumerate().take(walk.blocks()) {
         let tensors = walk.tensors(block).unwrap();
         let names = tensors.iter().map(|tensor| tensor.name.clone());
@@ -82,14 +83,15 @@ fn check_inputs(path: &Path) {
             let lengths: Vec<usize> = sequences.iter().map(|rows| rows.len()).collect();
             let mut capture = Capture::new(&names, None);
             layer
-                .run(&mut stream.clone(), &lengths, &mut capture)
+                .run_values(&mut stream.clone(), &lengths, &mut capture)
                 .unwrap();
             let mut found = Inputs::default();
             let gradient = vec![1.0; stream.len()];
             back.back(&stream, sequences, gradient, &mut found).unwrap();
             assert!(!found.0.is_empty() && found.0.len() == capture.inputs.len());
             for (key, captured) in &capture.inputs {
-                assert!(found.0[key] == captured.rows, "{key:?}");
+                let rows = machine.download(&captured.rows, 0..machine.len(&captured.rows));
+                assert!(found.0[key] == rows.unwrap(), "{key:?}");
             }
         }
     }

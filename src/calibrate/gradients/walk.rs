@@ -95,7 +95,7 @@ impl<'a> Walk<'a> {
                 (self.watch)()?;
                 let lengths: Vec<usize> = sequences.iter().map(Range::len).collect();
                 let mut stream = all[block].read(cell)?;
-                layer.run(&mut stream, &lengths, &mut Capture::new(&[], None))?;
+                layer.run_values(&mut stream, &lengths, &mut Capture::new(&[], None))?;
                 behind.write(cell, stream)?;
             }
             all.push(behind);

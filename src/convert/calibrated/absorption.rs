@@ -94,6 +94,7 @@ pub fn outcome(job: &Calibrated, tensor: &PlannedTensor) -> super::TensorOutcome
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::backend::Backend;
     use crate::calibrate::capture::Captured;
     use crate::convert::calibrated::collector::seen;
     use crate::convert::calibrated::tests::Scene;
@@ -140,12 +141,10 @@ mod tests {
         let hidden = scene.weights.stored().config().hidden_size;
         let noise = |at: usize| ((at * 7919) % 1009) as f32 / 1009.0;
         let inputs: Vec<f32> = (0..TOKENS * hidden).map(|at| 0.5 + noise(at)).collect();
-        let captured = Captured {
-            rows: inputs.clone(),
-            in_features: hidden,
-            weights: Vec::new(),
-        };
-        let seen = seen(&job.machine(0), &captured, None).unwrap();
+        let machine = job.machine(0);
+        let rows = machine.upload(inputs.clone()).unwrap();
+        let captured = Captured::unweighted(&machine, rows, hidden);
+        let seen = seen(&machine, &captured, None).unwrap();
         let name = "blk.0.ssm_in.weight";
         let tensor = job.tensor(name).unwrap();
         let wanted = scene.weights.matrix(name, 0).unwrap();

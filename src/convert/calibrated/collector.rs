@@ -4,18 +4,12 @@
 
 use std::collections::BTreeMap;
 
-use crate::backend::{Backend, Machine, ProductSums};
+use crate::backend::magnitudes::Magnitudes;
+use crate::backend::{Backend, Machine, MachineBuffer, ProductSums};
 use crate::calibrate::capture::Captured;
 use crate::calibrate::cells::{Merge, Tree};
-use crate::calibrate::magnitudes::Magnitudes;
 use crate::calibrate::second_moments::{CrossMoments, SecondMoments, weighted};
 use crate::error::Result;
-use crate::parallel;
-
-/// Columns that a thread sums up.
-const COLUMNS: usize = 64;
-/// Values that a thread counts.
-const PART: usize = 1 << 16;
 
 /// An input: the tensor under whose name it is seen, and the matrix.
 pub type Key = (String, usize);
@@ -65,8 +59,8 @@ pub struct Collector<'m> {
 
 /// Sums of one input on a machine.
 struct Kept<'m> {
-    moments: Box<dyn ProductSums + 'm>,
-    cross: Option<Box<dyn ProductSums + 'm>>,
+    moments: Box<dyn ProductSums<MachineBuffer> + 'm>,
+    cross: Option<Box<dyn ProductSums<MachineBuffer> + 'm>>,
 }
 
 impl<'m> Collector<'m> {
@@ -97,7 +91,7 @@ impl<'m> Collector<'m> {
             self.kept.insert(key.clone(), kept);
         }
         let seen = match self.kept.get_mut(&key) {
-            Some(kept) => kept.see(captured, original)?,
+            Some(kept) => kept.see(self.machine, captured, original)?,
             None => seen(self.machine, captured, original)?,
         };
         self.trees.entry(key).or_default().push(seen);
@@ -137,20 +131,22 @@ impl<'m> Collector<'m> {
 
 impl Kept<'_> {
     /// Everything but the products, which stay on the machine.
-    fn see(&mut self, captured: &Captured, original: Option<&Captured>) -> Result<Seen> {
-        let (n, rows) = (captured.in_features, &captured.rows);
-        let weights = weights_of(captured);
-        let scaled = weighted(rows, n, weights);
-        self.moments.add(&scaled, &scaled)?;
+    fn see(
+        &mut self,
+        machine: &Machine,
+        captured: &Captured,
+        original: Option<&Captured>,
+    ) -> Result<Seen> {
+        let (n, rows, weights) = (captured.in_features, &captured.rows, captured.weights());
+        let scaled = weighted(machine, rows, n, weights)?;
+        let scaled = scaled.as_ref().unwrap_or(rows);
+        self.moments.add(scaled, scaled)?;
         if let (Some(cross), Some(original)) = (&mut self.cross, original) {
             cross.add(&original.rows, rows)?;
         }
-        Ok(seen_beside(
-            captured,
-            original,
-            SecondMoments::without_sums(n, rows, weights),
-            original.map(|_| CrossMoments::without_sums((rows, n))),
-        ))
+        let moments = SecondMoments::without_sums(n, captured.count, weights);
+        let cross = original.map(|_| CrossMoments::without_sums(n, captured.count));
+        seen_beside(machine, captured, original, moments, cross)
     }
 
     fn finish(&self, seen: &mut Seen) -> Result<()> {
@@ -165,10 +161,6 @@ impl Kept<'_> {
     }
 }
 
-fn weights_of(captured: &Captured) -> Option<&[f32]> {
-    (!captured.weights.is_empty()).then_some(captured.weights.as_slice())
-}
-
 /// What is known of some inputs, and of those of the original network with them.
 ///
 /// # Errors
@@ -176,48 +168,31 @@ fn weights_of(captured: &Captured) -> Option<&[f32]> {
 pub fn seen(machine: &Machine, captured: &Captured, original: Option<&Captured>) -> Result<Seen> {
     let (n, rows) = (captured.in_features, &captured.rows);
     let mut moments = SecondMoments::empty(n);
-    moments.add_on(machine, rows, weights_of(captured))?;
+    moments.add_on(machine, rows, captured.weights())?;
     let cross =
         original.map(|original| CrossMoments::of_on(machine, (&original.rows, n), (rows, n)));
-    Ok(seen_beside(captured, original, moments, cross.transpose()?))
+    seen_beside(machine, captured, original, moments, cross.transpose()?)
 }
 
 /// Products with all that is summed up beside them.
 fn seen_beside(
+    machine: &Machine,
     captured: &Captured,
     original: Option<&Captured>,
     moments: SecondMoments,
     cross: Option<CrossMoments>,
-) -> Seen {
-    let n = captured.in_features;
-    let parts = || captured.rows.chunks(PART);
-    let largest = parallel::map(parts(), |part| {
-        part.iter().fold(0.0, |a: f32, x| a.max(x.abs()))
-    });
-    let mut magnitudes = Magnitudes::default();
-    let of_parts = parallel::map(parts(), Magnitudes::of);
-    of_parts.into_iter().for_each(|part| magnitudes.merge(part));
-    Seen {
+) -> Result<Seen> {
+    let columns = |of: &Captured| machine.column_sums(&of.rows, of.in_features);
+    let present = columns(captured)?;
+    let original = original.map(columns).transpose()?;
+    Ok(Seen {
         moments,
         cross,
-        largest: largest.into_iter().fold(0.0, f32::max),
-        magnitudes,
-        sums: sums_of(&captured.rows, n),
-        original_sums: original.map(|original| sums_of(&original.rows, n)),
-    }
-}
-
-/// Rows `[_, n]` summed up in order.
-fn sums_of(rows: &[f32], n: usize) -> Vec<f64> {
-    let mut sums = vec![0.0; n];
-    let parts = sums.chunks_mut(COLUMNS).enumerate();
-    parallel::for_each(parts, |(part, sums)| {
-        for row in rows.chunks_exact(n) {
-            let row = row[part * COLUMNS..].iter().map(|x| f64::from(*x));
-            sums.iter_mut().zip(row).for_each(|(sum, x)| *sum += x);
-        }
-    });
-    sums
+        largest: present.max_abs.into_iter().fold(0.0, f32::max),
+        magnitudes: machine.magnitudes(&captured.rows)?,
+        sums: present.sums,
+        original_sums: original.map(|columns| columns.sums),
+    })
 }
 
 fn add(sums: &mut [f64], later: &[f64]) {

@@ -29,7 +29,7 @@ use crate::calibrate::cells::side_by_side;
 use crate::calibrate::gradients::OutputMoments;
 use crate::calibrate::layer::Layer;
 use crate::calibrate::samples::Samples;
-use crate::calibrate::stream::Streams;
+use crate::calibrate::stream::MachineStreams;
 use crate::error::{Error, Result};
 use crate::model::nemotron_h::is_bias_behind_ssm_in;
 use crate::plan::{Plan, PlannedTensor};
@@ -220,8 +220,8 @@ impl<'a> Calibrated<'a> {
             .map(|cell| hidden * cell.iter().sum::<usize>())
             .collect();
         let mut streams = BothStreams {
-            original: Streams::new(lengths.clone(), in_file)?,
-            rounded: Streams::new(lengths, in_file)?,
+            original: MachineStreams::new(self.machine(0), lengths.clone(), in_file)?,
+            rounded: MachineStreams::new(self.machine(0), lengths, in_file)?,
             original_is_behind: false,
             cells,
         };
@@ -237,8 +237,8 @@ impl<'a> Calibrated<'a> {
                     .flat_map(|at| table[at..at + hidden].iter().copied())
                     .collect()
             };
-            streams.original.write(cell, look_up(&original))?;
-            streams.rounded.write(cell, look_up(&rounded))?;
+            streams.original.write_values(cell, look_up(&original))?;
+            streams.rounded.write_values(cell, look_up(&rounded))?;
         }
         Ok(streams)
     }
@@ -370,7 +370,7 @@ impl<'a> Calibrated<'a> {
             self.check_stop()?;
             let first = cells.start;
             let before = &*streams;
-            let run = |layer: &Layer, stream: &Streams, cell: usize| -> Result<_> {
+            let run = |layer: &Layer, stream: &MachineStreams, cell: usize| -> Result<_> {
                 let mut residual = stream.read(cell)?;
                 let mut capture = Capture::new(&[], routing_of(routes, cell));
                 layer.run(&mut residual, &before.cells[cell], &mut capture)?;
@@ -440,8 +440,8 @@ impl<'a> Calibrated<'a> {
 
 /// Residual streams of the original network and of the rounded one.
 struct BothStreams {
-    original: Streams,
-    rounded: Streams,
+    original: MachineStreams,
+    rounded: MachineStreams,
     /// The original one has been through the block whose matrices are rounded now, the other has not.
     original_is_behind: bool,
     /// Lengths of the sequences of each cell.

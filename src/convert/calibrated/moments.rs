@@ -6,7 +6,7 @@ use std::ops::Range;
 use super::collector::{Collector, Key, SeenInputs};
 use super::rounding::{TensorRounding, add_to_pool};
 use super::{BothStreams, Calibrated, Workspace, absorption, routing_of, stages};
-use crate::backend::{Backend, ExpertRows};
+use crate::backend::{Backend, ExpertRows, MachineBuffer};
 use crate::calibrate::capture::{Capture, Captured};
 use crate::calibrate::cells::side_by_side;
 use crate::calibrate::layer::Layer;
@@ -162,13 +162,13 @@ impl<'a> StageMoments<'a> {
     fn show(
         &self,
         layer: &Layer,
-        stream: &mut Vec<f32>,
+        stream: &mut MachineBuffer,
         lengths: &[usize],
         routing: Option<&[ExpertRows]>,
         capture: &mut Capture,
     ) -> Result<()> {
         if self.reads_stream() {
-            return layer.show_readers(std::mem::take(stream), routing, capture);
+            return layer.show_readers(stream, routing, capture);
         }
         layer.run(stream, lengths, capture)
     }
@@ -209,7 +209,7 @@ struct Shown {
     rounded: BTreeMap<Key, Captured>,
     original: BTreeMap<Key, Captured>,
     /// The original stream behind the block, where it was taken along.
-    original_behind: Option<Vec<f32>>,
+    original_behind: Option<MachineBuffer>,
 }
 
 /// How many matrices of an input are among the keys.
@@ -234,13 +234,10 @@ pub fn round_head(
     let mut collector = Collector::new(&machine);
     for cell in 0..streams.cells.len() {
         job.check_stop()?;
-        let normed = |values: Vec<f32>| -> Result<_> {
-            let normed = machine.rms_norm(&machine.upload(values)?, &norm, eps)?;
-            Ok(Captured {
-                rows: machine.download_all(normed)?,
-                in_features: machine.len(&norm),
-                weights: Vec::new(),
-            })
+        let normed = |stream: MachineBuffer| -> Result<_> {
+            let normed = machine.rms_norm(&stream, &norm, eps)?;
+            let width = machine.len(&norm);
+            Ok(Captured::unweighted(&machine, normed, width))
         };
         let rounded = normed(streams.rounded.read(cell)?)?;
         let original = match job.rounding.target_correction > 0.0 {

@@ -3,10 +3,10 @@
 use super::collector::{Seen, SeenInputs};
 use super::{Calibrated, ExpertTokens, Method, TensorOutcome, Treatment};
 use crate::artifact::StoredTensor;
+use crate::backend::magnitudes::Magnitudes;
 use crate::backend::{Backend, Machine};
 use crate::calibrate::cells::Merge;
 use crate::calibrate::experts::own_share;
-use crate::calibrate::magnitudes::Magnitudes;
 use crate::calibrate::second_moments::SecondMoments;
 use crate::error::Result;
 use crate::parallel;

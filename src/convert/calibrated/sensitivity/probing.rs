@@ -12,7 +12,7 @@ use super::predictions::{Head, KEPT_LOGITS, POSITIONS, Reference};
 use super::{Group, Measurement, Sensitivity, TypeLoss, probe_types};
 use crate::artifact::{MemoryTensor, StoredTensor};
 use crate::backend::cpu::Residence;
-use crate::backend::{Backend, Exponentials, LogitRows, Machine};
+use crate::backend::{Backend, Exponentials, LogitRows, Machine, MachineBuffer};
 use crate::calibrate::capture::Capture;
 use crate::calibrate::cells::Merge;
 use crate::calibrate::layer::Layer;
@@ -165,14 +165,18 @@ impl<'a> Probing<'a> {
 
     /// What the rewritten head reads, from rewritten streams behind the last block.
     pub fn normed(&self, residual: &[f32]) -> Result<Vec<f32>> {
+        self.machine.download_all(self.normed_there(residual)?)
+    }
+
+    /// The same, where the machine has it.
+    fn normed_there(&self, residual: &[f32]) -> Result<MachineBuffer> {
         let norm = self.job.weights.matrix("output_norm.weight", 0)?;
         let (stream, norm) = (
             self.machine.upload(residual.to_vec())?,
             self.machine.upload(norm)?,
         );
         let eps = self.config().norm_epsilon();
-        let normed = self.machine.rms_norm(&stream, &norm, eps)?;
-        self.machine.download_all(normed)
+        self.machine.rms_norm(&stream, &norm, eps)
     }
 
     /// A tensor rounded to the nearest.
@@ -207,7 +211,7 @@ impl<'a> Probing<'a> {
                 let layer = self.replaced(block, &originals, tensors)?;
                 let run = |_, batch: &Batch| {
                     let mut residual = batch.residual.clone();
-                    layer.run(&mut residual, &batch.lengths, &mut Capture::default())?;
+                    layer.run_values(&mut residual, &batch.lengths, &mut Capture::default())?;
                     self.rest(block + 1, residual, &batch.lengths)
                 };
                 probed.push((ty, self.divergence(run, None)?));
@@ -215,7 +219,7 @@ impl<'a> Probing<'a> {
             self.conclude(group, &looked.local, &probed, measured)?;
         }
         for batch in &mut self.probe_batches {
-            layer.run(&mut batch.residual, &batch.lengths, &mut Capture::default())?;
+            layer.run_values(&mut batch.residual, &batch.lengths, &mut Capture::default())?;
         }
         Ok(())
     }
@@ -255,11 +259,10 @@ impl<'a> Probing<'a> {
         for batch in &mut self.moment_batches {
             self.job.check_stop()?;
             let mut capture = Capture::new(&inputs, None);
-            layer.run(&mut batch.residual, &batch.lengths, &mut capture)?;
+            layer.run_values(&mut batch.residual, &batch.lengths, &mut capture)?;
             for (key, captured) in capture.inputs {
-                let weights = (!captured.weights.is_empty()).then_some(captured.weights.as_slice());
                 let mut moments = SecondMoments::empty(captured.in_features);
-                moments.add_on(&self.machine, &captured.rows, weights)?;
+                moments.add_on(&self.machine, &captured.rows, captured.weights())?;
                 match seen.get_mut(&key) {
                     Some(sum) => sum.merge(moments),
                     None => drop(seen.insert(key, moments)),
@@ -291,7 +294,7 @@ impl<'a> Probing<'a> {
     pub fn head_moments(&self) -> Result<SeenMoments> {
         let mut moments = SecondMoments::empty(self.config().hidden_size);
         for batch in &self.moment_batches {
-            let normed = self.normed(&batch.residual)?;
+            let normed = self.normed_there(&batch.residual)?;
             moments.add_on(&self.machine, &normed, None)?;
         }
         Ok([(("output.weight".to_string(), 0), moments)]

@@ -201,7 +201,7 @@ impl<'a> Run<'a> {
 
     fn block(&mut self, probing: &Probing, block: usize, layer: &Layer) -> Result<()> {
         for (stream, batch) in self.streams.iter_mut().zip(&probing.probe_batches) {
-            layer.run(stream, &batch.lengths, &mut Capture::default())?;
+            layer.run_values(stream, &batch.lengths, &mut Capture::default())?;
         }
         self.step(probing, block + 1)
     }

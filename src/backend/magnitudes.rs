@@ -1,16 +1,15 @@
-//! How large inputs are: a histogram whose bins are fixed, so that cells can be added in any number and order.
+//! How large values are: a histogram whose bins are fixed, so that parts can be added in any number and order.
 //!
-//! Enters: inputs. Leaves: counts by magnitude. Chooses nothing.
-
-use super::cells::Merge;
+//! Enters: values, or counts of a device. Leaves: counts by magnitude. Chooses nothing.
 
 /// Bins per factor of two: a bin is at most a sixteenth wider than its lower edge.
 const BINS_PER_OCTAVE: u32 = 16;
 /// Bits of an f32 below those that number the bins.
-const SHIFT: u32 = 23 - BINS_PER_OCTAVE.ilog2();
-/// Magnitudes below 2^-24 fall into the first bin, above 2^40 into the last.
-const LEAST: u32 = (127 - 24) << 23 >> SHIFT;
-const BINS: usize = 64 * BINS_PER_OCTAVE as usize;
+pub const SHIFT: u32 = 23 - BINS_PER_OCTAVE.ilog2();
+/// The first bin: magnitudes below 2^-24 fall into it, those above 2^40 into the last.
+pub const LEAST: u32 = (127 - 24) << 23 >> SHIFT;
+/// How many there are.
+pub const BINS: usize = 64 * BINS_PER_OCTAVE as usize;
 
 /// Counts of magnitudes.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -23,6 +22,13 @@ impl Default for Magnitudes {
 }
 
 impl Magnitudes {
+    /// Counts of [`BINS`] bins.
+    #[cfg(feature = "device")]
+    pub fn of_counts(counts: Vec<u32>) -> Self {
+        assert_eq!(counts.len(), BINS);
+        Self(counts.into_iter().map(u64::from).collect())
+    }
+
     /// Of these values; those that are no numbers are left out.
     pub fn of(values: &[f32]) -> Self {
         let mut magnitudes = Self::default();
@@ -31,6 +37,12 @@ impl Magnitudes {
             magnitudes.0[bin.min(BINS - 1)] += 1;
         }
         magnitudes
+    }
+
+    /// Adds those of other values.
+    pub fn merge(&mut self, others: Self) {
+        let pairs = self.0.iter_mut().zip(others.0);
+        pairs.for_each(|(count, other)| *count += other);
     }
 
     /// Bins that hold something, from small to large: lower and upper edge, count.
@@ -43,13 +55,6 @@ impl Magnitudes {
                 0 => (0.0, edge(1), *count),
                 bin => (edge(bin), edge(bin + 1), *count),
             })
-    }
-}
-
-impl Merge for Magnitudes {
-    fn merge(&mut self, later: Self) {
-        let pairs = self.0.iter_mut().zip(later.0);
-        pairs.for_each(|(count, later)| *count += later);
     }
 }
 
