@@ -2,12 +2,14 @@
 
 use std::collections::HashMap;
 use std::ops::Range;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use crate::driver::{Description, Driver, Family, Handle, Launch, View};
 use crate::error::{DeviceError, Result};
 use crate::kernels::Kernel;
 use crate::ops::{MatmulLayout, Splitting};
+use crate::spare::{Spare, Spares};
 
 /// A device with its memory. Clones share it.
 #[derive(Clone)]
@@ -34,6 +36,20 @@ pub enum MatmulKernel {
 struct Inner {
     driver: Box<dyn Driver>,
     pool: Mutex<Pool>,
+    spares: Spares,
+    sent: AtomicU64,
+    fetched: AtomicU64,
+}
+
+/// What went over the border so far.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Traffic {
+    /// Bytes to the device.
+    pub sent: u64,
+    /// Bytes back.
+    pub fetched: u64,
+    /// Values that gave way to others, see [`Device::spare`].
+    pub given_up: u64,
 }
 
 /// What was allocated, and what of it lies idle.
@@ -84,7 +100,17 @@ impl Inner {
         self.pool.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// Memory, for which spare values give way.
     fn allocate(&self, bytes: u64) -> Result<(Handle, u64)> {
+        loop {
+            match self.try_allocate(bytes) {
+                Err(DeviceError::OutOfMemory { .. }) if self.spares.give_up_one() => {}
+                done => return done,
+            }
+        }
+    }
+
+    fn try_allocate(&self, bytes: u64) -> Result<(Handle, u64)> {
         let class = size_class(bytes);
         let mut pool = self.pool();
         if let Some(handle) = pool.idle.get_mut(&class).and_then(Vec::pop) {
@@ -105,6 +131,17 @@ impl Inner {
         })?;
         pool.allocated += class;
         Ok((handle, class))
+    }
+
+    fn write(&self, memory: Handle, offset: u64, bytes: &[u8]) -> Result<()> {
+        self.sent.fetch_add(bytes.len() as u64, Ordering::Relaxed);
+        self.driver.write(memory, offset, bytes)
+    }
+
+    fn read(&self, memory: Handle, offset: u64, bytes: &mut [u8]) -> Result<()> {
+        let count = bytes.len() as u64;
+        self.fetched.fetch_add(count, Ordering::Relaxed);
+        self.driver.read(memory, offset, bytes)
     }
 
     /// Gives idle memory back.
@@ -222,6 +259,9 @@ impl Device {
         let inner = Inner {
             driver,
             pool: Mutex::new(pool),
+            spares: Spares::default(),
+            sent: AtomicU64::new(0),
+            fetched: AtomicU64::new(0),
         };
         let matmul = match inner.driver.description().is_software {
             true => MatmulKernel::Direct,
@@ -309,6 +349,20 @@ impl Device {
         size_class(bytes)
     }
 
+    /// A value that gives way where there is no memory for something else.
+    pub fn spare<T: Send + Sync + 'static>(&self, value: T) -> Spare<T> {
+        self.inner.spares.keep(value)
+    }
+
+    /// What went to the device and back so far.
+    pub fn traffic(&self) -> Traffic {
+        Traffic {
+            sent: self.inner.sent.load(Ordering::Relaxed),
+            fetched: self.inner.fetched.load(Ordering::Relaxed),
+            given_up: self.inner.spares.given_up(),
+        }
+    }
+
     fn allocate(&self, len: u64) -> Result<Bytes> {
         let (handle, capacity) = self.inner.allocate(len)?;
         Ok(Bytes {
@@ -391,7 +445,7 @@ impl Device {
         let mut out = vec![0.0; doubles.len];
         if !out.is_empty() {
             let bytes = bytemuck::cast_slice_mut(&mut out);
-            self.inner.driver.read(doubles.bytes.handle, 0, bytes)?;
+            self.inner.read(doubles.bytes.handle, 0, bytes)?;
         }
         Ok(out)
     }
@@ -425,7 +479,7 @@ impl Device {
         assert!(at.is_multiple_of(4) && at + values.len() as u64 <= bytes.len);
         let (whole, rest) = values.split_at(values.len() / 4 * 4);
         if !whole.is_empty() {
-            self.inner.driver.write(bytes.handle, at, whole)?;
+            self.inner.write(bytes.handle, at, whole)?;
         }
         if rest.is_empty() {
             return Ok(());
@@ -433,7 +487,7 @@ impl Device {
         let mut last = [0; 4];
         last[..rest.len()].copy_from_slice(rest);
         let at = at + whole.len() as u64;
-        self.inner.driver.write(bytes.handle, at, &last)
+        self.inner.write(bytes.handle, at, &last)
     }
 
     /// Overwrites values from `at` on.
@@ -450,7 +504,7 @@ impl Device {
         }
         let bytes = bytemuck::cast_slice(values);
         let handle = array.bytes.handle;
-        self.inner.driver.write(handle, at as u64 * 4, bytes)
+        self.inner.write(handle, at as u64 * 4, bytes)
     }
 
     /// Copies values back.
@@ -466,7 +520,7 @@ impl Device {
         if !out.is_empty() {
             let offset = values.start as u64 * 4;
             let bytes = bytemuck::cast_slice_mut(&mut out);
-            self.inner.driver.read(array.bytes.handle, offset, bytes)?;
+            self.inner.read(array.bytes.handle, offset, bytes)?;
         }
         Ok(out)
     }

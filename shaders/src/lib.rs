@@ -12,10 +12,11 @@ mod driver;
 mod error;
 pub mod kernels;
 mod ops;
+mod spare;
 #[cfg(feature = "wgpu")]
 pub mod wgpu;
 
-pub use array::{Array, Bytes, Device, Doubles, MatmulKernel};
+pub use array::{Array, Bytes, Device, Doubles, MatmulKernel, Traffic};
 pub use choice::{DeviceName, Found, devices, open};
 pub use driver::{Description, Driver, Family, Handle, Launch, Limits, View};
 pub use error::{DeviceError, Result};
@@ -25,3 +26,4 @@ pub use ops::{
     Packed, Packing, Rounding, ScaleLattice, ScaleSearch, ScanLayout, SoftmaxSums, Splitting,
     Tries, can_dequantize, has_minima,
 };
+pub use spare::Spare;

@@ -189,7 +189,7 @@ pub struct ColumnSums {
 }
 
 /// Products of rows, summed up on a machine that holds them as `B`.
-pub trait ProductSums<B> {
+pub trait ProductSums<B>: Sync {
     /// Sums up the products of as many rows `v [_, width]` and `u [_, n]`; of second moments `u` alone is read.
     ///
     /// # Errors

@@ -1,10 +1,10 @@
 //! Sums of outer products of inputs: what rounding with error feedback minimizes against.
 
-use super::cells::Merge;
-use crate::backend::Backend;
+use super::cells::{Merge, Tree};
 use crate::backend::cpu::gram::{cross_moments, second_moments};
 use crate::backend::cpu::kernels::Isa;
 use crate::backend::cpu::scale_rows;
+use crate::backend::{Backend, Machine, MachineBuffer, ProductSums};
 use crate::error::Result;
 use crate::parallel;
 
@@ -112,6 +112,81 @@ impl Merge for SecondMoments {
         add_sums(&mut self.sums, &later.sums);
         self.weight += later.weight;
         self.tokens += later.tokens;
+    }
+}
+
+/// Second moments of rows that come cell by cell: summed up on the machine if it keeps such sums, else here in the tree of cells.
+pub struct MomentsOfCells<'m> {
+    machine: &'m Machine,
+    n: usize,
+    tree: Tree<SecondMoments>,
+    kept: Option<Box<dyn ProductSums<MachineBuffer> + 'm>>,
+}
+
+/// What a cell adds to [`MomentsOfCells`].
+pub enum MomentsOfCell {
+    /// Sums of its own.
+    Summed(SecondMoments),
+    /// Rows, for sums that the machine keeps.
+    Rows(MachineBuffer),
+}
+
+impl<'m> MomentsOfCells<'m> {
+    /// Nothing seen of rows of length `n`.
+    ///
+    /// # Errors
+    /// The machine fails.
+    pub fn new(machine: &'m Machine, n: usize) -> Result<Self> {
+        Ok(Self {
+            machine,
+            n,
+            tree: Tree::default(),
+            kept: machine.gram_sums(n)?,
+        })
+    }
+
+    /// Looks at the rows of a cell: cells may be looked at side by side.
+    ///
+    /// # Errors
+    /// The machine fails.
+    pub fn look(&self, rows: MachineBuffer) -> Result<MomentsOfCell> {
+        if self.kept.is_some() {
+            return Ok(MomentsOfCell::Rows(rows));
+        }
+        let mut moments = SecondMoments::empty(self.n);
+        moments.add_on(self.machine, &rows, None)?;
+        Ok(MomentsOfCell::Summed(moments))
+    }
+
+    /// Adds the next cell.
+    ///
+    /// # Errors
+    /// The machine fails.
+    pub fn push(&mut self, cell: MomentsOfCell) -> Result<()> {
+        self.tree.push(match cell {
+            MomentsOfCell::Summed(moments) => moments,
+            MomentsOfCell::Rows(rows) => {
+                if let Some(kept) = &mut self.kept {
+                    kept.add(&rows, &rows)?;
+                }
+                SecondMoments::without_sums(self.n, self.machine.len(&rows) / self.n, None)
+            }
+        });
+        Ok(())
+    }
+
+    /// The sum over all cells.
+    ///
+    /// # Errors
+    /// The machine fails.
+    pub fn finish(self) -> Result<SecondMoments> {
+        let none = || SecondMoments::empty(self.n);
+        let mut moments = self.tree.finish().unwrap_or_else(none);
+        if let Some(kept) = self.kept {
+            moments.sums = vec![0.0; self.n * self.n];
+            kept.finish(&mut moments.sums)?;
+        }
+        Ok(moments)
     }
 }
 

@@ -10,7 +10,7 @@ use super::capture::weights_of;
 use super::cells::{CELLS, Merge, SIDE_BY_SIDE, Tree, side_by_side};
 use super::layer::Layer;
 use super::samples::Samples;
-use super::second_moments::SecondMoments;
+use super::second_moments::{MomentsOfCells, SecondMoments};
 use super::stream::MachineStreams;
 use crate::artifact::StoredModel;
 use crate::backend::{Backend, ExpertRows, Machine, MachineBuffer, Machines};
@@ -355,29 +355,29 @@ impl<'a> Walk<'a> {
             block,
             in_memory.collect::<Result<_>>()?,
         )?;
-        let mut residual = Tree::default();
+        let mut residual = MomentsOfCells::new(&self.machine, self.hidden())?;
+        let ones = self.machine.upload(vec![1.0; self.hidden()])?;
         let mut inputs: BTreeMap<(String, usize), Tree<InputSums>> = BTreeMap::new();
         for cells in side_by_side(self.cells.len()) {
             watch()?;
             let first = cells.start;
             let shown = self.machines.each(cells, |cell| {
                 let mut stream = self.streams.read(cell)?;
-                let moments = self.normed_moments(&stream)?;
+                let moments = residual.look(self.normed(&stream, &ones)?)?;
                 let mut inputs = InputObserver::default();
                 layer.run(&mut stream, &self.cells[cell], &mut inputs)?;
                 Ok((moments, stream, inputs.sums))
             })?;
             for (cell, (moments, stream, sums)) in (first..).zip(shown) {
-                residual.push(moments);
+                residual.push(moments)?;
                 self.streams.write(cell, stream)?;
                 for (key, sums) in sums {
                     inputs.entry(key).or_default().push(sums);
                 }
             }
         }
-        if let Some(moments) = residual.finish() {
-            statistics.residual.push(StreamMoments::keep(&moments)?);
-        }
+        let moments = StreamMoments::keep(&residual.finish()?)?;
+        statistics.residual.push(moments);
         let matrices = |name: &str| {
             tensors
                 .iter()
@@ -396,37 +396,29 @@ impl<'a> Walk<'a> {
     }
 
     fn residual_moments(&self, watch: &dyn Fn() -> Result<()>) -> Result<SecondMoments> {
-        let mut tree = Tree::default();
+        let mut all = MomentsOfCells::new(&self.machine, self.hidden())?;
+        let ones = self.machine.upload(vec![1.0; self.hidden()])?;
         for cell in 0..self.cells.len() {
             watch()?;
-            tree.push(self.normed_moments(&self.streams.read(cell)?)?);
+            all.push(all.look(self.normed(&self.streams.read(cell)?, &ones)?)?)?;
         }
-        Ok(tree
-            .finish()
-            .unwrap_or_else(|| SecondMoments::empty(self.hidden())))
-    }
-
-    fn normed_moments(&self, stream: &MachineBuffer) -> Result<SecondMoments> {
-        let ones = vec![1.0; self.hidden()];
-        let mut moments = SecondMoments::empty(self.hidden());
-        moments.add_on(&self.machine, &self.normed(stream, ones)?, None)?;
-        Ok(moments)
+        all.finish()
     }
 
     fn head_inputs(&self) -> Result<Option<InputSums>> {
         let weight = self.model.matrix("output_norm.weight", 0)?;
+        let weight = self.machine.upload(weight)?;
         let mut tree = Tree::default();
         for cell in 0..self.cells.len() {
-            let rows = self.normed(&self.streams.read(cell)?, weight.clone())?;
+            let rows = self.normed(&self.streams.read(cell)?, &weight)?;
             tree.push(InputSums::of(&self.machine, &rows, self.hidden(), &[])?);
         }
         Ok(tree.finish())
     }
 
-    fn normed(&self, stream: &MachineBuffer, weight: Vec<f32>) -> Result<MachineBuffer> {
-        let weight = self.machine.upload(weight)?;
+    fn normed(&self, stream: &MachineBuffer, weight: &MachineBuffer) -> Result<MachineBuffer> {
         let eps = self.model.stored().config().norm_epsilon();
-        self.machine.rms_norm(stream, &weight, eps)
+        self.machine.rms_norm(stream, weight, eps)
     }
 
     fn hidden(&self) -> usize {

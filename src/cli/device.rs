@@ -9,7 +9,9 @@ use nemoconv::error::{Error, Result};
 use {
     super::output::{human_bytes, print_stdout, table},
     nemoconv::backend::device::OpenDevice,
-    nemoconv_device::{Description, Device, DeviceError, DeviceName, Found, devices, open},
+    nemoconv_device::{
+        Description, Device, DeviceError, DeviceName, Found, Traffic, devices, open,
+    },
     serde_json::json,
     std::sync::Arc,
 };
@@ -75,7 +77,7 @@ pub fn on_device<T>(
 ) -> Result<T> {
     let machines = machines(args, talk)?;
     let done = work(&machines);
-    machines.tallies().iter().for_each(|tally| talk.say(tally));
+    report(&machines, talk);
     match done {
         #[cfg(feature = "device")]
         Err(Error::Device(error)) if does_cpu_go_on(args, &error) => {
@@ -85,6 +87,37 @@ pub fn on_device<T>(
         done => done,
     }
 }
+
+/// What each device did, and what went over its border.
+#[cfg(feature = "device")]
+fn report(machines: &Machines, talk: &Talk) {
+    let Machines::Devices(all) = machines else {
+        return;
+    };
+    for (index, open) in all.iter().enumerate() {
+        let whose = match all.len() {
+            1 => String::new(),
+            _ => format!("device {index}: "),
+        };
+        let Traffic {
+            sent,
+            fetched,
+            given_up,
+        } = open.device().traffic();
+        let [sent, fetched] = [sent, fetched].map(human_bytes);
+        let gave_way = match given_up {
+            0 => String::new(),
+            count => format!("; weights that gave way, and were sent for every product: {count}"),
+        };
+        talk.say(format_args!(
+            "{whose}{}; {sent} sent, {fetched} fetched{gave_way}",
+            open.tally()
+        ));
+    }
+}
+
+#[cfg(not(feature = "device"))]
+fn report(_: &Machines, _: &Talk) {}
 
 #[cfg(feature = "device")]
 fn does_cpu_go_on(args: &DeviceArgs, error: &DeviceError) -> bool {

@@ -111,9 +111,17 @@ fn calibrated_files_are_as_good_as_those_of_the_cpu() {
         (file, stderr(&output))
     };
     let ((expected, _), (found, said)) = (convert("cpu"), convert("cuda"));
-    for operation in ["gram", "cross_gram", "feedback_sweep", "feedback_descent"] {
-        let (there, _) = said.split_once("; on the CPU: ").expect("a tally is said");
+    let (there, here) = said.split_once("; on the CPU: ").expect("a tally is said");
+    for operation in [
+        "gram",
+        "cross_gram",
+        "column_sums",
+        "magnitudes",
+        "feedback_sweep",
+        "feedback_descent",
+    ] {
         assert!(there.contains(operation), "{operation}: {said}");
+        assert!(!here.contains(operation), "{operation}: {said}");
     }
     let bytes = [&found, &expected].map(|file| std::fs::read(file).unwrap());
     assert_eq!(bytes[0].len(), bytes[1].len());

@@ -9,7 +9,9 @@ use nemoconv::backend::cpu::Residence;
 use nemoconv::backend::cpu::kernels::Isa;
 use nemoconv::backend::device::OpenDevice;
 use nemoconv::backend::{Backend, Machine, Machines};
+use nemoconv::calibrate::samples::Samples;
 use nemoconv::calibrate::second_moments::{CrossMoments, SecondMoments};
+use nemoconv::calibrate::statistics::Statistics;
 use nemoconv::formats::GgmlType;
 use nemoconv::formats::packed::Width;
 use nemoconv::forward::network::{Network, Sequence};
@@ -307,6 +309,59 @@ fn second_moments_are_those_of_the_cpu() {
     }
 }
 
+/// Bytes that come back for a byte of inputs, at most: five numbers for each column of a cell.
+const FETCHED: u64 = 10;
+
+#[test]
+fn inputs_of_matrices_stay_on_the_device() {
+    let path = nemoconv_fixtures::nano();
+    let model = Arc::new(StoredModel::open(path.to_str().unwrap()).unwrap());
+    let token = |i: u32| (i * 7919 + 13) % model.config().vocab_size as u32;
+    let sequence = |n: u32| (n * 128..n * 128 + 128).map(token).collect();
+    let samples = Samples {
+        sequences: (0..4).map(sequence).collect(),
+    };
+    let collected = |machines: &Machines| {
+        Statistics::collect(machines, &model, &samples, false, &|| Ok(())).unwrap()
+    };
+    let expected = collected(&Machines::Cpu);
+    for (name, machines) in machines() {
+        let found = collected(&machines);
+        let mut seen = 0;
+        for (tensor, matrices) in &expected.inputs {
+            let pairs = matrices.iter().zip(&found.inputs[tensor]);
+            for (expected, found) in pairs.filter_map(|(a, b)| a.as_ref().zip(b.as_ref())) {
+                assert_eq!(expected.tokens, found.tokens, "{name}: {tensor}");
+                seen += 4 * expected.tokens * expected.squares.len() as u64;
+                let pairs = expected.squares.iter().zip(&found.squares);
+                let distance = pairs.fold(0.0, |max: f64, (a, b)| max.max((a - b).abs()));
+                let largest = expected.squares.iter().fold(0.0, |max: f64, x| max.max(*x));
+                assert!(distance <= SQUARES * largest, "{name}: {tensor} {distance}");
+            }
+        }
+        let moments = found.residual.len() * 8 * model.config().hidden_size.pow(2);
+        let Machines::Devices(open) = &machines else {
+            panic!("{name} is no device");
+        };
+        let traffic = open[0].device().traffic();
+        let streams = 4 * (samples.tokens() * model.config().hidden_size) as u64;
+        let weights = 4 * model
+            .tensors()
+            .iter()
+            .map(|tensor| tensor.weights())
+            .sum::<u64>();
+        println!("{name}: {traffic:?}, {seen} bytes of inputs");
+        assert!(
+            traffic.fetched <= moments as u64 + seen / FETCHED,
+            "{name}: {traffic:?}"
+        );
+        assert!(
+            traffic.sent <= weights + streams + (1 << 20),
+            "{name}: {traffic:?}"
+        );
+    }
+}
+
 #[test]
 fn blocks_on_several_devices_give_what_one_gives() {
     let open = |order| {
@@ -328,6 +383,8 @@ fn blocks_on_several_devices_give_what_one_gives() {
     }
 }
 
+/// Largest difference of a sum of squares, as a share of the largest: streams that differ in last bits.
+const SQUARES: f64 = 1e-5;
 /// Share of bytes that may differ: codes next to a tie, and what follows from them.
 const TIES: f64 = 0.01;
 /// Rows of 96 that may differ on devices that do not fuse products and sums, or reorder them.

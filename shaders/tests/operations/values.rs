@@ -53,6 +53,30 @@ fn value_by_value() {
     }
 }
 
+#[test]
+fn spare_values_give_way_unless_they_are_used() {
+    for (name, _) in all() {
+        let Ok(chosen) = name.parse::<DeviceName>() else {
+            continue;
+        };
+        let device = Device::new(open(chosen).unwrap(), Some(3 << 20));
+        let megabyte = || device.zeros(1 << 18).unwrap();
+        let [first, second] = [megabyte(), megabyte()].map(|array| device.spare(array));
+        let used = second.get();
+        let more = [megabyte(), megabyte()];
+        assert!(first.get().is_none() && used.is_some(), "{name}");
+        let refused = device.zeros(1 << 18).map(|array| array.len());
+        assert!(
+            matches!(refused, Err(DeviceError::OutOfMemory { .. })),
+            "{name}: {refused:?}"
+        );
+        drop(used);
+        let last = megabyte();
+        assert_eq!(device.traffic().given_up, 2, "{name}");
+        assert_eq!((more.len(), last.len()), (2, 1 << 18), "{name}");
+    }
+}
+
 /// The same bits, but for what a NaN carries and what is too small to be normal.
 #[track_caller]
 fn compare(device: &str, found: &[f32], expected: impl Iterator<Item = f32>) {

@@ -11,7 +11,7 @@ use nemoconv_device::{
 use nemoconv_formats::GgmlType;
 
 use super::minima::BlockSums;
-use super::weights::{DeviceWeight, Resident};
+use super::weights::{DeviceWeight, StoredRows};
 use super::{OnDevice, SENT_BYTES, TILE_BYTES, TILES, packed};
 use crate::artifact::StoredTensor;
 use crate::backend::activation::Activation;
@@ -80,12 +80,17 @@ impl OnDevice {
             true => Some(BlockSums::new(device, input, tensor.columns, tile)?),
             false => None,
         };
-        let for_now = self.send_for_now(weight, matrix)?;
+        let (resident, for_now) = match weight.packed() {
+            Some(matrices) => (Some(matrices), None),
+            None => (None, self.send_for_now(weight, matrix)?),
+        };
+        let packed = resident.as_ref().map(|matrices| &matrices[matrix]);
+        let packed = packed.or(for_now.as_ref());
         for first in (0..tensor.rows).step_by(tile) {
             let count = tile.min(tensor.rows - first);
             let part = first..first + count;
-            let (for_now, decoded) = (for_now.as_ref(), &mut decoded);
-            self.decode(weight, matrix, for_now, part, decoded, sums.as_mut())?;
+            let decoded = &mut decoded;
+            self.decode(weight, matrix, packed, part, decoded, sums.as_mut())?;
             let layout = MatmulLayout::linear(rows, tensor.columns, count, first, tensor.rows);
             let input = (rounded, parts.as_ref());
             self.multiply_decoded(&layout, input, decoded, &mut out)?;
@@ -97,20 +102,16 @@ impl OnDevice {
     }
 
     /// Decodes rows of a matrix to the first values of `out`, and their minima where `sums` will be multiplied with them;
-    /// `for_now` is what [`Self::send_for_now`] sent of it.
+    /// `packed` is the matrix as a packed checkpoint has it.
     fn decode(
         &self,
         weight: &DeviceWeight,
         matrix: usize,
-        for_now: Option<&packed::Matrix>,
+        packed: Option<&packed::Matrix>,
         rows: Range<usize>,
         out: &mut Array,
         sums: Option<&mut BlockSums>,
     ) -> Result<()> {
-        let packed = match &weight.resident {
-            Resident::Packed(matrices) => Some(&matrices[matrix]),
-            Resident::No | Resident::Rows(_) => for_now,
-        };
         if let Some(packed) = packed {
             return packed.decode(self.counted("dequantize"), rows, out);
         }
@@ -121,14 +122,13 @@ impl OnDevice {
             false => self.open.tally.device("dequantize"),
         }
         let values = rows.len() * tensor.columns;
-        let mut sent = None;
-        let (bytes, first) = self.stored(weight, matrix, rows, &mut sent)?;
+        let StoredRows { bytes, first } = self.stored(weight, matrix, rows)?;
         if let Some(sums) = sums {
-            sums.decode_minima(self.device(), tensor.ty, bytes, first, values)?;
+            sums.decode_minima(self.device(), tensor.ty, &bytes, first, values)?;
         }
         Ok(self
             .device()
-            .dequantize(tensor.ty, bytes, first, values, out)?)
+            .dequantize(tensor.ty, &bytes, first, values, out)?)
     }
 
     /// How inputs are packed for a product with weights as they are stored; `None` where these are decoded before.
@@ -201,17 +201,18 @@ impl OnDevice {
         let device = self.counted("matmul");
         let packed = device.pack(input, rows, tensor.columns, packing)?;
         let mut out = device.uninitialized(rows * tensor.rows)?;
-        let tile = match weight.resident {
-            Resident::Rows(_) => tensor.rows,
-            _ => SENT_BYTES / tensor.row_bytes(),
+        // Held, so that it does not give way to what is multiplied with it.
+        let resident = weight.rows();
+        let tile = match resident {
+            Some(_) => tensor.rows,
+            None => SENT_BYTES / tensor.row_bytes(),
         };
         let tile = tile.max(1);
         for first in (0..tensor.rows).step_by(tile) {
             let count = tile.min(tensor.rows - first);
-            let mut sent = None;
-            let (bytes, at) = self.stored(weight, matrix, first..first + count, &mut sent)?;
+            let rows = self.stored(weight, matrix, first..first + count)?;
             let place = [first, tensor.rows];
-            device.matmul_stored(&packed, bytes, at, count, place, &mut out)?;
+            device.matmul_stored(&packed, &rows.bytes, rows.first, count, place, &mut out)?;
         }
         Ok(out)
     }

@@ -1,11 +1,13 @@
-//! Weights on a device: they lie there while they fit, or are sent row by row, matrix by matrix when they are multiplied.
+//! Weights on a device: they lie there while nothing else needs the memory, or are sent row by row, matrix by matrix when they
+//! are multiplied.
 //!
 //! Enters: weights as the host reads them. Leaves: bytes on the device, of whole matrices or of the rows that are asked for.
 //! Knows no products.
 
 use std::ops::Range;
+use std::sync::Arc;
 
-use nemoconv_device::Bytes;
+use nemoconv_device::{Bytes, Spare};
 
 use super::{OnDevice, SENT_BYTES, TILES, or_no_room, packed};
 use crate::artifact::StoredTensor;
@@ -28,14 +30,37 @@ pub(super) enum Resident {
     /// Nothing: rows, of a packed checkpoint a matrix, are sent when they are multiplied.
     No,
     /// All matrices in the stored type.
-    Rows(Bytes),
+    Rows(Spare<Bytes>),
     /// As a packed checkpoint has it, by matrix.
-    Packed(Vec<packed::Matrix>),
+    Packed(Spare<Vec<packed::Matrix>>),
+}
+
+/// Rows of a matrix as they are stored, on the device.
+pub(super) struct StoredRows {
+    pub(super) bytes: Arc<Bytes>,
+    /// Where the first one begins.
+    pub(super) first: u64,
 }
 
 impl DeviceWeight {
     pub(super) fn tensor(&self) -> &StoredTensor {
         self.host.tensor()
+    }
+
+    /// All rows, if they lie on the device; there they stay while this is held.
+    pub(super) fn rows(&self) -> Option<Arc<Bytes>> {
+        match &self.resident {
+            Resident::Rows(rows) => rows.get(),
+            _ => None,
+        }
+    }
+
+    /// The same of packed matrices.
+    pub(super) fn packed(&self) -> Option<Arc<Vec<packed::Matrix>>> {
+        match &self.resident {
+            Resident::Packed(matrices) => matrices.get(),
+            _ => None,
+        }
     }
 }
 
@@ -56,7 +81,7 @@ impl OnDevice {
         if weight.tensor().is_packed {
             let matrices = self.send_packed(weight);
             if let Some(matrices) = or_no_room(matrices)?.flatten() {
-                return Ok(Resident::Packed(matrices));
+                return Ok(Resident::Packed(self.device().spare(matrices)));
             }
         }
         let tensor = weight.tensor();
@@ -66,7 +91,8 @@ impl OnDevice {
             return Ok(Resident::No);
         }
         let rows = or_no_room(self.send_rows(weight, bytes))?;
-        Ok(rows.map_or(Resident::No, Resident::Rows))
+        let spare = |rows| Resident::Rows(self.device().spare(rows));
+        Ok(rows.map_or(Resident::No, spare))
     }
 
     /// Sends a packed weight as its checkpoint has it; `None` where a matrix is something else, or there is no room.
@@ -82,7 +108,7 @@ impl OnDevice {
         weight: &DeviceWeight,
         matrix: usize,
     ) -> Result<Option<packed::Matrix>> {
-        if !weight.tensor().is_packed || !matches!(weight.resident, Resident::No) {
+        if !weight.tensor().is_packed || weight.rows().is_some() {
             return Ok(None);
         }
         let fits = |bytes| bytes <= self.device().free_bytes() / TILES;
@@ -126,23 +152,24 @@ impl OnDevice {
         Ok(resident)
     }
 
-    /// Rows of a matrix as they are stored: where they lie on the device, sent to `sent` if they are not there.
-    pub(super) fn stored<'a>(
+    /// Rows of a matrix as they are stored: where they lie on the device, sent if they are not there.
+    pub(super) fn stored(
         &self,
-        weight: &'a DeviceWeight,
+        weight: &DeviceWeight,
         matrix: usize,
         rows: Range<usize>,
-        sent: &'a mut Option<Bytes>,
-    ) -> Result<(&'a Bytes, u64)> {
+    ) -> Result<StoredRows> {
         let tensor = weight.tensor();
-        if let Resident::Rows(resident) = &weight.resident {
+        if let Some(bytes) = weight.rows() {
             let row = (rows.start * tensor.row_bytes()) as u64;
-            return Ok((resident, matrix as u64 * matrix_stride(tensor) + row));
+            let first = matrix as u64 * matrix_stride(tensor) + row;
+            return Ok(StoredRows { bytes, first });
         }
         let mut buffer = Vec::new();
         let stored = weight
             .host
             .rows(matrix, rows.start, rows.len(), &mut buffer)?;
-        Ok((sent.insert(self.device().upload_bytes(stored)?), 0))
+        let bytes = Arc::new(self.device().upload_bytes(stored)?);
+        Ok(StoredRows { bytes, first: 0 })
     }
 }
