@@ -153,11 +153,9 @@ impl<'a, B: Backend> Side<'a, B> {
         Ok(match &self.states[chunk].blocks[block] {
             BlockState::Mamba { ssm, .. } => {
                 let shape = self.network.scan_shape();
-                Some(
-                    self.network
-                        .backend_of(block)
-                        .download(ssm, 0..shape.state_len())?,
-                )
+                let backend = self.network.backend_of(block);
+                backend.on_host("state_drift");
+                Some(backend.download(ssm, 0..shape.state_len())?)
             }
             _ => None,
         })
@@ -189,6 +187,7 @@ impl<B: Backend> Observer<B> for Capture {
     ) -> Result<()> {
         if block > 0 {
             let rows = backend.gather(residual, self.width, &self.rows)?;
+            backend.on_host("block_drift");
             self.outputs.push(backend.download_all(rows)?);
         }
         Ok(())
@@ -500,9 +499,11 @@ impl<B: Backend> Observer<B> for Magnitudes {
         input: &B::Buffer,
         rows: usize,
     ) -> Result<()> {
-        let values = backend.download(input, 0..backend.len(input))?;
-        debug_assert!(rows == 0 || values.len().is_multiple_of(rows));
-        let max = values.iter().fold(0.0_f32, |max, x| max.max(x.abs()));
+        let Some(in_features) = backend.len(input).checked_div(rows) else {
+            return Ok(());
+        };
+        let columns = backend.column_sums(input, in_features)?;
+        let max = columns.max_abs.into_iter().fold(0.0, f32::max);
         let entry = self.0.entry(tensor.to_string()).or_default();
         *entry = entry.max(max);
         Ok(())

@@ -48,6 +48,8 @@ pub fn machines() -> Vec<(String, Machines)> {
             }
         }
     }
+    let is_required = std::env::var_os("NEMOCONV_REQUIRE_GPU").is_some();
+    assert!(!is_required || drivers.len() > 1, "no device can be opened");
     let machines = |driver| {
         let device = Device::new(driver, None);
         Machines::Devices([Arc::new(OpenDevice::new(device))].into())
