@@ -12,9 +12,10 @@ struct Parameters {
     columns_first: u32,
     moments_first: u32,
     scales_first: u32,
+    // 0, which compilers must not know.
+    zero: u32,
     pad0: u32,
     pad1: u32,
-    pad2: u32,
     grid: Grid,
 }
 
@@ -52,7 +53,7 @@ fn along(first: u32, inner: u32, which: u32, min: f32, lane: u32) -> Along {
     for (var j = lane; j < p.grid.sub; j += 32u) {
         var bend = 0.0;
         for (var i = 0u; i < p.grid.sub; i++) {
-            bend = fma(direction(which, min, i), moments[inner + i * p.width + j], bend);
+            bend = fused(direction(which, min, i), moments[inner + i * p.width + j], bend, p.zero);
         }
         bends[j] = bend;
     }
@@ -60,8 +61,8 @@ fn along(first: u32, inner: u32, which: u32, min: f32, lane: u32) -> Along {
     var found = Along(0.0, 0.0);
     for (var j = 0u; j < p.grid.sub; j++) {
         let v = direction(which, min, j);
-        found.slope = fma(slopes[first + j], v, found.slope);
-        found.curvature = fma(bends[j], v, found.curvature);
+        found.slope = fused(slopes[first + j], v, found.slope, p.zero);
+        found.curvature = fused(bends[j], v, found.curvature, p.zero);
     }
     return found;
 }
@@ -79,7 +80,7 @@ fn accept(first: u32, lane: u32, found: Along, before: Scales, scales: Scales, c
     workgroupBarrier();
     for (var j = lane; j < p.grid.sub; j += 32u) {
         sub_errors[j] = sub_wanted[j] - (step * sub_values[j] - offset);
-        slopes[first + j] = fma(moved, bends[j], slopes[first + j]);
+        slopes[first + j] = fused(moved, bends[j], slopes[first + j], p.zero);
     }
     workgroupBarrier();
     return taken;
@@ -128,7 +129,7 @@ fn move_codes(first: u32, inner: u32, s: Scales) {
     for (var j = 0u; j < p.grid.sub; j++) {
         var slope = slopes[first + j];
         for (var i = 0u; i < j; i++) {
-            slope = fma(bends[i], moments[inner + i * p.width + j], slope);
+            slope = fused(bends[i], moments[inner + i * p.width + j], slope, p.zero);
         }
         let curvature = moments[inner + j * p.width + j];
         let target_value = sub_wanted[j] - sub_errors[j] + slope * recip_or_zero(curvature);
@@ -200,7 +201,7 @@ fn feedback_descent(
             var sum = 0.0;
             for (var i = 0u; i < sub; i++) {
                 let change = sub_errors[i] - sub_before[i];
-                sum = fma(change, moments[p.moments_first + (first + i) * p.width + j], sum);
+                sum = fused(change, moments[p.moments_first + (first + i) * p.width + j], sum, p.zero);
             }
             slopes[j] += sum;
         }

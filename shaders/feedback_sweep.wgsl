@@ -17,8 +17,9 @@ struct Parameters {
     feedback_first: u32,
     errors_first: u32,
     scales_first: u32,
-    pad0: u32,
-    pad1: u32,
+    // 0, which compilers must not know.
+    zero: u32,
+    pad: u32,
     grid: Grid,
 }
 
@@ -210,10 +211,10 @@ fn feedback_sweep(
             for (var j = 0u; j < sub; j++) {
                 var target_value = targets[first + j];
                 for (var i = 0u; i < j; i++) {
-                    target_value = fma(tried[i], feedback[inner + i * p.width + j], target_value);
+                    target_value = fused(tried[i], feedback[inner + i * p.width + j], target_value, p.zero);
                 }
                 let column = round_column(s, inverse, target_value, wanted[wanted_row + (first + j) * p.rows]);
-                loss = fma(column.missed * column.missed, pivots[first + j], loss);
+                loss = fused(column.missed * column.missed, pivots[first + j], loss, p.zero);
                 tried[j] = column.error;
             }
             if loss < least {
@@ -240,7 +241,7 @@ fn feedback_sweep(
             for (var j = 0u; j < sub; j++) {
                 var target_value = targets[first + j];
                 for (var i = 0u; i < j; i++) {
-                    target_value = fma(rounded[i], feedback[inner + i * p.width + j], target_value);
+                    target_value = fused(rounded[i], feedback[inner + i * p.width + j], target_value, p.zero);
                 }
                 let at = (first + j) * p.rows;
                 let column = round_column(best, inverse, target_value, wanted[wanted_row + at]);
@@ -259,7 +260,7 @@ fn feedback_sweep(
         for (var j = first + sub + lane; j < p.width; j += 32u) {
             var sum = 0.0;
             for (var i = 0u; i < sub; i++) {
-                sum = fma(rounded[i], feedback[p.feedback_first + (first + i) * p.width + j], sum);
+                sum = fused(rounded[i], feedback[p.feedback_first + (first + i) * p.width + j], sum, p.zero);
             }
             targets[j] += sum;
         }

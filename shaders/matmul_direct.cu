@@ -18,6 +18,9 @@ struct Parameters {
     u32 out_row;
     float alpha;
     float beta;
+    // For the twin alone: products and sums are always fused here.
+    u32 fused;
+    u32 zero;
 };
 
 #define PART 256u

@@ -1,7 +1,7 @@
 // out[i, j] = alpha sum over k of a[i, k] b[k, j] + beta out[i, j], without shared memory.
 //
 // a[i, k] = a[a_first + i a_row + k a_column], likewise b[k, j] and, with rows of out_row values, out. A group computes 32 x 32
-// outputs, a thread 4 x 4 of them. Sums run in order of k, in parts of 256. Groups: tiles of columns, then of rows.
+// outputs, a thread 4 x 4 of them. Sums run in order of k, in parts of 256; with `fused` products and sums are rounded once. Groups: tiles of columns, then of rows.
 // Twins: matmul_direct.cu, matmul_tiled.wgsl, src/backend/cpu/matmul.rs.
 
 struct Parameters {
@@ -18,6 +18,9 @@ struct Parameters {
     out_row: u32,
     alpha: f32,
     beta: f32,
+    fused: u32,
+    // 0, which compilers must not know.
+    zero: u32,
 }
 
 @group(0) @binding(0) var<storage, read> a: array<f32>;
@@ -26,6 +29,19 @@ struct Parameters {
 @group(0) @binding(3) var<uniform> p: Parameters;
 
 const PART = 256u;
+
+// sum + x y
+fn added(x: f32, y: vec4<f32>, sum: vec4<f32>) -> vec4<f32> {
+    if p.fused == 0u {
+        return sum + x * y;
+    }
+    return vec4(
+        fused(x, y.x, sum.x, p.zero),
+        fused(x, y.y, sum.y, p.zero),
+        fused(x, y.z, sum.z, p.zero),
+        fused(x, y.w, sum.w, p.zero),
+    );
+}
 
 @compute @workgroup_size(64)
 fn matmul_direct(
@@ -53,10 +69,10 @@ fn matmul_direct(
             let x = rows + k * p.a_column;
             let y = columns + k * p.b_row;
             let right = vec4(b[y.x], b[y.y], b[y.z], b[y.w]);
-            sum0 += a[x.x] * right;
-            sum1 += a[x.y] * right;
-            sum2 += a[x.z] * right;
-            sum3 += a[x.w] * right;
+            sum0 = added(a[x.x], right, sum0);
+            sum1 = added(a[x.y], right, sum1);
+            sum2 = added(a[x.z], right, sum2);
+            sum3 = added(a[x.w], right, sum3);
         }
         totals[0] += sum0;
         totals[1] += sum1;

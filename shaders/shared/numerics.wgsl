@@ -89,3 +89,48 @@ fn add_exactly(sum: vec2<f32>, x: f32, zero: u32) -> vec2<f32> {
     let lost = (sum.x - as_it_is(high - part, zero)) + (x - part);
     return vec2(high, sum.y + lost);
 }
+
+// The sum of two floats and what its rounding loses, whichever is larger.
+fn two_sum(x: f32, y: f32, zero: u32) -> vec2<f32> {
+    let high = as_it_is(x + y, zero);
+    let part = as_it_is(high - x, zero);
+    let lost = (x - as_it_is(high - part, zero)) + (y - part);
+    return vec2(high, as_it_is(lost, zero));
+}
+
+// The upper half of the bits of a float: products of halves are exact.
+fn upper_half(x: f32, zero: u32) -> f32 {
+    let moved = as_it_is(4097.0 * x, zero);
+    return as_it_is(moved - as_it_is(moved - x, zero), zero);
+}
+
+// The sum rounded to the neighbour whose last bit is odd, unless it is a float: what is rounded again behind it is as if it
+// were rounded once.
+fn sum_to_odd(x: f32, y: f32, zero: u32) -> f32 {
+    let sum = two_sum(x, y, zero);
+    let bits = bitcast<u32>(sum.x);
+    if sum.y == 0.0 || (bits & 1u) == 1u {
+        return sum.x;
+    }
+    return bitcast<f32>(select(bits - 1u, bits + 1u, (sum.y > 0.0) == (sum.x > 0.0)));
+}
+
+// a b + c rounded once, whatever the adapter makes of `fma`; FUSES is set by the driver.
+//
+// Source: Boldo and Melquiond, Emulation of FMA and correctly rounded sums, IEEE Transactions on Computers 57 (2008), section 5.
+fn fused(a: f32, b: f32, c: f32, zero: u32) -> f32 {
+    let product = as_it_is(a * b, zero);
+    if FUSES || !(abs(product) < 1e30) {
+        return fma(a, b, c);
+    }
+    let a_high = upper_half(a, zero);
+    let b_high = upper_half(b, zero);
+    let a_low = as_it_is(a - a_high, zero);
+    let b_low = as_it_is(b - b_high, zero);
+    let first = as_it_is(a_high * b_high - product, zero);
+    let second = as_it_is(first + a_high * b_low, zero);
+    let lost = as_it_is(as_it_is(second + a_low * b_high, zero) + a_low * b_low, zero);
+    let small = two_sum(c, lost, zero);
+    let large = two_sum(product, small.x, zero);
+    return large.x + sum_to_odd(small.y, large.y, zero);
+}

@@ -327,9 +327,10 @@ pub fn decoded_types() -> &'static [GgmlType] {
 }
 
 impl Kernel {
-    /// The whole WGSL text.
-    pub fn wgsl_text(&self) -> String {
-        self.wgsl.concat().replace("KERNEL", self.name)
+    /// The whole WGSL text; `fuses`: the adapter rounds `fma` once.
+    pub fn wgsl_text(&self, fuses: bool) -> String {
+        let text = self.wgsl.concat().replace("KERNEL", self.name);
+        format!("const FUSES = {fuses};\n{text}")
     }
 
     /// The whole CUDA text.

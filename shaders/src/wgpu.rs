@@ -245,12 +245,14 @@ impl Wgpu {
         if state.pipelines.contains_key(kernel.name) {
             return Ok(());
         }
+        // Processors that stand in for a GPU multiply and add.
+        let text = kernel.wgsl_text(!self.description.is_software);
         let compile = || {
             let module = self
                 .device
                 .create_shader_module(wgpu::ShaderModuleDescriptor {
                     label: Some(kernel.name),
-                    source: wgpu::ShaderSource::Wgsl(kernel.wgsl_text().into()),
+                    source: wgpu::ShaderSource::Wgsl(text.into()),
                 });
             self.device
                 .create_compute_pipeline(&wgpu::ComputePipelineDescriptor {

@@ -27,6 +27,9 @@ pub struct MatmulLayout {
     pub alpha: f32,
     /// Factor of what was there.
     pub beta: f32,
+    /// Products and sums are rounded once also where the device has to compute that step by step: for what is decided by last
+    /// bits.
+    pub is_fused: bool,
 }
 
 impl MatmulLayout {
@@ -47,6 +50,7 @@ impl MatmulLayout {
             out: [first_column, out_row],
             alpha: 1.0,
             beta: 0.0,
+            is_fused: false,
         }
     }
 
@@ -157,13 +161,17 @@ impl Device {
             word(layout.out[1]),
             layout.alpha.to_bits(),
             layout.beta.to_bits(),
+            // Of the direct kernel alone; the last one is a zero that compilers must not know.
+            u32::from(layout.is_fused),
+            0,
         ];
-        let (kernel, tile): (&'static Kernel, _) = match self.matmul_kernel() {
-            MatmulKernel::Tiled => (&kernels::MATMUL_TILED, 64),
-            MatmulKernel::Direct => (&kernels::MATMUL_DIRECT, 32),
+        let plain = &parameters[..parameters.len() - 2];
+        let (kernel, tile, parameters): (&'static Kernel, _, _) = match self.matmul_kernel() {
+            MatmulKernel::Tiled => (&kernels::MATMUL_TILED, 64, plain),
+            MatmulKernel::Direct => (&kernels::MATMUL_DIRECT, 32, &parameters[..]),
         };
         let groups = layout.rows.div_ceil(tile) * layout.columns.div_ceil(tile);
-        self.launch(kernel, word(groups), &views, &parameters)
+        self.launch(kernel, word(groups), &views, parameters)
     }
 }
 

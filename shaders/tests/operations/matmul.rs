@@ -78,6 +78,53 @@ fn products_of_every_layout() {
     }
 }
 
+/// Products of inner values that are summed apart.
+const PART: usize = 256;
+
+/// To the bit, as this computer fuses them: magnitudes far apart and close together, sums that cancel.
+#[test]
+fn fused_products_are_rounded_once() {
+    let (rows, columns) = (5, 7);
+    for (name, device) in all() {
+        let device = device.with_library_from(u64::MAX);
+        let device = device.with_splitting(Splitting::Never);
+        let device = device.with_matmul(MatmulKernel::Direct);
+        for inner in [1, 2, 33, 700] {
+            let spread = |values: Vec<f32>, step: usize| -> Vec<f32> {
+                let scale = |at: usize| 2.0_f32.powi(i32::try_from(at * step % 41).unwrap() - 20);
+                let values = values.into_iter().enumerate();
+                values.map(|(at, x)| x * scale(at)).collect()
+            };
+            for step in [0, 7] {
+                let a = spread(numbers(rows * inner, 1), step);
+                let b = spread(numbers(columns * inner, 2), step);
+                let layout = MatmulLayout {
+                    is_fused: true,
+                    ..MatmulLayout::linear(rows, inner, columns, 0, columns)
+                };
+                let [x, y] = [&a, &b].map(|values| device.upload(values).unwrap());
+                let mut out = device.zeros(rows * columns).unwrap();
+                device.matmul(&layout, &x, &y, &mut out).unwrap();
+                let found = device.download_all(&out).unwrap();
+                for (at, found) in found.iter().enumerate() {
+                    let (a, b) = (&a[at / columns * inner..], &b[at % columns * inner..]);
+                    let pairs: Vec<_> = a.iter().zip(b).take(inner).collect();
+                    let parts = pairs.chunks(PART).map(|part| {
+                        let add = |sum, (a, b): &(&f32, &f32)| a.mul_add(**b, sum);
+                        part.iter().fold(0.0_f32, add)
+                    });
+                    let expected = parts.fold(0.0, |sum, part| sum + part);
+                    assert_eq!(
+                        found.to_bits(),
+                        expected.to_bits(),
+                        "{name}: {found}, expected {expected}, of {inner} products"
+                    );
+                }
+            }
+        }
+    }
+}
+
 #[test]
 fn second_moments_lose_nothing_between_calls() {
     let devices = all().into_iter().flat_map(|(name, device)| {

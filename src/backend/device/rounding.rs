@@ -90,6 +90,7 @@ impl<'a> RoundingOnDevice<'a> {
                 a: [first * width, 1, width],
                 b: [first * rows, rows, 1],
                 beta: 1.0,
+                is_fused: true,
                 ..MatmulLayout::linear(width, count, rows, 0, rows)
             };
             device.matmul(&layout, part, &self.rows.errors, &mut out)?;

@@ -187,6 +187,7 @@ impl RowsOnDevice<'_> {
             a: [first_row * width, 1, width],
             b: [columns.start * self.rows, self.rows, 1],
             beta,
+            is_fused: true,
             ..MatmulLayout::linear(width, columns.len(), self.rows, 0, self.rows)
         };
         Ok(self.on.device().matmul(&layout, part, &self.values, out)?)

@@ -68,6 +68,8 @@ fn check_matmul(
     let sizes = [m, n, k, 5, a_row, a_column, 7, b_row, b_column, 2, out_row];
     let mut parameters = sizes.map(|size| size as u32).to_vec();
     parameters.extend(bits(&[alpha, beta]));
+    // Words of the direct kernel alone.
+    parameters.extend([0, 0]);
     let groups = m.div_ceil(tile) * n.div_ceil(tile);
     let results = run(
         kernel,
@@ -116,6 +118,7 @@ fn matmuls_agree_to_the_bit() {
     let sizes = [m, n, k, 0, k, 1, 0, n, 1, 0, n];
     let mut parameters = sizes.map(|size| size as u32).to_vec();
     parameters.extend(bits(&[1.0, 0.0]));
+    parameters.extend([0, 0]);
     let tiled = run(&kernels::MATMUL_TILED, 4, &operands, &parameters);
     let direct = run(&kernels::MATMUL_DIRECT, 9, &operands, &parameters);
     assert!(tiled[2] == direct[2]);
