@@ -1,6 +1,7 @@
-//! Memory of a device as arrays: allocated from a pool, given back when they are dropped.
+//! Memory of a device as arrays: allocated from a pool, given back when they are dropped. Of what lies idle, the longest idle is
+//! used first: a device is most likely done with it.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, VecDeque};
 use std::ops::Range;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -57,7 +58,8 @@ struct Pool {
     /// Bytes that may be allocated.
     budget: u64,
     allocated: u64,
-    idle: HashMap<u64, Vec<Handle>>,
+    /// By size, what was given back first in front.
+    idle: HashMap<u64, VecDeque<Handle>>,
 }
 
 /// Bytes on a device.
@@ -113,7 +115,7 @@ impl Inner {
     fn try_allocate(&self, bytes: u64) -> Result<(Handle, u64)> {
         let class = size_class(bytes);
         let mut pool = self.pool();
-        if let Some(handle) = pool.idle.get_mut(&class).and_then(Vec::pop) {
+        if let Some(handle) = pool.idle.get_mut(&class).and_then(VecDeque::pop_front) {
             return Ok((handle, class));
         }
         if pool.allocated + class > pool.budget {
@@ -171,7 +173,7 @@ impl Drop for Bytes {
         pool.idle
             .entry(self.capacity)
             .or_default()
-            .push(self.handle);
+            .push_back(self.handle);
     }
 }
 
