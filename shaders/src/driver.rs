@@ -117,7 +117,8 @@ pub trait Driver: Send + Sync {
     /// Device lost.
     fn write(&self, memory: Handle, offset: u64, bytes: &[u8]) -> Result<()>;
 
-    /// Copies from the device, after everything launched before.
+    /// Copies from the device, after everything launched before. Others may queue what they like meanwhile, but nothing that
+    /// writes or frees this memory.
     ///
     /// # Errors
     /// Device lost, or a launch before failed.

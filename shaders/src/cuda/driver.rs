@@ -1,19 +1,20 @@
 //! An open CUDA device.
 //!
-//! Enters: launches and copies, from any thread. Leaves: results, in the order of the calls. One lock orders them all;
-//! kernels and uploads of new memory overlap on the device.
+//! Enters: launches and copies, from any thread. Leaves: results, in the order of the calls. One lock orders what is queued;
+//! on the device kernels, uploads and downloads overlap: each waits for what was queued before with the memory that it names.
 
 use std::collections::HashMap;
 use std::ffi::{CString, c_void};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-use cudarc::driver::result;
-use cudarc::driver::sys::{self, CUcontext, CUdevice, CUdeviceptr, CUfunction, CUmodule};
+use cudarc::driver::sys::{self, CUcontext, CUdevice, CUdeviceptr, CUfunction, CUmodule, CUstream};
+use cudarc::driver::{DriverError, result};
 
 use super::blas::{self, Blas};
 use super::cache::Cache;
 use super::call::{guarded, is_out_of_memory};
-use super::transfer::Streams;
+use super::lane::Lane;
+use super::transfer::{Downloads, Uploads};
 use super::{Found, compiler};
 use crate::driver::{Description, Driver, Handle, Launch, View};
 use crate::error::{DeviceError, Result};
@@ -31,6 +32,8 @@ pub struct Cuda {
     has_pools: bool,
     cache: Cache,
     state: Mutex<State>,
+    /// Locked before the state, and longer: whoever waits for a download keeps nobody from queueing.
+    downloads: Mutex<Downloads>,
 }
 
 // SAFETY: the driver's handles may be used from every thread in which their context is current, which each call sees to.
@@ -40,7 +43,9 @@ unsafe impl Sync for Cuda {}
 
 #[derive(Debug)]
 struct State {
-    streams: Streams,
+    /// Where kernels run.
+    compute: Lane,
+    uploads: Uploads,
     memories: HashMap<Handle, Allocation>,
     allocated: u64,
     functions: HashMap<&'static str, CUfunction>,
@@ -61,8 +66,10 @@ enum Looked {
 struct Allocation {
     address: CUdeviceptr,
     bytes: u64,
-    /// Nothing on the compute stream has named it.
-    is_fresh: bool,
+    /// The last operation of the compute lane that named it, or 0.
+    computed: u64,
+    /// The last operation of the upload lane that did, or 0.
+    uploaded: u64,
 }
 
 impl Cuda {
@@ -83,13 +90,15 @@ impl Cuda {
             has_pools: found.has_pools,
             cache: Cache::of_user(),
             state: Mutex::new(State {
-                streams: Streams::new()?,
+                compute: Lane::new()?,
+                uploads: Uploads::new()?,
                 memories: HashMap::new(),
                 allocated: 0,
                 functions: HashMap::new(),
                 modules: Vec::new(),
                 blas: Looked::NotYet,
             }),
+            downloads: Mutex::new(Downloads::new()?),
         })
     }
 
@@ -99,42 +108,58 @@ impl Cuda {
         Ok(self.state.lock().unwrap_or_else(PoisonError::into_inner))
     }
 
-    fn try_allocate(&self, state: &mut State, bytes: u64) -> Result<Option<CUdeviceptr>> {
-        let count = usize::try_from(bytes).map_err(|_| DeviceError::OutOfMemory { bytes })?;
-        let allocated = guarded("cuMemAlloc", || {
-            // SAFETY: the stream is alive and the context current; the memory is freed by `release_memory`.
-            let address = unsafe {
-                match self.has_pools {
-                    true => result::malloc_async(state.streams.upload, count),
-                    false => result::malloc_sync(count),
-                }
-            };
-            match address {
-                Ok(address) => Ok(Some(address)),
-                Err(error) if is_out_of_memory(&error) => Ok(None),
-                Err(error) => Err(error),
-            }
-        })?;
-        state.streams.note_upload();
-        Ok(allocated)
+    /// The way from the device, with the context current in this thread.
+    fn enter_downloads(&self) -> Result<MutexGuard<'_, Downloads>> {
+        make_current(self.context)?;
+        Ok(self
+            .downloads
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner))
     }
 
-    fn release_memory(&self, state: &mut State, address: CUdeviceptr) -> Result<()> {
+    /// Memory, or `None` where there is not enough: in the order of uploads, which are the first to name most of it.
+    fn try_allocate(&self, state: &mut State, bytes: u64) -> Result<Option<Allocation>> {
+        let count = usize::try_from(bytes).map_err(|_| DeviceError::OutOfMemory { bytes })?;
+        let lane = &mut state.uploads.lane;
+        let (uploaded, address) = match self.has_pools {
+            true => {
+                // SAFETY: the stream is alive and the context current; the memory is freed by `release_memory`.
+                let allocate = |stream| unsafe { result::malloc_async(stream, count) };
+                let operation = lane.next();
+                let address = lane.queue(|stream| allocated(|| allocate(stream)))?;
+                (operation, address)
+            }
+            // SAFETY: as above.
+            false => (0, allocated(|| unsafe { result::malloc_sync(count) })?),
+        };
+        Ok(address.map(|address| Allocation {
+            address,
+            bytes,
+            computed: 0,
+            uploaded,
+        }))
+    }
+
+    fn release_memory(&self, state: &mut State, allocation: &Allocation) -> Result<()> {
+        let address = allocation.address;
         if self.has_pools {
-            state.streams.join()?;
-            // SAFETY: an address of this device, freed once: it has just been taken from the table.
-            return guarded("cuMemFreeAsync", || unsafe {
-                result::free_async(address, state.streams.compute)
+            let uploads = &state.uploads.lane;
+            state.compute.join(uploads, allocation.uploaded)?;
+            return state.compute.queue(|stream| {
+                // SAFETY: an address of this device, freed once: it has just been taken from the table.
+                guarded("cuMemFreeAsync", || unsafe {
+                    result::free_async(address, stream)
+                })
             });
         }
-        state.streams.synchronize()?;
+        state.synchronize()?;
         // SAFETY: as above, and nothing that is queued uses it.
         guarded("cuMemFree", || unsafe { result::free_sync(address) })
     }
 
     /// Gives memory that was freed back to the device.
     fn trim(&self, state: &State) -> Result<()> {
-        state.streams.synchronize()?;
+        state.synchronize()?;
         if self.has_pools {
             // SAFETY: the device is one of the driver's.
             let pool = guarded("cuDeviceGetMemPool", || unsafe {
@@ -186,6 +211,17 @@ fn make_current(context: CUcontext) -> Result<()> {
     })
 }
 
+/// An address, or `None` without enough memory.
+fn allocated(
+    allocate: impl FnOnce() -> std::result::Result<CUdeviceptr, DriverError>,
+) -> Result<Option<CUdeviceptr>> {
+    guarded("cuMemAlloc", || match allocate() {
+        Ok(address) => Ok(Some(address)),
+        Err(error) if is_out_of_memory(&error) => Ok(None),
+        Err(error) => Err(error),
+    })
+}
+
 /// Else memory goes back to the system whenever the device is waited for, and has to be mapped again.
 fn keep_freed_memory(device: CUdevice) -> Result<()> {
     // SAFETY: the device is one of the driver's.
@@ -210,7 +246,7 @@ fn load(cubin: &[u8]) -> Result<CUmodule> {
 impl State {
     fn blas(&mut self) -> Option<&Blas> {
         if matches!(self.blas, Looked::NotYet) {
-            self.blas = Blas::open(self.streams.compute).map_or(Looked::Absent, Looked::Found);
+            self.blas = Blas::open(self.compute.stream()).map_or(Looked::Absent, Looked::Found);
         }
         match &self.blas {
             Looked::Found(blas) => Some(blas),
@@ -221,55 +257,72 @@ impl State {
     /// Queues a product on cuBLAS, which must be there.
     fn multiply(&mut self, layout: &MatmulLayout, views: &[View; 3]) -> Result<()> {
         let firsts = [layout.a[0], layout.b[0], layout.out[0]];
-        let addresses = self.addresses(views)?;
+        let addresses = self.compute_on("cublasSgemm", views)?;
         let at = |i: usize| addresses[i] + 4 * firsts[i] as u64;
-        match &self.blas {
-            // SAFETY: views lie in memory that is freed after what is queued before, and layouts in their views.
-            Looked::Found(blas) => unsafe { blas.multiply(layout, [at(0), at(1), at(2)]) },
-            _ => Ok(()),
-        }
+        let Looked::Found(blas) = &self.blas else {
+            return Ok(());
+        };
+        // SAFETY: views lie in memory that is freed after what is queued before, and layouts in their views.
+        let multiply = |_| unsafe { blas.multiply(layout, [at(0), at(1), at(2)]) };
+        self.compute.queue(multiply)
     }
 
-    /// The address of some bytes of an allocation.
-    fn part(
-        &mut self,
-        call: &'static str,
-        memory: Handle,
-        offset: u64,
-        bytes: u64,
-    ) -> Result<(CUdeviceptr, &mut Allocation)> {
-        let allocation = self.memories.get_mut(&memory);
+    /// The address of a view.
+    fn part(&mut self, call: &'static str, view: &View) -> Result<(CUdeviceptr, &mut Allocation)> {
+        let allocation = self.memories.get_mut(&view.memory);
         let allocation = allocation.filter(|allocation| {
-            offset
-                .checked_add(bytes)
-                .is_some_and(|end| end <= allocation.bytes)
+            let end = view.offset.checked_add(view.bytes);
+            end.is_some_and(|end| end <= allocation.bytes)
         });
         let allocation = allocation.ok_or_else(|| DeviceError::Call {
             call,
             reason: "the memory is not there, or ends before".to_owned(),
         })?;
-        Ok((allocation.address + offset, allocation))
+        Ok((allocation.address + view.offset, allocation))
     }
 
-    /// The same, to be used by the compute stream.
-    fn computed_part(
-        &mut self,
-        call: &'static str,
-        memory: Handle,
-        offset: u64,
-        bytes: u64,
-    ) -> Result<CUdeviceptr> {
-        self.streams.join()?;
-        let (address, allocation) = self.part(call, memory, offset, bytes)?;
-        allocation.is_fresh = false;
+    /// Addresses of views for the next operation of the compute lane, which waits for uploads to their memory.
+    fn compute_on(&mut self, call: &'static str, views: &[View]) -> Result<Vec<CUdeviceptr>> {
+        let operation = self.compute.next();
+        let mut addresses = Vec::with_capacity(views.len());
+        for view in views {
+            let (address, allocation) = self.part(call, view)?;
+            allocation.computed = operation;
+            let uploaded = allocation.uploaded;
+            self.compute.join(&self.uploads.lane, uploaded)?;
+            addresses.push(address);
+        }
+        Ok(addresses)
+    }
+
+    /// The address of a view for the next upload, which waits for what is computed with its memory.
+    fn upload_to(&mut self, call: &'static str, view: &View) -> Result<CUdeviceptr> {
+        let operation = self.uploads.lane.next();
+        let (address, allocation) = self.part(call, view)?;
+        allocation.uploaded = operation;
+        let computed = allocation.computed;
+        self.uploads.lane.join(&self.compute, computed)?;
         Ok(address)
     }
 
-    fn addresses(&mut self, views: &[View]) -> Result<Vec<CUdeviceptr>> {
-        let address = |view: &View| {
-            self.computed_part("cuLaunchKernel", view.memory, view.offset, view.bytes)
-        };
-        views.iter().map(address).collect()
+    /// The address of a view for a download, whose stream waits for what is computed with its memory or uploaded to it.
+    fn download_from(
+        &mut self,
+        call: &'static str,
+        view: &View,
+        stream: CUstream,
+    ) -> Result<CUdeviceptr> {
+        let (address, allocation) = self.part(call, view)?;
+        let (computed, uploaded) = (allocation.computed, allocation.uploaded);
+        self.compute.hold(stream, computed)?;
+        self.uploads.lane.hold(stream, uploaded)?;
+        Ok(address)
+    }
+
+    /// Waits until both lanes are done. Whoever downloads waits itself.
+    fn synchronize(&self) -> Result<()> {
+        self.uploads.lane.synchronize()?;
+        self.compute.synchronize()
     }
 }
 
@@ -280,16 +333,12 @@ impl Driver for Cuda {
 
     fn allocate(&self, bytes: u64) -> Result<Handle> {
         let mut state = self.enter()?;
-        let mut address = self.try_allocate(&mut state, bytes)?;
-        if address.is_none() {
+        let mut allocation = self.try_allocate(&mut state, bytes)?;
+        if allocation.is_none() {
             self.trim(&state)?;
-            address = self.try_allocate(&mut state, bytes)?;
+            allocation = self.try_allocate(&mut state, bytes)?;
         }
-        let allocation = Allocation {
-            address: address.ok_or(DeviceError::OutOfMemory { bytes })?,
-            bytes,
-            is_fresh: true,
-        };
+        let allocation = allocation.ok_or(DeviceError::OutOfMemory { bytes })?;
         state.allocated += 1;
         let handle = Handle(state.allocated);
         state.memories.insert(handle, allocation);
@@ -302,37 +351,32 @@ impl Driver for Cuda {
         };
         if let Some(allocation) = state.memories.remove(&memory) {
             // A device that was lost says so in the next call that can.
-            let _ = self.release_memory(&mut state, allocation.address);
+            let _ = self.release_memory(&mut state, &allocation);
         }
     }
 
     fn write(&self, memory: Handle, offset: u64, bytes: &[u8]) -> Result<()> {
         let mut state = self.enter()?;
-        let (address, allocation) =
-            state.part("cuMemcpyHtoD", memory, offset, bytes.len() as u64)?;
-        if allocation.is_fresh {
-            let upload = state.streams.upload;
-            state.streams.note_upload();
-            return state.streams.write(upload, address, bytes);
-        }
-        state.streams.join()?;
-        let compute = state.streams.compute;
-        state.streams.write(compute, address, bytes)
+        let view = View {
+            memory,
+            offset,
+            bytes: bytes.len() as u64,
+        };
+        let address = state.upload_to("cuMemcpyHtoD", &view)?;
+        state.uploads.write(address, bytes)
     }
 
     fn read(&self, memory: Handle, offset: u64, bytes: &mut [u8]) -> Result<()> {
-        let mut state = self.enter()?;
-        let (address, _) = state.part("cuMemcpyDtoH", memory, offset, bytes.len() as u64)?;
-        state.streams.join()?;
-        let compute = state.streams.compute;
-        // SAFETY: the bytes are there on both sides, and the copy is waited for before this returns.
-        guarded("cuMemcpyDtoHAsync", || unsafe {
-            result::memcpy_dtoh_async(bytes, address, compute)
-        })?;
-        // SAFETY: the stream is alive.
-        guarded("cuStreamSynchronize", || unsafe {
-            result::stream::synchronize(compute)
-        })
+        let mut downloads = self.enter_downloads()?;
+        let view = View {
+            memory,
+            offset,
+            bytes: bytes.len() as u64,
+        };
+        let stream = downloads.stream();
+        // The state is free again before anything is waited for: callers see to it that nothing writes or frees the memory.
+        let address = self.enter()?.download_from("cuMemcpyDtoH", &view, stream)?;
+        downloads.read(address, bytes)
     }
 
     fn copy(
@@ -344,46 +388,60 @@ impl Driver for Cuda {
         bytes: u64,
     ) -> Result<()> {
         let mut state = self.enter()?;
-        let from = state.computed_part("cuMemcpyDtoD", from, from_offset, bytes)?;
-        let to = state.computed_part("cuMemcpyDtoD", to, to_offset, bytes)?;
-        let (compute, count) = (state.streams.compute, bytes as usize);
-        // SAFETY: the bytes are there in both allocations, which are not the same.
-        guarded("cuMemcpyDtoDAsync", || unsafe {
-            result::memcpy_dtod_async(to, from, count, compute)
+        let view = |(memory, offset)| View {
+            memory,
+            offset,
+            bytes,
+        };
+        let views = [(from, from_offset), (to, to_offset)].map(view);
+        let addresses = state.compute_on("cuMemcpyDtoD", &views)?;
+        state.compute.queue(|stream| {
+            // SAFETY: the bytes are there in both allocations, which are not the same.
+            guarded("cuMemcpyDtoDAsync", || unsafe {
+                result::memcpy_dtod_async(addresses[1], addresses[0], bytes as usize, stream)
+            })
         })
     }
 
     fn clear(&self, memory: Handle, offset: u64, bytes: u64) -> Result<()> {
         let mut state = self.enter()?;
-        let address = state.computed_part("cuMemsetD8", memory, offset, bytes)?;
-        let (compute, count) = (state.streams.compute, bytes as usize);
-        // SAFETY: the bytes are there.
-        guarded("cuMemsetD8Async", || unsafe {
-            result::memset_d8_async(address, 0, count, compute)
+        let view = View {
+            memory,
+            offset,
+            bytes,
+        };
+        let addresses = state.compute_on("cuMemsetD8", &[view])?;
+        state.compute.queue(|stream| {
+            // SAFETY: the bytes are there.
+            guarded("cuMemsetD8Async", || unsafe {
+                result::memset_d8_async(addresses[0], 0, bytes as usize, stream)
+            })
         })
     }
 
     fn launch(&self, launch: &Launch) -> Result<()> {
         let mut state = self.enter()?;
         let function = self.function(&mut state, launch.kernel)?;
-        let mut addresses = state.addresses(launch.views)?;
+        let mut addresses = state.compute_on("cuLaunchKernel", launch.views)?;
         let mut parameters = launch.parameters.to_vec();
         let mut arguments: Vec<*mut c_void> =
             addresses.iter_mut().map(|a| (&raw mut *a).cast()).collect();
         arguments.push(parameters.as_mut_ptr().cast());
         let [x, y] = launch.grid();
-        let (threads, compute) = (launch.kernel.threads, state.streams.compute);
-        // SAFETY: as many pointers as the kernel takes, then its structure, which the call copies; every view lies in memory
-        // that is freed after what is queued before.
-        guarded("cuLaunchKernel", || unsafe {
-            result::launch_kernel(
-                function,
-                (x, y, 1),
-                (threads, 1, 1),
-                0,
-                compute,
-                &mut arguments,
-            )
+        let threads = launch.kernel.threads;
+        state.compute.queue(|stream| {
+            // SAFETY: as many pointers as the kernel takes, then its structure, which the call copies; every view lies in memory
+            // that is freed after what is queued before.
+            guarded("cuLaunchKernel", || unsafe {
+                result::launch_kernel(
+                    function,
+                    (x, y, 1),
+                    (threads, 1, 1),
+                    0,
+                    stream,
+                    &mut arguments,
+                )
+            })
         })
     }
 
@@ -402,10 +460,13 @@ impl Driver for Cuda {
 
 impl Drop for Cuda {
     fn drop(&mut self) {
-        // What fails here has failed before, or the process ends.
+        // What fails here has failed before, or the process ends. Downloads are first: they may wait for events of the others.
+        if let Ok(mut downloads) = self.enter_downloads() {
+            downloads.release();
+        }
         if let Ok(mut state) = self.enter() {
             for allocation in std::mem::take(&mut state.memories).into_values() {
-                let _ = self.release_memory(&mut state, allocation.address);
+                let _ = self.release_memory(&mut state, &allocation);
             }
             let _ = self.trim(&state);
             state.blas = Looked::Absent;
@@ -415,7 +476,8 @@ impl Drop for Cuda {
                     result::module::unload(module)
                 });
             }
-            state.streams.release();
+            state.uploads.release();
+            state.compute.release();
         }
         // SAFETY: retained once when the device was opened.
         let _ = guarded("cuDevicePrimaryCtxRelease", || unsafe {

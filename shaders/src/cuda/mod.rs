@@ -9,6 +9,7 @@ mod cache;
 mod call;
 mod compiler;
 mod driver;
+mod lane;
 mod library;
 mod transfer;
 

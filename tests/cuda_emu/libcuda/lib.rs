@@ -25,6 +25,7 @@ const OUT_OF_MEMORY: c_int = 2;
 const NO_DEVICE: c_int = 100;
 const NOT_FOUND: c_int = 500;
 const ILLEGAL_ADDRESS: c_int = 700;
+const LAUNCH_TIMEOUT: c_int = 702;
 const LAUNCH_FAILED: c_int = 719;
 
 /// Writes an answer where the caller wants it.
@@ -134,12 +135,11 @@ calls! {
         world.record(event, stream);
         SUCCESS
     }
-    cuEventSynchronize(world, event: usize) {
-        world.synchronize_event(event);
-        SUCCESS
-    }
     cuMemHostAlloc(world, memory: *mut *mut c_void, bytes: usize, _flags: c_uint) {
-        answer(memory, world.pin(bytes).cast())
+        match world.pin(bytes) {
+            Some(pinned) => answer(memory, pinned.cast()),
+            None => OUT_OF_MEMORY,
+        }
     }
     cuMemFreeHost(world, memory: *mut c_void) {
         world.unpin(memory.cast());
@@ -210,9 +210,14 @@ calls! {
         let views = (0..entry.views()).map(|i| (*arguments.add(i)).cast::<u64>().read()).collect();
         let words = (*arguments.add(entry.views())).cast::<u32>();
         let parameters = std::slice::from_raw_parts(words, entry.parameter_bytes() / 4).to_vec();
-        world.queue(stream, Op::Kernel { entry, grid: [x, y], threads, views, parameters });
+        world.launch(stream, Op::Kernel { entry, grid: [x, y], threads, views, parameters });
         SUCCESS
     }
+}
+
+#[unsafe(no_mangle)]
+pub extern "C" fn cuEventSynchronize(event: usize) -> c_int {
+    world::wait_for(event)
 }
 
 #[unsafe(no_mangle)]

@@ -1,16 +1,18 @@
 //! Streams, events and memory of the emulated device.
 //!
 //! Streams run when they must: when they are waited for, or when another waits for one of their events. Streams that
-//! are [eager](Settings::eager) run at once, as far as they can without the others.
+//! are [eager](Settings::eager) run at once, as far as they can without the others. What waits for too little finds the wrong
+//! values; what waits for too much meets a [fault](Settings::fault).
 
 use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::ffi::{c_int, c_void};
-use std::sync::{LazyLock, Mutex, MutexGuard, PoisonError};
+use std::sync::{Condvar, LazyLock, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 use nemoconv_cuda_emu::{EntryPoint, Order};
 
 use crate::cublas::Gemm;
-use crate::{ILLEGAL_ADDRESS, LAUNCH_FAILED, SUCCESS};
+use crate::{ILLEGAL_ADDRESS, LAUNCH_FAILED, LAUNCH_TIMEOUT, SUCCESS};
 
 /// What the environment asks for, each as `NEMOCONV_LIBCUDA_NAME`.
 pub struct Settings {
@@ -22,12 +24,18 @@ pub struct Settings {
     pub has_pools: bool,
     /// `MEMORY`: bytes.
     pub memory_bytes: u64,
-    /// `EAGER`: 1 for every first stream of two to run at once, 2 for every second one.
+    /// `PINNED`: bytes of the host that can be pinned.
+    pub pinned_bytes: u64,
+    /// `EAGER`: 1 for every first stream of three to run at once, 2 for every second one, 4 for every third, or sums of these.
     pub eager: u64,
     /// `BLAS`: whether cuBLAS can be used.
     pub has_blas: bool,
-    /// `BROKEN`: whether kernels fail.
+    /// `BROKEN`: whether kernels cannot be launched.
     pub fails_to_launch: bool,
+    /// `FAULT`: the launch that fails when it is run, counted from 1.
+    pub fault: usize,
+    /// `BUSY`: so many waits for events that are not reached last until something else is launched.
+    pub busy_waits: u64,
 }
 
 impl Settings {
@@ -41,9 +49,12 @@ impl Settings {
             capability: number("CAPABILITY", 90) as c_int,
             has_pools: number("POOLS", 1) != 0,
             memory_bytes: number("MEMORY", 1 << 32),
+            pinned_bytes: number("PINNED", 1 << 32),
             eager: number("EAGER", 0),
             has_blas: number("BLAS", 1) != 0,
             fails_to_launch: number("BROKEN", 0) != 0,
+            fault: number("FAULT", 0) as usize,
+            busy_waits: number("BUSY", 0),
         }
     }
 }
@@ -80,6 +91,8 @@ pub enum Op {
         views: Vec<u64>,
         parameters: Vec<u32>,
     },
+    /// A kernel that fails.
+    Fault,
     Gemm(Gemm),
     Record(usize, usize),
     Wait(usize, usize),
@@ -128,6 +141,7 @@ pub struct World {
     /// The first error: every call gives it from then on.
     pub error: c_int,
     pub modules: usize,
+    launches: usize,
     /// Handles of cuBLAS: the streams that they were given.
     pub blas: BTreeMap<usize, usize>,
     /// How often the context is held.
@@ -149,6 +163,7 @@ pub fn world() -> MutexGuard<'static, World> {
             settings: Settings::of_environment(),
             error: SUCCESS,
             modules: 0,
+            launches: 0,
             blas: BTreeMap::new(),
             streams: HashMap::new(),
             streams_created: 0,
@@ -161,6 +176,34 @@ pub fn world() -> MutexGuard<'static, World> {
         })
     });
     WORLD.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Something was launched.
+static LAUNCHED: Condvar = Condvar::new();
+
+/// How long it takes at most where nothing stands in the way.
+const LAUNCH_TIME: Duration = Duration::from_secs(20);
+
+/// Waits for an event as a host does: others call meanwhile.
+pub fn wait_for(event: usize) -> c_int {
+    let mut world = world();
+    if world.error != SUCCESS {
+        return world.error;
+    }
+    if world.settings.busy_waits > 0 && !world.is_over(event) {
+        world.settings.busy_waits -= 1;
+        let before = world.launches;
+        let waited = LAUNCHED.wait_timeout_while(world, LAUNCH_TIME, |w| w.launches == before);
+        let (guard, result) = waited.unwrap_or_else(PoisonError::into_inner);
+        world = guard;
+        if result.timed_out() {
+            world.error = LAUNCH_TIMEOUT;
+        }
+    }
+    if world.error == SUCCESS {
+        world.synchronize_event(event);
+    }
+    world.error
 }
 
 impl World {
@@ -209,7 +252,7 @@ impl World {
 
     pub fn queue(&mut self, stream: usize, op: Op) {
         self.stream(stream).push_back(op);
-        if self.settings.eager >> (self.streams[&stream].number % 2) & 1 == 1 {
+        if self.settings.eager >> (self.streams[&stream].number % 3) & 1 == 1 {
             self.run(stream, None, false);
         }
     }
@@ -222,9 +265,24 @@ impl World {
         self.run(stream, None, true);
     }
 
-    pub fn synchronize_event(&mut self, event: usize) {
+    fn synchronize_event(&mut self, event: usize) {
         let record = self.events[&event].streams.len();
         self.reach(event, record);
+    }
+
+    /// Whether everything that was recorded is reached.
+    fn is_over(&self, event: usize) -> bool {
+        self.is_reached(event, self.events[&event].streams.len())
+    }
+
+    /// Queues a kernel, or what takes the place of the one that fails.
+    pub fn launch(&mut self, stream: usize, kernel: Op) {
+        self.launches += 1;
+        LAUNCHED.notify_all();
+        match self.launches == self.settings.fault {
+            true => self.queue(stream, Op::Fault),
+            false => self.queue(stream, kernel),
+        }
     }
 
     fn is_reached(&self, event: usize, record: usize) -> bool {
@@ -272,6 +330,8 @@ impl World {
                 move_bytes(to, from, bytes);
             }
             Op::Download { to, from, bytes } => {
+                // Else the call would wait for the copy.
+                check(&self.pinned, to, bytes)?;
                 self.check(from, bytes)?;
                 move_bytes(to, from, bytes);
             }
@@ -300,6 +360,7 @@ impl World {
                     unsafe { entry.run(grid, threads, Order::Strided, &mut pointers, &parameters) };
                 result.map_err(|_| LAUNCH_FAILED)?;
             }
+            Op::Fault => return Err(LAUNCH_FAILED),
             Op::Gemm(gemm) => {
                 for (first, bytes) in gemm.ranges() {
                     self.check(first, bytes)?;
@@ -337,10 +398,14 @@ impl World {
         self.pooled_bytes = 0;
     }
 
-    pub fn pin(&mut self, bytes: usize) -> *mut u8 {
+    pub fn pin(&mut self, bytes: usize) -> Option<*mut u8> {
+        let used: u64 = self.pinned.values().map(|memory| memory.bytes).sum();
+        if used + bytes as u64 > self.settings.pinned_bytes {
+            return None;
+        }
         let (address, memory) = Memory::new(bytes as u64, true);
         self.pinned.insert(address, memory);
-        address as *mut u8
+        Some(address as *mut u8)
     }
 
     pub fn unpin(&mut self, memory: *mut u8) {

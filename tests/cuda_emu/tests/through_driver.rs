@@ -4,6 +4,8 @@
 //! Libraries are found when a process starts: each test runs itself again as a child.
 #![allow(clippy::print_stdout, reason = "tests say why they are skipped")]
 
+mod overlap;
+
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
@@ -38,6 +40,8 @@ impl Libraries {
             );
             return None;
         }
+        // Lists of folders have colons.
+        let name = name.replace("::", "-");
         let folder = std::env::temp_dir().join(format!("nemoconv-{name}-{}", std::process::id()));
         std::fs::create_dir_all(&folder).unwrap();
         for name in ["libcuda.so", "libnvrtc.so"] {
@@ -85,8 +89,24 @@ fn with_libraries(test: &str, settings: &[(&str, u64)], body: impl Fn()) {
     }
 }
 
-/// Which streams run as soon as they can: uploads as late as the events allow, or long before the kernels.
-const SCHEDULES: [(&str, u64); 4] = [("EAGER", 0), ("EAGER", 1), ("EAGER", 2), ("EAGER", 3)];
+/// The same, in a child for each of these settings.
+fn with_each<'a>(test: &str, all: &[impl AsRef<[(&'a str, u64)]>], body: impl Fn()) {
+    if is_child() {
+        return body();
+    }
+    for settings in all {
+        with_libraries(test, settings.as_ref(), &body);
+    }
+}
+
+/// Which streams run as soon as they can, of kernels (1), uploads (2) and downloads (4), and which as late as events allow: each
+/// two of them in all four ways.
+const SCHEDULES: [[(&str, u64); 1]; 4] = [
+    [("EAGER", 0)],
+    [("EAGER", 3)],
+    [("EAGER", 5)],
+    [("EAGER", 6)],
+];
 
 #[test]
 fn the_table_of_operations() {
@@ -97,7 +117,7 @@ fn the_table_of_operations() {
         return;
     };
     for schedule in SCHEDULES {
-        libraries.run(&[schedule], &["--skip", "through_driver"]);
+        libraries.run(&schedule, &["--skip", "through_driver"]);
     }
     libraries.run(&[("POOLS", 0)], &["--skip", "through_driver"]);
     libraries.run(&[("BLAS", 0)], &["matmul::products_of_every_layout"]);
@@ -164,22 +184,17 @@ fn a_device_that_is_too_old() {
 
 #[test]
 fn memory_that_runs_out() {
-    for pools in [0, 1] {
-        with_libraries(
-            "memory_that_runs_out",
-            &[("MEMORY", 1 << 20), ("POOLS", pools)],
-            || {
-                let device = open(0).ok().unwrap();
-                let half = device.allocate(1 << 19).unwrap();
-                device.allocate(1 << 19).unwrap();
-                let error = DeviceError::OutOfMemory { bytes: 256 };
-                assert_eq!(device.allocate(256).unwrap_err(), error);
-                // What was freed is given back to the device when it is needed.
-                device.free(half);
-                device.allocate(1 << 18).unwrap();
-            },
-        );
-    }
+    let all = [0, 1].map(|pools| [("MEMORY", 1 << 20), ("POOLS", pools)]);
+    with_each("memory_that_runs_out", &all, || {
+        let device = open(0).ok().unwrap();
+        let half = device.allocate(1 << 19).unwrap();
+        device.allocate(1 << 19).unwrap();
+        let error = DeviceError::OutOfMemory { bytes: 256 };
+        assert_eq!(device.allocate(256).unwrap_err(), error);
+        // What was freed is given back to the device when it is needed.
+        device.free(half);
+        device.allocate(1 << 18).unwrap();
+    });
 }
 
 #[test]
@@ -213,32 +228,30 @@ fn scale(
 /// Uploads of several parts, before, between and after kernels that use the same memory.
 #[test]
 fn uploads_and_kernels_keep_their_order() {
-    for schedule in SCHEDULES {
-        with_libraries("uploads_and_kernels_keep_their_order", &[schedule], || {
-            let count = (40 << 20) / 4;
-            let values: Vec<f32> = (0..count).map(|i| i as f32).collect();
-            let bytes: Vec<u8> = values.iter().flat_map(|x| x.to_le_bytes()).collect();
-            let device = open(0).ok().unwrap();
-            let memory = device.allocate(bytes.len() as u64).unwrap();
-            device.write(memory, 0, &bytes).unwrap();
-            scale(&*device, memory, 3, 10.0).unwrap();
-            // A kernel has seen it: its tail is overwritten in order.
-            device.write(memory, 4, &bytes[8..12]).unwrap();
-            scale(&*device, memory, 3, 10.0).unwrap();
-            let copy = device.allocate(16).unwrap();
-            device.clear(copy, 0, 16).unwrap();
-            device.copy(memory, 0, copy, 4, 12).unwrap();
-            device.free(memory);
-            let other = device.allocate(bytes.len() as u64).unwrap();
-            device.write(other, 0, &bytes).unwrap();
-            assert_eq!(read(&*device, copy, 4), [0.0, 0.0, 20.0, 200.0]);
-            assert_eq!(read(&*device, other, count), values);
-            assert!(device.write(other, bytes.len() as u64, &[0; 4]).is_err());
-            assert!(device.read(memory, 0, &mut [0; 4]).is_err());
-            // What is left belongs to the device, which gives everything back.
-            drop(device);
-        });
-    }
+    with_each("uploads_and_kernels_keep_their_order", &SCHEDULES, || {
+        let count = (40 << 20) / 4;
+        let values: Vec<f32> = (0..count).map(|i| i as f32).collect();
+        let bytes: Vec<u8> = values.iter().flat_map(|x| x.to_le_bytes()).collect();
+        let device = open(0).ok().unwrap();
+        let memory = device.allocate(bytes.len() as u64).unwrap();
+        device.write(memory, 0, &bytes).unwrap();
+        scale(&*device, memory, 3, 10.0).unwrap();
+        // A kernel has seen it: its tail is overwritten in order.
+        device.write(memory, 4, &bytes[8..12]).unwrap();
+        scale(&*device, memory, 3, 10.0).unwrap();
+        let copy = device.allocate(16).unwrap();
+        device.clear(copy, 0, 16).unwrap();
+        device.copy(memory, 0, copy, 4, 12).unwrap();
+        device.free(memory);
+        let other = device.allocate(bytes.len() as u64).unwrap();
+        device.write(other, 0, &bytes).unwrap();
+        assert_eq!(read(&*device, copy, 4), [0.0, 0.0, 20.0, 200.0]);
+        assert_eq!(read(&*device, other, count), values);
+        assert!(device.write(other, bytes.len() as u64, &[0; 4]).is_err());
+        assert!(device.read(memory, 0, &mut [0; 4]).is_err());
+        // What is left belongs to the device, which gives everything back.
+        drop(device);
+    });
 }
 
 fn read(device: &dyn Driver, memory: Handle, count: usize) -> Vec<f32> {
@@ -251,30 +264,28 @@ fn read(device: &dyn Driver, memory: Handle, count: usize) -> Vec<f32> {
 /// Both operands as they are and transposed, beside kernels before and after.
 #[test]
 fn products_of_the_library() {
-    for schedule in SCHEDULES {
-        with_libraries("products_of_the_library", &[schedule], || {
-            let device = open(0).ok().unwrap();
-            for (a, b) in [
-                ([3, 1], [1, 3]),
-                ([3, 1], [4, 1]),
-                ([1, 2], [1, 3]),
-                ([1, 2], [4, 1]),
-            ] {
-                check_product(&*device, a, b);
-            }
-            let layout = MatmulLayout {
-                a: [0, 6, 2],
-                ..MatmulLayout::linear(2, 3, 4, 0, 4)
-            };
-            let memory = device.allocate(256).unwrap();
-            let view = View {
-                memory,
-                offset: 0,
-                bytes: 256,
-            };
-            assert!(device.gemm(&layout, &[view; 3]).is_none());
-        });
-    }
+    with_each("products_of_the_library", &SCHEDULES, || {
+        let device = open(0).ok().unwrap();
+        for (a, b) in [
+            ([3, 1], [1, 3]),
+            ([3, 1], [4, 1]),
+            ([1, 2], [1, 3]),
+            ([1, 2], [4, 1]),
+        ] {
+            check_product(&*device, a, b);
+        }
+        let layout = MatmulLayout {
+            a: [0, 6, 2],
+            ..MatmulLayout::linear(2, 3, 4, 0, 4)
+        };
+        let memory = device.allocate(256).unwrap();
+        let view = View {
+            memory,
+            offset: 0,
+            bytes: 256,
+        };
+        assert!(device.gemm(&layout, &[view; 3]).is_none());
+    });
 }
 
 /// 2 x 3 times 3 x 4, after 1 value of each operand, with these steps.
@@ -318,31 +329,28 @@ fn check_product(device: &dyn Driver, a: [usize; 2], b: [usize; 2]) {
 /// Products from some size on, and none where the library does not work.
 #[test]
 fn small_products_are_the_kernels() {
-    let run = |blas| {
-        with_libraries("small_products_are_the_kernels", &[("BLAS", blas)], || {
-            let has_blas = std::env::var("NEMOCONV_LIBCUDA_BLAS").unwrap() == "1";
-            let layout = MatmulLayout::linear(2, 3, 4, 0, 4);
-            let driver = open(0).ok().unwrap();
-            let view = View {
-                memory: driver.allocate(256).unwrap(),
-                offset: 0,
-                bytes: 256,
-            };
-            driver.clear(view.memory, 0, 256).unwrap();
-            assert_eq!(driver.gemm(&layout, &[view; 3]).is_some(), has_blas);
-            // In sums of many values both differ in their last bits: the library of the emulator sums in f64.
-            let large = MatmulLayout::linear(1, 4096, 1, 0, 1);
-            let values: Vec<f32> = (0..4096).map(|i| 0.1 + (i % 7) as f32).collect();
-            let product = |from: u64| {
-                let device = Device::new(open(0).ok().unwrap(), None).with_library_from(from);
-                let x = device.upload(&values).unwrap();
-                let mut out = device.zeros(1).unwrap();
-                device.matmul(&large, &x, &x, &mut out).unwrap();
-                device.download_all(&out).unwrap()[0]
-            };
-            assert_eq!(product(4096) != product(4097), has_blas);
-        });
-    };
-    run(0);
-    run(1);
+    let all = [0, 1].map(|blas| [("BLAS", blas)]);
+    with_each("small_products_are_the_kernels", &all, || {
+        let has_blas = std::env::var("NEMOCONV_LIBCUDA_BLAS").unwrap() == "1";
+        let layout = MatmulLayout::linear(2, 3, 4, 0, 4);
+        let driver = open(0).ok().unwrap();
+        let view = View {
+            memory: driver.allocate(256).unwrap(),
+            offset: 0,
+            bytes: 256,
+        };
+        driver.clear(view.memory, 0, 256).unwrap();
+        assert_eq!(driver.gemm(&layout, &[view; 3]).is_some(), has_blas);
+        // In sums of many values both differ in their last bits: the library of the emulator sums in f64.
+        let large = MatmulLayout::linear(1, 4096, 1, 0, 1);
+        let values: Vec<f32> = (0..4096).map(|i| 0.1 + (i % 7) as f32).collect();
+        let product = |from: u64| {
+            let device = Device::new(open(0).ok().unwrap(), None).with_library_from(from);
+            let x = device.upload(&values).unwrap();
+            let mut out = device.zeros(1).unwrap();
+            device.matmul(&large, &x, &x, &mut out).unwrap();
+            device.download_all(&out).unwrap()[0]
+        };
+        assert_eq!(product(4096) != product(4097), has_blas);
+    });
 }
