@@ -7,8 +7,9 @@
     reason = "tests say why they are skipped, and print a table"
 )]
 
-use nemoconv_device::cuda::{architectures, compile, version};
-use nemoconv_device::{DeviceError, kernels};
+use nemoconv_device::DeviceError;
+use nemoconv_device::cuda::{architectures, compile, compile_to_ptx, version};
+use nemoconv_device::kernels::{self, Kernel};
 
 /// One of each generation since Ampere: A100, RTX 3090, RTX 4090, H100, B200, RTX 5090.
 const ARCHITECTURES: [u32; 6] = [80, 86, 89, 90, 100, 120];
@@ -61,8 +62,8 @@ fn known_architectures() -> Option<Vec<u32>> {
     }
 }
 
-#[test]
-fn every_kernel_compiles_without_spills() {
+/// Tries every kernel for every architecture.
+fn for_each(check: impl Fn(&'static Kernel, u32)) {
     let Some(architectures) = known_architectures() else {
         return;
     };
@@ -73,31 +74,57 @@ fn every_kernel_compiles_without_spills() {
     assert!(!architectures.is_empty());
     for kernel in kernels::all() {
         for architecture in &architectures {
-            let place = format!("`{}` for sm_{architecture}", kernel.name);
-            let compiled = compile(
-                &kernel.cuda_text(),
-                kernel.name,
-                &format!("sm_{architecture}"),
-            );
-            let compiled = compiled.unwrap_or_else(|error| panic!("{place}: {error}"));
-            assert!(compiled.cubin.starts_with(b"\x7fELF"), "{place}");
-            assert_eq!(
-                [compiled.spill_stores, compiled.spill_loads],
-                [0, 0],
-                "{place} spills"
-            );
-            assert!(
-                (1..=budget(kernel.name)).contains(&compiled.registers),
-                "{place}: {} registers",
-                compiled.registers
-            );
-            assert!(
-                !compiled.log.contains("warning"),
-                "{place}: {}",
-                compiled.log
-            );
+            check(kernel, *architecture);
         }
     }
+}
+
+#[test]
+fn every_kernel_compiles_to_machine_code_without_spills() {
+    for_each(|kernel, architecture| {
+        let place = format!("`{}` for sm_{architecture}", kernel.name);
+        let compiled = compile(
+            &kernel.cuda_text(),
+            kernel.name,
+            &format!("sm_{architecture}"),
+        );
+        let compiled = compiled.unwrap_or_else(|error| panic!("{place}: {error}"));
+        assert!(compiled.cubin.starts_with(b"\x7fELF"), "{place}");
+        assert_eq!(
+            [compiled.spill_stores, compiled.spill_loads],
+            [0, 0],
+            "{place} spills"
+        );
+        assert!(
+            (1..=budget(kernel.name)).contains(&compiled.registers),
+            "{place}: {} registers",
+            compiled.registers
+        );
+        assert!(
+            !compiled.log.contains("warning"),
+            "{place}: {}",
+            compiled.log
+        );
+    });
+}
+
+#[test]
+fn every_kernel_compiles_to_ptx() {
+    for_each(|kernel, architecture| {
+        let place = format!("`{}` for compute_{architecture}", kernel.name);
+        let ptx = compile_to_ptx(
+            &kernel.cuda_text(),
+            kernel.name,
+            &format!("compute_{architecture}"),
+        );
+        let ptx = ptx.unwrap_or_else(|error| panic!("{place}: {error}"));
+        for line in [
+            format!(".target sm_{architecture}"),
+            format!(".visible .entry {}(", kernel.name),
+        ] {
+            assert!(ptx.contains(&line), "{place}: no `{line}` in {ptx}");
+        }
+    });
 }
 
 #[test]
@@ -128,6 +155,11 @@ fn an_unknown_architecture_is_refused() {
         return;
     }
     let result = compile("", "empty", "sm_1");
+    assert!(
+        matches!(result, Err(DeviceError::Compile { .. })),
+        "{result:?}"
+    );
+    let result = compile_to_ptx("", "empty", "compute_1");
     assert!(
         matches!(result, Err(DeviceError::Compile { .. })),
         "{result:?}"

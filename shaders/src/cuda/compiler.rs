@@ -1,7 +1,7 @@
-//! NVRTC: CUDA C++ to machine code of one architecture.
+//! NVRTC: CUDA C++ to machine code of one architecture, or to PTX alone.
 //!
-//! Enters: a text. Leaves: a CUBIN, and what the assembler says of registers and spills. Needs neither a device nor its
-//! driver.
+//! Enters: a text. Leaves: a CUBIN, and what the assembler says of registers and spills; or PTX. Needs neither a device nor
+//! its driver.
 
 use std::ffi::{CStr, CString, OsString, c_char, c_int, c_void};
 use std::ptr;
@@ -46,10 +46,7 @@ pub const OPTIONS: [&str; 4] = [
 /// NVRTC was not found, or refuses the text or the architecture: then with its log.
 pub fn compile(text: &str, name: &'static str, architecture: &str) -> Result<Compiled> {
     let refused = |log: String| DeviceError::Compile { kernel: name, log };
-    let program = Program::new(nvrtc()?, text, name).map_err(refused)?;
-    let result = program.compile(architecture);
-    let log = program.log();
-    result.map_err(|reason| refused(if log.is_empty() { reason } else { log.clone() }))?;
+    let (program, log) = compiled(text, name, architecture)?;
     Ok(Compiled {
         cubin: program.cubin().map_err(refused)?,
         registers: number_before(&log, " registers"),
@@ -58,6 +55,28 @@ pub fn compile(text: &str, name: &'static str, architecture: &str) -> Result<Com
         shared_bytes: number_before(&log, " bytes smem"),
         log,
     })
+}
+
+/// PTX of a kernel, without the assembler: what drivers compile for devices that are newer than the compiler.
+///
+/// `name` is for messages; `architecture` as in `compute_90`.
+///
+/// # Errors
+/// NVRTC was not found, or refuses the text or the architecture: then with its log.
+pub fn compile_to_ptx(text: &str, name: &'static str, architecture: &str) -> Result<String> {
+    let (program, _) = compiled(text, name, architecture)?;
+    let ptx = program.ptx();
+    ptx.map_err(|log| DeviceError::Compile { kernel: name, log })
+}
+
+/// The program, and what the compiler said of it.
+fn compiled(text: &str, name: &'static str, architecture: &str) -> Result<(Program, String)> {
+    let refused = |log: String| DeviceError::Compile { kernel: name, log };
+    let program = Program::new(nvrtc()?, text, name).map_err(refused)?;
+    let result = program.compile(architecture);
+    let log = program.log();
+    result.map_err(|reason| refused(if log.is_empty() { reason } else { log.clone() }))?;
+    Ok((program, log))
 }
 
 /// Major and minor version of NVRTC.
@@ -87,6 +106,12 @@ pub fn architectures() -> Result<Vec<u32>> {
     Ok(all.into_iter().map(c_int::unsigned_abs).collect())
 }
 
+/// What stands before the zero at the end of a text of C.
+fn text_of(bytes: &[u8]) -> String {
+    let text = bytes.split(|byte| *byte == 0).next().unwrap_or_default();
+    String::from_utf8_lossy(text).trim().to_owned()
+}
+
 /// The digits right before the first place of some words.
 fn number_before(log: &str, words: &str) -> u32 {
     let before = log.split_once(words).map_or("", |(before, _)| before);
@@ -113,6 +138,8 @@ struct Nvrtc {
     destroy: unsafe extern "C" fn(*mut Handle) -> c_int,
     cubin_bytes: unsafe extern "C" fn(Handle, *mut usize) -> c_int,
     cubin: unsafe extern "C" fn(Handle, *mut c_char) -> c_int,
+    ptx_bytes: unsafe extern "C" fn(Handle, *mut usize) -> c_int,
+    ptx: unsafe extern "C" fn(Handle, *mut c_char) -> c_int,
     log_bytes: unsafe extern "C" fn(Handle, *mut usize) -> c_int,
     log: unsafe extern "C" fn(Handle, *mut c_char) -> c_int,
     error: unsafe extern "C" fn(c_int) -> *const c_char,
@@ -147,6 +174,8 @@ impl Nvrtc {
                 destroy: *library.get(b"nvrtcDestroyProgram\0").ok()?,
                 cubin_bytes: *library.get(b"nvrtcGetCUBINSize\0").ok()?,
                 cubin: *library.get(b"nvrtcGetCUBIN\0").ok()?,
+                ptx_bytes: *library.get(b"nvrtcGetPTXSize\0").ok()?,
+                ptx: *library.get(b"nvrtcGetPTX\0").ok()?,
                 log_bytes: *library.get(b"nvrtcGetProgramLogSize\0").ok()?,
                 log: *library.get(b"nvrtcGetProgramLog\0").ok()?,
                 error: *library.get(b"nvrtcGetErrorString\0").ok()?,
@@ -207,8 +236,12 @@ impl Program {
         let bytes = self
             .bytes(self.nvrtc.log_bytes, self.nvrtc.log)
             .unwrap_or_default();
-        let text = bytes.split(|byte| *byte == 0).next().unwrap_or_default();
-        String::from_utf8_lossy(text).trim().to_owned()
+        text_of(&bytes)
+    }
+
+    fn ptx(&self) -> std::result::Result<String, String> {
+        let bytes = self.bytes(self.nvrtc.ptx_bytes, self.nvrtc.ptx)?;
+        Ok(text_of(&bytes))
     }
 
     fn cubin(&self) -> std::result::Result<Vec<u8>, String> {

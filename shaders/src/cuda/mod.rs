@@ -21,7 +21,7 @@ use crate::driver::{Description, Driver, Family, Limits};
 use crate::error::{DeviceError, Result};
 
 use call::guarded;
-pub use compiler::{Compiled, architectures, compile, version};
+pub use compiler::{Compiled, architectures, compile, compile_to_ptx, version};
 
 /// Of the oldest devices that the kernels are tested for.
 const OLDEST_ARCHITECTURE: u32 = 80;

@@ -74,6 +74,18 @@ pub unsafe extern "C" fn nvrtcGetCUBIN(_program: *mut c_void, cubin: *mut c_char
 }
 
 #[unsafe(no_mangle)]
+pub unsafe extern "C" fn nvrtcGetPTXSize(_program: *mut c_void, bytes: *mut usize) -> c_int {
+    // SAFETY: callers keep to nvrtc.h.
+    unsafe { answer(bytes, 1) }
+}
+
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn nvrtcGetPTX(_program: *mut c_void, ptx: *mut c_char) -> c_int {
+    // SAFETY: callers keep to nvrtc.h.
+    unsafe { answer(ptx, 0) }
+}
+
+#[unsafe(no_mangle)]
 pub unsafe extern "C" fn nvrtcGetProgramLogSize(_program: *mut c_void, bytes: *mut usize) -> c_int {
     // SAFETY: callers keep to nvrtc.h.
     unsafe { answer(bytes, 1) }
