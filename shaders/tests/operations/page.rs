@@ -5,8 +5,8 @@
 use std::time::Instant;
 
 use nemoconv_device::{
-    Array, AttentionLayout, ConvLayout, Device, FEEDBACK_CHUNK, LogitRows, MatmulLayout, Rounding,
-    ScanLayout,
+    Array, AttentionLayout, ConvLayout, Device, FEEDBACK_CHUNK, LogitRows, MatmulLayout, Packing,
+    Rounding, ScanLayout, Splitting, kernels,
 };
 use nemoconv_formats::GgmlType;
 
@@ -76,36 +76,23 @@ fn page(device: &Device) {
 
     let layout = MatmulLayout::linear(tokens, hidden, intermediate, 0, intermediate);
     let mut out = device.uninitialized(tokens * intermediate).unwrap();
-    let ms = time(device, || {
-        device.matmul(&layout, &x, &w, &mut out).unwrap();
-        device.duplicate(&out).unwrap()
-    });
     let shape = format!("{tokens} x {hidden} x {intermediate}");
-    line("matmul, with a copy", &shape, ms, 2.0 * product, 0.0);
-
-    let ty = GgmlType::Q4_K;
-    let bytes = ty.bytes_for((intermediate * hidden) as u64).unwrap();
-    let stored = device.upload_bytes(&vec![0x5a; bytes as usize]).unwrap();
-    let mut decoded = device.uninitialized(intermediate * hidden).unwrap();
-    let ms = time(device, || {
-        let count = intermediate * hidden;
-        device
-            .dequantize(ty, &stored, 0, count, &mut decoded)
-            .unwrap();
-        device.zeros(1).unwrap()
-    });
-    let moved = bytes as f64 + 4.0 * (intermediate * hidden) as f64;
-    line(
-        "dequantize_q4_k",
-        &format!("{intermediate} x {hidden}"),
-        ms,
-        0.0,
-        moved,
-    );
+    let whole = device.clone().with_splitting(Splitting::Never);
+    let whole = whole.with_library_from(u64::MAX);
+    for (which, device) in [
+        ("matmul, as chosen", device),
+        ("matmul, by the kernel for values in one piece", &whole),
+    ] {
+        let ms = time(device, || {
+            device.matmul(&layout, &x, &w, &mut out).unwrap();
+            device.zeros(1).unwrap()
+        });
+        line(which, &shape, ms, 2.0 * product, 0.0);
+    }
 
     let mut sums = [(0..hidden, device.zeros(2 * hidden * hidden).unwrap())];
     let ms = time(device, || {
-        device.gram(&x, hidden, &mut sums).unwrap();
+        whole.gram(&x, hidden, &mut sums).unwrap();
         device.zeros(1).unwrap()
     });
     let flop = (tokens * hidden * hidden) as f64;
@@ -127,9 +114,207 @@ fn page(device: &Device) {
         moved,
     );
 
+    drop((x, w, out));
+    transfers(device, intermediate * hidden);
+    decoders(device, intermediate, hidden);
+    stored_products(device, Sizes::of(device));
+    products_in_parts(device, Sizes::of(device));
+    if device.has_f64() {
+        rotation(device, tokens, hidden);
+    }
     rounding(device, intermediate);
     mixers(device, tokens, heads);
     logits(device, 32 * hidden);
+}
+
+/// Of the values of a matrix, to the device and back.
+fn transfers(device: &Device, count: usize) {
+    let (values, shape, moved) = (numbers(count, 11), count.to_string(), 4.0 * count as f64);
+    let ms = time(device, || device.upload(&values).unwrap());
+    line("upload", &shape, ms, 0.0, moved);
+    let there = device.upload(&values).unwrap();
+    let ms = time(device, || {
+        device.download_all(&there).unwrap();
+        device.zeros(1).unwrap()
+    });
+    line("download", &shape, ms, 0.0, moved);
+}
+
+/// Of a matrix in every type.
+fn decoders(device: &Device, rows: usize, columns: usize) {
+    let (count, shape) = (rows * columns, format!("{rows} x {columns}"));
+    let mut decoded = device.uninitialized(count).unwrap();
+    for ty in kernels::decoded_types() {
+        let bytes = ty.bytes_for(count as u64).unwrap();
+        let stored = device.upload_bytes(&vec![0x5a; bytes as usize]).unwrap();
+        let ms = time(device, || {
+            device
+                .dequantize(*ty, &stored, 0, count, &mut decoded)
+                .unwrap();
+            device.zeros(1).unwrap()
+        });
+        let kernel = kernels::dequantize(*ty).unwrap().name;
+        line(kernel, &shape, ms, 0.0, bytes as f64 + 4.0 * count as f64);
+    }
+}
+
+/// A product, and how its inputs come to it.
+struct StoredProduct {
+    kernel: &'static str,
+    ty: GgmlType,
+    packing: Packing,
+    /// Bytes that an input has before and after it is packed.
+    packed_bytes: f64,
+}
+
+const STORED_PRODUCTS: [StoredProduct; 4] = [
+    StoredProduct {
+        kernel: "matmul_bf16",
+        ty: GgmlType::BF16,
+        packing: Packing::Bf16,
+        packed_bytes: 4.0 + 2.0,
+    },
+    StoredProduct {
+        kernel: "matmul_f16",
+        ty: GgmlType::F16,
+        packing: Packing::F16,
+        packed_bytes: 4.0 + 2.0,
+    },
+    StoredProduct {
+        kernel: "matmul_q8_0",
+        ty: GgmlType::Q8_0,
+        packing: Packing::Q8_0,
+        packed_bytes: 4.0 + 1.0 + 4.0 / 32.0,
+    },
+    StoredProduct {
+        kernel: "matmul_split_bf16",
+        ty: GgmlType::BF16,
+        packing: Packing::Parts,
+        packed_bytes: 4.0 + 6.0,
+    },
+];
+
+/// With weights as they are stored, on tensor cores where there are some.
+fn stored_products(device: &Device, sizes: Sizes) {
+    let Sizes {
+        tokens,
+        hidden,
+        intermediate,
+        ..
+    } = sizes;
+    let x = device.upload(&numbers(tokens * hidden, 12)).unwrap();
+    let mut out = device.uninitialized(tokens * intermediate).unwrap();
+    let shape = format!("{tokens} x {hidden} x {intermediate}");
+    let flop = 2.0 * (tokens * hidden * intermediate) as f64;
+    for product in STORED_PRODUCTS {
+        let bytes = product.ty.bytes_for((intermediate * hidden) as u64);
+        // Bytes that are numbers of moderate size in each type.
+        let weights = vec![0x3c; bytes.unwrap() as usize];
+        let weights = device.upload_bytes(&weights).unwrap();
+        let pack = || device.pack(&x, tokens, hidden, product.packing).unwrap();
+        let ms = time(device, || {
+            pack();
+            device.zeros(1).unwrap()
+        });
+        line(
+            &format!("inputs of {}", product.kernel),
+            &format!("{tokens} x {hidden}"),
+            ms,
+            0.0,
+            product.packed_bytes * (tokens * hidden) as f64,
+        );
+        let packed = pack();
+        let ms = time(device, || {
+            let place = [0, intermediate];
+            device
+                .matmul_stored(&packed, &weights, 0, intermediate, place, &mut out)
+                .unwrap();
+            device.zeros(1).unwrap()
+        });
+        line(product.kernel, &shape, ms, flop, 0.0);
+    }
+}
+
+/// Of decoded weights, and second moments.
+fn products_in_parts(device: &Device, sizes: Sizes) {
+    let Sizes {
+        tokens,
+        hidden,
+        intermediate,
+        ..
+    } = sizes;
+    let device = device.clone().with_splitting(Splitting::Always);
+    let upload = |count: usize, seed| device.upload(&numbers(count, seed)).unwrap();
+    let (x, w) = (
+        upload(tokens * hidden, 13),
+        upload(intermediate * hidden, 14),
+    );
+    let split = |values: &Array, rows| {
+        let parts = device.try_split(values, [0, hidden, 1], rows, hidden);
+        parts.unwrap().expect("there is room for parts")
+    };
+    let ms = time(&device, || {
+        split(&w, intermediate);
+        device.zeros(1).unwrap()
+    });
+    let moved = 10.0 * (intermediate * hidden) as f64;
+    line(
+        "split_floats",
+        &format!("{intermediate} x {hidden}"),
+        ms,
+        0.0,
+        moved,
+    );
+    let (left, right) = (split(&x, tokens), split(&w, intermediate));
+    let mut out = device.uninitialized(tokens * intermediate).unwrap();
+    let ms = time(&device, || {
+        let place = [0, intermediate];
+        device
+            .matmul_split(&left, 0..tokens, &right, [1.0, 0.0], place, &mut out)
+            .unwrap();
+        device.zeros(1).unwrap()
+    });
+    let flop = 2.0 * (tokens * hidden * intermediate) as f64;
+    let shape = format!("{tokens} x {hidden} x {intermediate}");
+    line("matmul_split", &shape, ms, flop, 0.0);
+    let mut sums = [(0..hidden, device.zeros(2 * hidden * hidden).unwrap())];
+    let ms = time(&device, || {
+        device.gram(&x, hidden, &mut sums).unwrap();
+        device.zeros(1).unwrap()
+    });
+    let flop = (tokens * hidden * hidden) as f64;
+    line(
+        "gram_split, with split_floats",
+        &format!("{tokens} x {hidden}"),
+        ms,
+        flop,
+        0.0,
+    );
+}
+
+/// Of some rows of weights, in F64.
+fn rotation(device: &Device, rows: usize, width: usize) {
+    let upload = |count: usize, seed| {
+        let values: Vec<f64> = numbers(count, seed).into_iter().map(f64::from).collect();
+        device.upload_doubles(&values).unwrap()
+    };
+    let (x, q, ones) = (
+        upload(rows * width, 15),
+        upload(width * width, 16),
+        upload(width, 17),
+    );
+    let ms = time(device, || {
+        device.mix_columns(&x, &q, &ones, &ones).unwrap();
+        device.zeros(1).unwrap()
+    });
+    let flop = 2.0 * (rows * width * width) as f64;
+    line(
+        "matmul_f64",
+        &format!("{rows} x {width} x {width}"),
+        ms,
+        flop,
+        0.0,
+    );
 }
 
 /// Of 32 rows over a vocabulary.
@@ -217,6 +402,18 @@ fn mixers(device: &Device, tokens: usize, heads: usize) {
     let flop = 5.0 * (tokens * inner * state_size) as f64;
     let shape = format!("{tokens} x {heads} heads x {head_dim} x {state_size}");
     line("selective_scan", &shape, ms, flop, 0.0);
+
+    let gates = upload(tokens * inner, 18);
+    let norm = upload(inner, 19);
+    let ms = time(device, || {
+        device
+            .gated_rms_norm(&mut out, &gates, inner, &norm, groups, 1e-5)
+            .unwrap();
+        device.zeros(1).unwrap()
+    });
+    let moved = 12.0 * (tokens * inner) as f64;
+    let shape = format!("{tokens} x {inner}, {groups} groups");
+    line("gated_rms_norm", &shape, ms, 0.0, moved);
 
     let layout = ConvLayout {
         stride: width,
