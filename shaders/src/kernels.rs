@@ -339,3 +339,23 @@ impl Kernel {
         self.cuda.concat().replace("KERNEL", self.name)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The README says of every kernel what it takes at least.
+    #[test]
+    fn every_kernel_has_a_bound() {
+        let readme = include_str!("../README.md");
+        let section = readme.split_once("### Least time\n").unwrap().1;
+        let table = section.lines().skip_while(|line| !line.starts_with('|'));
+        let rows = table.take_while(|line| line.starts_with('|'));
+        let cells = rows.map(|row| row.split('|').nth(1).unwrap());
+        let named: Vec<&str> = cells.flat_map(|cell| cell.split(", ")).collect();
+        for kernel in all() {
+            let is_named = named.iter().any(|name| name.trim() == kernel.name);
+            assert!(is_named, "`{}` has no row", kernel.name);
+        }
+    }
+}
