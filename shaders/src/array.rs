@@ -604,3 +604,85 @@ impl Device {
         })
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::driver::Limits;
+
+    /// A device that is described, and tells what it is to run.
+    struct Described {
+        description: Description,
+        launched: Arc<Mutex<Vec<&'static str>>>,
+    }
+
+    impl Driver for Described {
+        fn description(&self) -> &Description {
+            &self.description
+        }
+
+        fn allocate(&self, _: u64) -> Result<Handle> {
+            Ok(Handle(0))
+        }
+
+        fn free(&self, _: Handle) {}
+
+        fn write(&self, _: Handle, _: u64, _: &[u8]) -> Result<()> {
+            Ok(())
+        }
+
+        fn read(&self, _: Handle, _: u64, _: &mut [u8]) -> Result<()> {
+            Ok(())
+        }
+
+        fn copy(&self, _: Handle, _: u64, _: Handle, _: u64, _: u64) -> Result<()> {
+            Ok(())
+        }
+
+        fn clear(&self, _: Handle, _: u64, _: u64) -> Result<()> {
+            Ok(())
+        }
+
+        fn launch(&self, launch: &Launch) -> Result<()> {
+            self.launched.lock().unwrap().push(launch.kernel.name);
+            Ok(())
+        }
+    }
+
+    /// What a product of matrices of this size runs.
+    #[track_caller]
+    fn check(is_software: bool, splits_floats: bool, size: usize, expected: &[&str]) {
+        let launched = Arc::default();
+        let description = Description {
+            family: Family::Wgpu,
+            name: String::new(),
+            detail: String::new(),
+            is_software,
+            splits_floats,
+            limits: Limits {
+                view_bytes: 1 << 30,
+                view_alignment: 256,
+                allocation_bytes: 1 << 30,
+                memory_bytes: None,
+            },
+        };
+        let driver = Described {
+            description,
+            launched: Arc::clone(&launched),
+        };
+        let device = Device::new(Box::new(driver), None);
+        let [a, b, mut out] = [(); 3].map(|()| device.uninitialized(size * size).unwrap());
+        let layout = MatmulLayout::linear(size, size, size, 0, size);
+        device.matmul(&layout, &a, &b, &mut out).unwrap();
+        assert_eq!(*launched.lock().unwrap(), expected);
+    }
+
+    #[test]
+    fn products_are_computed_as_the_device_is_described() {
+        check(true, false, 1024, &["matmul_direct"]);
+        check(false, false, 1024, &["matmul_tiled"]);
+        let in_parts = ["split_floats", "split_floats", "matmul_split"];
+        check(false, true, 1024, &in_parts);
+        check(false, true, 128, &["matmul_tiled"]);
+    }
+}
