@@ -32,8 +32,11 @@ static __device__ inline float extreme_of(const float* input, u32 count) {
     return extreme;
 }
 
-// The nearest F8_E4M3, ties to even, 448 at most. A NaN stays one.
+// The nearest F8_E4M3, ties to even, 448 at most. A NaN stays one: its digits may not be rounded up beyond its exponent.
 static __device__ inline float round_to_e4m3(float x) {
+    if (x != x) {
+        return x;
+    }
     x = x < -448.0f ? -448.0f : x;
     x = x > 448.0f ? 448.0f : x;
     if (fabsf(x) < 0.015625f) {

@@ -21,8 +21,11 @@ fn magnitude(x: f32) -> u32 {
     return bitcast<u32>(x) & 0x7fffffffu;
 }
 
-// The nearest F8_E4M3, ties to even, 448 at most.
+// The nearest F8_E4M3, ties to even, 448 at most. A NaN stays one.
 fn round_to_e4m3(value: f32) -> f32 {
+    if is_nan(value) {
+        return value;
+    }
     let x = clamp(value, -448.0, 448.0);
     if abs(x) < 0.015625 {
         return round(x * 512.0) / 512.0;
@@ -38,7 +41,11 @@ fn round_to_e2m1(x: f32) -> f32 {
     return clamp(round(x * steps) / steps, -6.0, 6.0);
 }
 
+// A NaN stays one.
 fn round_to_code(x: f32, mode: u32) -> f32 {
+    if is_nan(x) {
+        return x;
+    }
     if mode == 8u {
         return round_to_e2m1(x);
     }

@@ -25,6 +25,12 @@ struct Parameters {
 @group(0) @binding(6) var<storage, read_write> out: array<f32>;
 @group(0) @binding(7) var<uniform> p: Parameters;
 
+// `min` and `max` may drop a NaN; it must come out.
+fn time_step(raw: f32) -> f32 {
+    let step = softplus(raw);
+    return select(min(max(step, p.dt_min), p.dt_max), step, is_nan(step));
+}
+
 @compute @workgroup_size(64)
 fn selective_scan(
     @builtin(workgroup_id) group: vec3<u32>,
@@ -43,8 +49,7 @@ fn selective_scan(
     let c_first = b_first + p.scan_groups * p.state_size;
     let width = inner + 2u * p.scan_groups * p.state_size;
     for (var row = p.first_row; row < p.first_row + p.rows; row++) {
-        let raw = dt[(row + 1u) * p.dt_stride - p.heads + head] + dt_bias[head];
-        let step = min(max(softplus(raw), p.dt_min), p.dt_max);
+        let step = time_step(dt[(row + 1u) * p.dt_stride - p.heads + head] + dt_bias[head]);
         let decay = exp_of(step * a[head]);
         let x = xbc[row * width + channel];
         let input = step * x;

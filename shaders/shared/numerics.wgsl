@@ -2,8 +2,17 @@
 
 const NOT_FINITE = 0x7f800000u;
 
+// By its bits: adapters may take it that there is no NaN.
+fn is_nan(x: f32) -> bool {
+    return (bitcast<u32>(x) & 0x7fffffffu) > NOT_FINITE;
+}
+
 // e^x to about 1e-7 relative, at least the smallest normal number. Coefficients: Cephes `expf`.
 fn exp_of(value: f32) -> f32 {
+    // `min` and `max` may drop it.
+    if is_nan(value) {
+        return value;
+    }
     let x = min(max(value, -87.3), 88.3);
     let n = round(x * 1.44269504);
     let r = (x - n * 0.693359375) - n * -2.12194440e-4;
@@ -41,7 +50,7 @@ fn softplus(x: f32) -> f32 {
 fn round_to_f16(x: f32) -> f32 {
     let bits = bitcast<u32>(x) & 0x7fffffffu;
     let sign = bitcast<u32>(x) & 0x80000000u;
-    if bits > NOT_FINITE {
+    if is_nan(x) {
         return x;
     }
     var rounded = (bits + 0xfffu + ((bits >> 13u) & 1u)) & 0xffffe000u;
@@ -57,7 +66,7 @@ fn round_to_f16(x: f32) -> f32 {
 
 fn round_to_bf16(x: f32) -> f32 {
     let bits = bitcast<u32>(x);
-    if (bits & 0x7fffffffu) > NOT_FINITE {
+    if is_nan(x) {
         return x;
     }
     return bitcast<f32>((bits + 0x7fffu + ((bits >> 16u) & 1u)) & 0xffff0000u);

@@ -2,26 +2,9 @@
 
 use nemoconv_device::{MatmulKernel, MatmulLayout, Splitting};
 
+use super::reference;
 use crate::drivers::all;
 use crate::{TOLERANCE, check, numbers};
-
-fn expected(layout: &MatmulLayout, a: &[f32], b: &[f32], out: &[f32]) -> Vec<f64> {
-    let mut expected: Vec<f64> = out.iter().map(|x| f64::from(*x)).collect();
-    for i in 0..layout.rows {
-        for j in 0..layout.columns {
-            let sum: f64 = (0..layout.inner)
-                .map(|k| {
-                    let left = a[layout.a[0] + i * layout.a[1] + k * layout.a[2]];
-                    let right = b[layout.b[0] + k * layout.b[1] + j * layout.b[2]];
-                    f64::from(left) * f64::from(right)
-                })
-                .sum();
-            let at = &mut expected[layout.out[0] + i * layout.out[1] + j];
-            *at = f64::from(layout.alpha) * sum + f64::from(layout.beta) * *at;
-        }
-    }
-    expected
-}
 
 #[test]
 fn products_of_every_layout() {
@@ -33,6 +16,8 @@ fn products_of_every_layout() {
         (70, 31, 600),
         (2, 200, 16),
         (5, 3, 0),
+        (0, 4, 9),
+        (4, 0, 9),
     ];
     let devices = all().into_iter().flat_map(|(name, device)| {
         let own = |kernel| {
@@ -67,7 +52,7 @@ fn products_of_every_layout() {
                 let a = numbers(rows * inner + 2, 1);
                 let b = numbers(columns * inner + 1, 2);
                 let before = numbers(rows * (columns + 5) + 4, 3);
-                let expected = expected(&layout, &a, &b, &before);
+                let expected = reference::matmul(&layout, &a, &b, &before);
                 let [a, b] = [&a, &b].map(|values| device.upload(values).unwrap());
                 let mut out = device.upload(&before).unwrap();
                 device.matmul(&layout, &a, &b, &mut out).unwrap();

@@ -4,11 +4,9 @@ use std::ops::Range;
 
 use nemoconv_device::{Array, AttentionLayout, ConvLayout, Device, ScanLayout};
 
+use super::reference::{self, F16_SUMS, RECURRENT};
 use crate::drivers::all;
 use crate::{check, numbers};
-
-/// Recurrences add up what each step loses.
-const RECURRENT: f64 = 1e-5;
 
 fn pieces(device: &Device, lens: &[usize], mut run: impl FnMut(&Device, Range<usize>)) {
     let mut first = 0;
@@ -29,10 +27,7 @@ fn convolutions() {
             taps,
         };
         let ConvLayout {
-            stride,
-            first,
-            channels,
-            ..
+            stride, channels, ..
         } = layout;
         let (input, weight, bias) = (
             numbers(rows * stride, 1),
@@ -40,23 +35,8 @@ fn convolutions() {
             numbers(channels, 3),
         );
         let before = numbers((taps - 1) * channels, 4);
-        let x = |row: isize, c: usize| match usize::try_from(row) {
-            Ok(row) => f64::from(input[row * stride + first + c]),
-            Err(_) => f64::from(before[(row + taps as isize - 1) as usize * channels + c]),
-        };
-        let mut expected = Vec::new();
-        for row in 0..rows as isize {
-            for c in 0..channels {
-                let sum: f64 = (0..taps)
-                    .map(|tap| {
-                        f64::from(weight[c * taps + tap])
-                            * x(row + 1 + tap as isize - taps as isize, c)
-                    })
-                    .sum::<f64>()
-                    + f64::from(bias[c]);
-                expected.push(sum / (1.0 + (-sum).exp()));
-            }
-        }
+        let sources = [&input[..], &before, &weight, &bias];
+        let expected = reference::conv1d_silu(layout, sources);
         for lens in [&[11][..], &[1, 1, 2, 7], &[5, 0, 6]] {
             let [input, weight, bias] =
                 [&input, &weight, &bias].map(|values| device.upload(values).unwrap());
@@ -67,18 +47,10 @@ fn convolutions() {
                     .conv1d_silu(layout, rows, &input, &mut state, &weight, &bias, &mut out)
                     .unwrap();
             });
-            check(
-                &name,
-                &device.download(&out, 0..out.len()).unwrap(),
-                &expected,
-                RECURRENT,
-            );
-            let last = device.download(&state, 0..state.len()).unwrap();
-            let kept: Vec<f64> = (rows as isize - 3..rows as isize)
-                .flat_map(|row| (0..channels).map(move |c| (row, c)))
-                .map(|(row, c)| x(row, c))
-                .collect();
-            check(&name, &last, &kept, 0.0);
+            let found = device.download_all(&out).unwrap();
+            check(&name, &found, &expected.out, RECURRENT);
+            let last = device.download_all(&state).unwrap();
+            check(&name, &last, &expected.state, 0.0);
         }
     }
 }
@@ -110,28 +82,8 @@ fn scans() {
         let a: Vec<f32> = numbers(heads, 3).iter().map(|x| -x.abs() - 0.1).collect();
         let (d, bias) = (numbers(heads, 4), numbers(heads, 5));
         let before = numbers(inner * state_size, 6);
-        let mut state: Vec<f64> = before.iter().map(|x| f64::from(*x)).collect();
-        let mut expected = Vec::new();
-        for row in 0..rows {
-            let at = |c: usize| f64::from(xbc[row * width + c]);
-            for head in 0..heads {
-                let raw =
-                    f64::from(dt[(row + 1) * dt_stride - heads + head]) + f64::from(bias[head]);
-                let step = raw.exp().ln_1p().clamp(0.0, 1.5);
-                let group = head / (heads / groups);
-                for channel in 0..head_dim {
-                    let x = at(head * head_dim + channel);
-                    let mut y = f64::from(d[head]) * x;
-                    for n in 0..state_size {
-                        let s = &mut state[(head * state_size + n) * head_dim + channel];
-                        *s = *s * (step * f64::from(a[head])).exp()
-                            + step * x * at(inner + group * state_size + n);
-                        y += *s * at(inner + (groups + group) * state_size + n);
-                    }
-                    expected.push(y);
-                }
-            }
-        }
+        let sources = [&xbc[..], &dt, &a, &d, &bias, &before];
+        let expected = reference::selective_scan(layout, sources);
         for lens in [&[9][..], &[1, 3, 5]] {
             let inputs = [&xbc, &dt, &a, &d, &bias].map(|values| device.upload(values).unwrap());
             let mut found_state = device.upload(&before).unwrap();
@@ -142,14 +94,10 @@ fn scans() {
                     .selective_scan(layout, rows, inputs, &mut found_state, &mut out)
                     .unwrap();
             });
-            check(
-                &name,
-                &device.download(&out, 0..out.len()).unwrap(),
-                &expected,
-                RECURRENT,
-            );
-            let found_state = device.download(&found_state, 0..state.len()).unwrap();
-            check(&name, &found_state, &state, RECURRENT);
+            let found = device.download_all(&out).unwrap();
+            check(&name, &found, &expected.out, RECURRENT);
+            let found = device.download_all(&found_state).unwrap();
+            check(&name, &found, &expected.state, RECURRENT);
         }
     }
 }
@@ -175,31 +123,8 @@ fn attention_of_a_long_past() {
             let query = numbers((first_row + rows) * width, 1);
             let (keys, values) = (numbers(positions * cache, 2), numbers(positions * cache, 3));
             let mut expected = vec![0.0; first_row * width];
-            for row in 0..rows {
-                for head in 0..heads {
-                    let q = (first_row + row) * width + head * head_dim;
-                    let own = head / (heads / key_value_heads) * head_dim;
-                    let weights: Vec<f64> = (0..=position + row)
-                        .map(|at| {
-                            let dot: f64 = (0..head_dim)
-                                .map(|c| {
-                                    f64::from(query[q + c]) * f64::from(keys[at * cache + own + c])
-                                })
-                                .sum();
-                            (dot / (head_dim as f64).sqrt()).exp()
-                        })
-                        .collect();
-                    let total: f64 = weights.iter().sum();
-                    for c in 0..head_dim {
-                        let sum: f64 = weights
-                            .iter()
-                            .enumerate()
-                            .map(|(at, weight)| weight * f64::from(values[at * cache + own + c]))
-                            .sum();
-                        expected.push(sum / total);
-                    }
-                }
-            }
+            let sources = [&query[first_row * width..], &keys, &values];
+            expected.extend(reference::attention(layout, position, sources));
             let inputs = [&query, &keys, &values].map(|values| device.upload(values).unwrap());
             let mut out = device.zeros(query.len()).unwrap();
             let inputs: [&Array; 3] = inputs.each_ref();
@@ -213,8 +138,7 @@ fn attention_of_a_long_past() {
                 )
                 .unwrap();
             let found = device.download(&out, 0..out.len()).unwrap();
-            // Sums that are rounded to F16 a hundred times.
-            let tolerance = if is_f16 { 2e-2 } else { RECURRENT };
+            let tolerance = if is_f16 { F16_SUMS } else { RECURRENT };
             check(&name, &found, &expected, tolerance);
         }
     }

@@ -3,32 +3,16 @@
 use half::{bf16, f16};
 use nemoconv_device::Rounding;
 
+use super::reference;
 use crate::drivers::all;
 use crate::{TOLERANCE, check, numbers};
-
-fn silu(x: f64) -> f64 {
-    x / (1.0 + (-x).exp())
-}
-
-fn normed(row: &[f64], weight: &[f32], eps: f64) -> Vec<f64> {
-    let mean = row.iter().map(|x| x * x).sum::<f64>() / row.len() as f64;
-    let scale = 1.0 / (mean + eps).sqrt();
-    row.iter()
-        .zip(weight)
-        .map(|(x, w)| x * scale * f64::from(*w))
-        .collect()
-}
 
 #[test]
 fn norms() {
     for (name, device) in all() {
         for (rows, width) in [(0, 8), (1, 1), (3, 63), (5, 200)] {
             let (x, weight) = (numbers(rows * width, 1), numbers(width, 2));
-            let exact: Vec<f64> = x.iter().map(|x| f64::from(*x)).collect();
-            let expected: Vec<f64> = exact
-                .chunks(width)
-                .flat_map(|row| normed(row, &weight, 1e-5))
-                .collect();
+            let expected = reference::rms_norm(&x, &weight, 1e-5);
             let [x, weight] = [&x, &weight].map(|values| device.upload(values).unwrap());
             let out = device.rms_norm(&x, &weight, 1e-5).unwrap();
             let found = device.download(&out, 0..out.len()).unwrap();
@@ -40,24 +24,16 @@ fn norms() {
 #[test]
 fn gated_norms_of_groups() {
     for (name, device) in all() {
-        for (rows, groups, group, stride) in [(1, 1, 3, 3), (4, 2, 70, 150), (3, 5, 9, 61)] {
+        for (rows, groups, group, stride) in
+            [(0, 2, 8, 20), (1, 1, 3, 3), (4, 2, 70, 150), (3, 5, 9, 61)]
+        {
             let inner = groups * group;
             let (y, z, weight) = (
                 numbers(rows * inner, 1),
                 numbers(rows * stride, 2),
                 numbers(inner, 3),
             );
-            let mut expected = Vec::new();
-            for row in 0..rows {
-                for first in (0..inner).step_by(group) {
-                    let gated: Vec<f64> = (first..first + group)
-                        .map(|c| {
-                            f64::from(y[row * inner + c]) * silu(f64::from(z[row * stride + c]))
-                        })
-                        .collect();
-                    expected.extend(normed(&gated, &weight[first..first + group], 1e-5));
-                }
-            }
+            let expected = reference::gated_rms_norm(&y, (&z, stride), &weight, groups, 1e-5);
             let [z, weight] = [&z, &weight].map(|values| device.upload(values).unwrap());
             let mut y = device.upload(&y).unwrap();
             device

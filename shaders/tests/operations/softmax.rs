@@ -2,13 +2,9 @@
 
 use nemoconv_device::{KlDivergence, LogitRows, SoftmaxSums};
 
+use super::reference::{self, DIVERGENCE, EXPONENTIALS, softmax_sums};
 use crate::drivers::all;
 use crate::numbers;
-
-/// Largest relative difference of a sum of exponentials: those of single values are off by 3e-7.
-const SUM: f64 = 5e-7;
-/// Largest difference of a KL divergence, nats: relative where it is above 1, absolute below.
-const DIVERGENCE: f64 = 5e-7;
 
 /// Rows, values of a row that count, and the step to the next row of each side.
 const SHAPES: [(usize, usize, [usize; 2]); 7] = [
@@ -21,30 +17,9 @@ const SHAPES: [(usize, usize, [usize; 2]); 7] = [
     (3, 9001, [9008, 9001]),
 ];
 
-/// What was summed up, in f64.
-fn sums(row: &[f32]) -> SoftmaxSums {
-    let max = row.iter().copied().fold(f32::NEG_INFINITY, f32::max);
-    let terms = row.iter().map(|x| (f64::from(*x) - f64::from(max)).exp());
-    SoftmaxSums {
-        max,
-        best: row.iter().position(|x| *x == max).unwrap(),
-        sum: terms.sum(),
-    }
-}
-
-fn divergence(x: &[f32], y: &[f32]) -> f64 {
-    let log_probabilities = |row: &[f32]| -> Vec<f64> {
-        let SoftmaxSums { max, sum, .. } = sums(row);
-        let log_sum = f64::from(max) + sum.ln();
-        row.iter().map(|x| f64::from(*x) - log_sum).collect()
-    };
-    let pairs = log_probabilities(x).into_iter().zip(log_probabilities(y));
-    pairs.map(|(p, q)| p.exp() * (p - q)).sum()
-}
-
 #[track_caller]
 fn check_sums(device: &str, found: SoftmaxSums, expected: SoftmaxSums) {
-    let is_close = (found.sum / expected.sum - 1.0).abs() <= SUM;
+    let is_close = (found.sum / expected.sum - 1.0).abs() <= EXPONENTIALS;
     assert!(
         (found.max, found.best) == (expected.max, expected.best) && is_close,
         "{device}: {found:?}, expected {expected:?}"
@@ -73,9 +48,9 @@ fn check(
             kl_divergence,
         } = found;
         let (x, y) = (&x[..width], &y[..width]);
-        check_sums(name, reference, sums(x));
-        check_sums(name, other, sums(y));
-        let expected = divergence(x, y);
+        check_sums(name, reference, softmax_sums(x));
+        check_sums(name, other, softmax_sums(y));
+        let expected = reference::kl_divergence(x, y);
         let deviation = (kl_divergence - expected).abs() / expected.max(1.0);
         assert!(
             deviation <= DIVERGENCE,
@@ -84,7 +59,7 @@ fn check(
     }
     let alone = device.softmax_sums(&on_x, x_stride).unwrap();
     for (found, x) in alone.into_iter().zip(x.chunks(x_stride)) {
-        check_sums(name, found, sums(x));
+        check_sums(name, found, softmax_sums(x));
     }
 }
 
@@ -143,7 +118,7 @@ fn of_equal_logits_the_first_is_the_best() {
             places.iter().for_each(|place| logits[*place] = 5.0);
             let array = device.upload(&logits).unwrap();
             let found = device.softmax_sums(&array, width).unwrap();
-            check_sums(&name, found[0], sums(&logits));
+            check_sums(&name, found[0], softmax_sums(&logits));
             assert_eq!(found[0].best, places[0], "{name}");
         }
         let equal = device.upload(&[-7.0; 300]).unwrap();
@@ -164,14 +139,14 @@ fn what_is_not_a_number_shows_in_its_row_alone() {
                 let found = device.softmax_sums(&array, width).unwrap();
                 assert!(found[1].sum.is_nan(), "{name}: {odd} at {place}: {found:?}");
                 for row in [0, 2] {
-                    check_sums(&name, found[row], sums(&x[row * width..][..width]));
+                    check_sums(&name, found[row], softmax_sums(&x[row * width..][..width]));
                 }
                 if odd.is_nan() {
                     let rest: Vec<f32> = x[width..2 * width]
                         .iter()
                         .map(|x| if x.is_nan() { -9.0 } else { *x })
                         .collect();
-                    let expected = sums(&rest);
+                    let expected = softmax_sums(&rest);
                     let found = (found[1].max, found[1].best);
                     assert_eq!(found, (expected.max, expected.best), "{name}");
                 }

@@ -5,7 +5,7 @@ pub const E4M3_MAX: f32 = 448.0;
 /// Largest magnitude of E2M1.
 pub const E2M1_MAX: f32 = 6.0;
 
-/// The nearest F8_E4M3 value, ties to even, the largest beyond the range.
+/// The nearest F8_E4M3 value, ties to even, the largest beyond the range; NaN stays NaN.
 ///
 /// Source: arXiv:2209.05433, Table 1: 4 bits of exponent with bias 7, 3 of mantissa.
 #[inline(always)]
@@ -19,7 +19,9 @@ pub fn e4m3(x: f32) -> f32 {
     }
     let bits = x.to_bits();
     let to_even = (1 << (DROPPED - 1)) - 1 + (bits >> DROPPED & 1);
-    f32::from_bits(bits.wrapping_add(to_even) >> DROPPED << DROPPED)
+    let rounded = f32::from_bits(bits.wrapping_add(to_even) >> DROPPED << DROPPED);
+    // The digits of a NaN may be rounded up beyond its exponent.
+    if x.is_nan() { x } else { rounded }
 }
 
 /// The nearest E2M1 value, ties to even mantissas, the largest beyond the range: 0, 0.5, 1, 1.5, 2, 3, 4 or 6.
@@ -57,6 +59,13 @@ mod tests {
         let values = grid.iter().copied().chain(middles).chain([1e9]);
         let near = values.flat_map(|x| [x.next_down().max(0.0), x, x.next_up()]);
         near.flat_map(|x| [x, -x]).collect::<Vec<_>>().into_iter()
+    }
+
+    #[test]
+    fn nan_stays_nan() {
+        for odd in [f32::NAN, f32::from_bits(0x7fff_ffff)] {
+            assert!(e4m3(odd).is_nan(), "{:#x}", odd.to_bits());
+        }
     }
 
     #[test]
