@@ -664,6 +664,7 @@ mod tests {
                 view_alignment: 256,
                 allocation_bytes: 1 << 30,
                 memory_bytes: None,
+                group_threads: 256,
             },
         };
         let driver = Described {

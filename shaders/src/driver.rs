@@ -38,6 +38,8 @@ pub struct Limits {
     pub allocation_bytes: u64,
     /// Bytes of memory, where the driver says.
     pub memory_bytes: Option<u64>,
+    /// Threads of a group.
+    pub group_threads: u32,
 }
 
 /// What a device is.

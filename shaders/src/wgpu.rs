@@ -78,6 +78,7 @@ fn describe(adapter: &wgpu::Adapter) -> Description {
             view_alignment: u64::from(limits.min_storage_buffer_offset_alignment),
             allocation_bytes: limits.max_buffer_size,
             memory_bytes: None,
+            group_threads: limits.max_compute_invocations_per_workgroup,
         },
     }
 }

@@ -189,6 +189,7 @@ pub fn list(args: &Devices) -> Result<()> {
         "binding",
         "allocation",
         "memory",
+        "group",
     ];
     let mut rows = vec![header.map(str::to_string).to_vec()];
     for Found { family, devices } in &found {
@@ -205,7 +206,7 @@ pub fn list(args: &Devices) -> Result<()> {
             ),
         }
     }
-    print_stdout(table(&rows, &[false, false, false, true, true, true]));
+    print_stdout(table(&rows, &[false, false, false, true, true, true, true]));
     Ok(())
 }
 
@@ -229,6 +230,7 @@ fn row(index: usize, device: &Description) -> Vec<String> {
         human_bytes(limits.view_bytes),
         human_bytes(limits.allocation_bytes),
         limits.memory_bytes.map_or("?".into(), human_bytes),
+        limits.group_threads.to_string(),
     ]
 }
 
@@ -248,6 +250,7 @@ fn found_json(found: &Found) -> Vec<serde_json::Value> {
                     "binding_bytes": device.limits.view_bytes,
                     "allocation_bytes": device.limits.allocation_bytes,
                     "memory_bytes": device.limits.memory_bytes,
+                    "group_threads": device.limits.group_threads,
                 })
             };
             devices.iter().enumerate().map(device).collect()

@@ -123,6 +123,7 @@ fn devices_are_listed() {
             .find(|device| device["device"] == name.as_str());
         let device = device.unwrap_or_else(|| panic!("{name} is not in {listed:?}"));
         assert!(device["binding_bytes"].as_u64().unwrap() >= 128 << 20);
+        assert!(device["group_threads"].as_u64().unwrap() >= 256);
         assert!(stdout(&run(&["devices"])).contains(&name));
     }
     let output = without_vulkan(&["devices"]);

@@ -34,6 +34,8 @@ const SPLITS_FLOATS: [u32; 4] = [80, 90, 100, 103];
 const VIEW_BYTES: u64 = (1 << 32) - VIEW_ALIGNMENT;
 /// What every allocation is aligned to.
 const VIEW_ALIGNMENT: u64 = 256;
+/// Threads of a block, of every generation.
+const GROUP_THREADS: u32 = 1024;
 
 /// The device with this index, ready for launches.
 ///
@@ -172,6 +174,7 @@ impl Found {
                 view_alignment: VIEW_ALIGNMENT,
                 allocation_bytes: self.memory_bytes,
                 memory_bytes: Some(self.memory_bytes),
+                group_threads: GROUP_THREADS,
             },
         }
     }

@@ -79,6 +79,7 @@ impl Emulator {
                     view_alignment: VIEW_ALIGNMENT,
                     allocation_bytes: 1 << 32,
                     memory_bytes: None,
+                    group_threads: 1024,
                 },
             },
             state: Mutex::default(),
