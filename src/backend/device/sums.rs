@@ -4,12 +4,12 @@
 
 use std::ops::Range;
 
-use nemoconv_device::{Array, MatmulLayout, Packed};
+use nemoconv_device::{Array, FEEDBACK_CHUNK, MatmulLayout, Packed};
 
 use super::rounding::RoundingOnDevice;
 use super::{OnDevice, TILE_BYTES, or_no_room};
 use crate::backend::ProductSums;
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::parallel;
 use crate::quantize::feedback::{
     GridDescription, HeldRows, RoundingRows, RowProducts, SUMMED_COLUMNS,
@@ -131,10 +131,19 @@ impl ProductSums<Array> for CrossGramOnDevice<'_> {
     }
 }
 
+impl OnDevice {
+    /// Zeros to hold rows in, where there is room beside them for a part of a matrix, its products and their sums.
+    fn rows_with_room(&self, rows: usize, columns: usize) -> Result<Array> {
+        let values = self.device().zeros(rows * columns)?;
+        let room = |values: usize| self.device().uninitialized(values * FEEDBACK_CHUNK);
+        let _beside = [room(columns)?, room(2 * rows)?, room(rows)?];
+        Ok(values)
+    }
+}
+
 impl RowProducts for OnDevice {
     fn hold(&self, rows: usize, columns: usize) -> Result<Option<Box<dyn HeldRows + '_>>> {
-        let zeros = self.device().zeros(rows * columns).map_err(Error::from);
-        let Some(values) = or_no_room(zeros)? else {
+        let Some(values) = or_no_room(self.rows_with_room(rows, columns))? else {
             self.open.tally.host("row_products");
             return Ok(None);
         };
