@@ -1,9 +1,11 @@
-// out[i, c] = input[rows[i], c]. One thread per value.
+// out[i, c] = input[rows[i], c], counted from first_input and first_out. One thread per value.
 // Twins: gather.wgsl, src/backend/cpu/mod.rs.
 
 struct Parameters {
     u32 count;
     u32 width;
+    u32 first_input;
+    u32 first_out;
 };
 
 extern "C" __global__ void __launch_bounds__(256) gather(
@@ -14,6 +16,6 @@ extern "C" __global__ void __launch_bounds__(256) gather(
 ) {
     const u32 i = group_index() * 256u + threadIdx.x;
     if (i < p.count) {
-        out[i] = input[rows[i / p.width] * p.width + i % p.width];
+        out[p.first_out + i] = input[p.first_input + rows[i / p.width] * p.width + i % p.width];
     }
 }

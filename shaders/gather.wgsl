@@ -1,9 +1,11 @@
-// out[i, c] = input[rows[i], c]. One thread per value.
+// out[i, c] = input[rows[i], c], counted from first_input and first_out. One thread per value.
 // Twins: gather.cu, src/backend/cpu/mod.rs.
 
 struct Parameters {
     count: u32,
     width: u32,
+    first_input: u32,
+    first_out: u32,
 }
 
 @group(0) @binding(0) var<storage, read> input: array<f32>;
@@ -19,6 +21,6 @@ fn gather(
 ) {
     let i = group_index(group, groups) * 256u + lane;
     if i < p.count {
-        out[i] = input[rows[i / p.width] * p.width + i % p.width];
+        out[p.first_out + i] = input[p.first_input + rows[i / p.width] * p.width + i % p.width];
     }
 }

@@ -1,9 +1,12 @@
-// sum[rows[i], c] += weights[i] values[i, c]; no row is named twice. One thread per value.
+// sum[rows[i], c] += weights[i] values[i, c], counted from first_sum and first_value; no row is named twice. One thread per
+// value.
 // Twins: scatter_add.wgsl, src/backend/cpu/mod.rs.
 
 struct Parameters {
     u32 count;
     u32 width;
+    u32 first_sum;
+    u32 first_value;
 };
 
 extern "C" __global__ void __launch_bounds__(256) scatter_add(
@@ -16,6 +19,6 @@ extern "C" __global__ void __launch_bounds__(256) scatter_add(
     const u32 i = group_index() * 256u + threadIdx.x;
     if (i < p.count) {
         const u32 row = i / p.width;
-        sum[rows[row] * p.width + i % p.width] += weights[row] * values[i];
+        sum[p.first_sum + rows[row] * p.width + i % p.width] += weights[row] * values[p.first_value + i];
     }
 }

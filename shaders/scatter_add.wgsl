@@ -1,9 +1,12 @@
-// sum[rows[i], c] += weights[i] values[i, c]; no row is named twice. One thread per value.
+// sum[rows[i], c] += weights[i] values[i, c], counted from first_sum and first_value; no row is named twice. One thread per
+// value.
 // Twins: scatter_add.cu, src/backend/cpu/mod.rs.
 
 struct Parameters {
     count: u32,
     width: u32,
+    first_sum: u32,
+    first_value: u32,
 }
 
 @group(0) @binding(0) var<storage, read_write> sum: array<f32>;
@@ -21,6 +24,6 @@ fn scatter_add(
     let i = group_index(group, groups) * 256u + lane;
     if i < p.count {
         let row = i / p.width;
-        sum[rows[row] * p.width + i % p.width] += weights[row] * values[i];
+        sum[p.first_sum + rows[row] * p.width + i % p.width] += weights[row] * values[p.first_value + i];
     }
 }

@@ -27,9 +27,11 @@ impl Device {
         assert!(input.len().is_multiple_of(BLOCK), "whole blocks");
         let out = self.uninitialized(input.len() / BLOCK)?;
         let kernel = &kernels::Q8_1_REMAINDERS;
-        let groups = groups_of(out.len(), kernel.threads);
-        let views = [input.view(), out.view()];
-        self.launch(kernel, groups, &views, &[word(out.len())])?;
+        for part in self.parts_of_rows(0..out.len(), &[4 * BLOCK, 4]) {
+            let views = [part.view(input, BLOCK), part.view(&out, 1)];
+            let groups = groups_of(part.rows.len(), kernel.threads);
+            self.launch(kernel, groups, &views, &[word(part.rows.len())])?;
+        }
         Ok(out)
     }
 

@@ -1,7 +1,8 @@
-//! What mixes the tokens of a sequence: convolution, scan, attention. One launch per sequence.
+//! What mixes the tokens of a sequence: convolution, scan, attention. One launch per sequence, or per part of its rows.
 
 use std::ops::Range;
 
+use super::parts::RowPart;
 use super::{groups_of, word};
 use crate::array::{Array, Device};
 use crate::error::Result;
@@ -75,26 +76,47 @@ impl Device {
         bias: &Array,
         out: &mut Array,
     ) -> Result<()> {
+        let row_bytes = [4 * layout.stride, 4 * layout.channels];
+        for part in self.parts_of_rows(rows, &row_bytes) {
+            self.conv1d_part(layout, &part, input, state, [weight, bias], out)?;
+        }
+        Ok(())
+    }
+
+    fn conv1d_part(
+        &self,
+        layout: ConvLayout,
+        part: &RowPart,
+        input: &Array,
+        state: &mut Array,
+        [weight, bias]: [&Array; 2],
+        out: &Array,
+    ) -> Result<()> {
         let ConvLayout {
             stride,
             first,
             channels,
             taps,
         } = layout;
-        let sizes = |last| [rows.len(), rows.start, stride, first, channels, last].map(word);
+        let rows = part.rows.len();
+        let sizes = |last| {
+            let [stride, first, channels, last] = [stride, first, channels, last].map(word);
+            [word(rows), part.first_row(), stride, first, channels, last]
+        };
+        let input = part.view(input, stride);
         let views = [
-            input.view(),
+            input,
             state.view(),
             weight.view(),
             bias.view(),
-            out.view(),
+            part.view(out, channels),
         ];
         let kernel = &kernels::CONV1D_SILU;
-        let groups = groups_of(rows.len() * channels, kernel.threads);
+        let groups = groups_of(rows * channels, kernel.threads);
         self.launch(kernel, groups, &views, &sizes(taps))?;
         let after = self.uninitialized(state.len())?;
         let kernel = &kernels::CONV1D_ADVANCE;
-        let views = [input.view(), state.view(), after.view()];
+        let views = [input, state.view(), after.view()];
         let groups = groups_of(state.len(), kernel.threads);
         self.launch(kernel, groups, &views, &sizes(taps - 1))?;
         *state = after;
@@ -122,33 +144,34 @@ impl Device {
             dt_stride,
             time_step: (low, high),
         } = layout;
-        let inputs = [xbc, dt, a, d, dt_bias];
-        let views: Vec<_> = inputs
-            .into_iter()
-            .chain([&*state, &*out])
-            .map(Array::view)
-            .collect();
-        let sizes = [
-            rows.len(),
-            rows.start,
-            heads,
-            head_dim,
-            groups,
-            state_size,
-            dt_stride,
-        ]
-        .map(word);
-        let parameters = [&sizes[..], &[low.to_bits(), high.to_bits()]].concat();
+        let inner = heads * head_dim;
+        let width = inner + 2 * groups * state_size;
+        let sizes = [heads, head_dim, groups, state_size, dt_stride].map(word);
         let kernel = &kernels::SELECTIVE_SCAN;
-        let groups = groups_of(heads * head_dim, kernel.threads);
-        self.launch(kernel, groups, &views, &parameters)
+        let thread_groups = groups_of(inner, kernel.threads);
+        for part in self.parts_of_rows(rows, &[width, dt_stride, inner].map(|width| 4 * width)) {
+            let views = [
+                part.view(xbc, width),
+                part.view(dt, dt_stride),
+                a.view(),
+                d.view(),
+                dt_bias.view(),
+                state.view(),
+                part.view(out, inner),
+            ];
+            let rows = [word(part.rows.len()), part.first_row()];
+            let bounds = [low.to_bits(), high.to_bits()];
+            let parameters = [&rows[..], &sizes, &bounds].concat();
+            self.launch(kernel, thread_groups, &views, &parameters)?;
+        }
+        Ok(())
     }
 
     /// Attention of one sequence, `rows` of the batch, whose keys and values, of `position` tokens before and of these
     /// rows, are in the caches. `out` as `query`, `[all rows, heads * head_dim]`.
     ///
     /// # Errors
-    /// Device lost.
+    /// Device lost; the keys of the sequence are more than a view may span.
     ///
     /// # Panics
     /// Heads are too wide, or the caches too short.
@@ -166,21 +189,25 @@ impl Device {
             head_dim,
             is_f16,
         } = layout;
-        let cached = (position + rows.len()) * key_value_heads * head_dim;
+        let (width, cached) = (heads * head_dim, key_value_heads * head_dim);
+        let positions = position + rows.len();
         assert!(head_dim <= AttentionLayout::MAX_HEAD_DIM);
-        assert!(keys.len() >= cached && values.len() >= cached);
-        let views = [query.view(), keys.view(), values.view(), out.view()];
-        let sizes = [
-            rows.len(),
-            rows.start,
-            position,
-            heads,
-            key_value_heads,
-            head_dim,
-        ]
-        .map(word);
-        let parameters = [&sizes[..], &[u32::from(is_f16)]].concat();
-        let groups = word(rows.len() * heads);
-        self.launch(&kernels::ATTENTION, groups, &views, &parameters)
+        assert!(keys.len().min(values.len()) >= positions * cached);
+        let sizes = [heads, key_value_heads, head_dim].map(word);
+        for part in self.parts_of_rows(rows.clone(), &[4 * width]) {
+            let before = position + part.rows.start - rows.start;
+            let seen = 0..(before + part.rows.len()) * cached;
+            let views = [
+                part.view(query, width),
+                keys.part(seen.clone()).0,
+                values.part(seen).0,
+                part.view(out, width),
+            ];
+            let rows = [word(part.rows.len()), part.first_row(), word(before)];
+            let parameters = [&rows[..], &sizes, &[u32::from(is_f16)]].concat();
+            let groups = word(part.rows.len() * heads);
+            self.launch(&kernels::ATTENTION, groups, &views, &parameters)?;
+        }
+        Ok(())
     }
 }

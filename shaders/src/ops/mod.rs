@@ -11,6 +11,7 @@ mod matmul;
 mod minima;
 mod mixers;
 mod packed;
+mod parts;
 mod rows;
 mod softmax;
 mod split;

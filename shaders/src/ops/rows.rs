@@ -1,5 +1,7 @@
 //! Kernels that take arrays row by row.
 
+use std::ops::Range;
+
 use super::{groups_of, word};
 use crate::array::{Array, Device};
 use crate::error::Result;
@@ -51,6 +53,42 @@ impl Rounding {
     }
 }
 
+/// Rows that follow each other in a list, and lie near each other in an array.
+struct Run {
+    /// In the list.
+    places: Range<usize>,
+    /// In the array: those of the list, and what is between them.
+    rows: Range<usize>,
+}
+
+impl Run {
+    fn of(place: usize, row: usize) -> Self {
+        Self {
+            places: place..place + 1,
+            rows: row..row + 1,
+        }
+    }
+
+    /// Both, and what is between them.
+    fn and(&self, next: &Self) -> Self {
+        Self {
+            places: self.places.start..next.places.end,
+            rows: self.rows.start.min(next.rows.start)..self.rows.end.max(next.rows.end),
+        }
+    }
+
+    /// Its part of the list, counted from its first row.
+    fn numbers(&self, list: &[u32]) -> Vec<u32> {
+        let first = word(self.rows.start);
+        let listed = &list[self.places.clone()];
+        listed.iter().map(|row| row - first).collect()
+    }
+}
+
+fn values_of(rows: &Range<usize>, width: usize) -> Range<usize> {
+    rows.start * width..rows.end * width
+}
+
 impl Device {
     /// `x / sqrt(mean(x^2) + eps) * weight` per row of `weight`'s length.
     ///
@@ -58,10 +96,18 @@ impl Device {
     /// Out of memory, device lost.
     pub fn rms_norm(&self, input: &Array, weight: &Array, eps: f32) -> Result<Array> {
         let rows = input.len() / weight.len();
+        let width = weight.len();
         let out = self.uninitialized(input.len())?;
-        let views = [input.view(), weight.view(), out.view()];
-        let parameters = [word(rows), word(weight.len()), eps.to_bits()];
-        self.launch(&kernels::RMS_NORM, word(rows), &views, &parameters)?;
+        for part in self.parts_of_rows(0..rows, &[4 * width]) {
+            let views = [
+                part.view(input, width),
+                weight.view(),
+                part.view(&out, width),
+            ];
+            let rows = word(part.rows.len());
+            let parameters = [rows, word(width), eps.to_bits()];
+            self.launch(&kernels::RMS_NORM, rows, &views, &parameters)?;
+        }
         Ok(out)
     }
 
@@ -81,15 +127,15 @@ impl Device {
     ) -> Result<()> {
         let inner = weight.len();
         let rows = y.len() / inner;
-        let views = [y.view(), z.view(), weight.view()];
-        let sizes = [rows, inner, z_stride, groups].map(word);
-        let parameters = [&sizes[..], &[eps.to_bits()]].concat();
-        self.launch(
-            &kernels::GATED_RMS_NORM,
-            word(rows * groups),
-            &views,
-            &parameters,
-        )
+        for part in self.parts_of_rows(0..rows, &[4 * inner, 4 * z_stride]) {
+            let rows = part.rows.len();
+            let views = [part.view(y, inner), part.view(z, z_stride), weight.view()];
+            let sizes = [rows, inner, z_stride, groups].map(word);
+            let parameters = [&sizes[..], &[eps.to_bits()]].concat();
+            let kernel = &kernels::GATED_RMS_NORM;
+            self.launch(kernel, word(rows * groups), &views, &parameters)?;
+        }
+        Ok(())
     }
 
     /// Adds one row of values to every row, in place.
@@ -97,10 +143,14 @@ impl Device {
     /// # Errors
     /// Device lost.
     pub fn add_bias(&self, rows: &mut Array, bias: &Array) -> Result<()> {
-        let kernel = &kernels::ADD_BIAS;
-        let groups = groups_of(rows.len(), kernel.threads);
-        let parameters = [word(rows.len()), word(bias.len())];
-        self.launch(kernel, groups, &[rows.view(), bias.view()], &parameters)
+        let (kernel, width) = (&kernels::ADD_BIAS, bias.len());
+        for part in self.parts_of_rows(0..rows.len() / width, &[4 * width]) {
+            let count = part.rows.len() * width;
+            let views = [part.view(rows, width), bias.view()];
+            let groups = groups_of(count, kernel.threads);
+            self.launch(kernel, groups, &views, &[word(count), word(width)])?;
+        }
+        Ok(())
     }
 
     /// The given rows of `width` values each.
@@ -117,16 +167,34 @@ impl Device {
         );
         let out = self.uninitialized(rows.len() * width)?;
         let kernel = &kernels::GATHER;
-        let rows = self.upload_bytes(bytemuck::cast_slice(rows))?;
-        let views = [input.view(), rows.view(), out.view()];
-        let parameters = [word(out.len()), word(width)];
-        self.launch(
-            kernel,
-            groups_of(out.len(), kernel.threads),
-            &views,
-            &parameters,
-        )?;
+        for run in self.runs(width, rows) {
+            let (input, first_input) = input.part(values_of(&run.rows, width));
+            let (out, first_out) = out.part(values_of(&run.places, width));
+            let numbers = self.upload_bytes(bytemuck::cast_slice(&run.numbers(rows)))?;
+            let views = [input, numbers.view(), out];
+            let count = run.places.len() * width;
+            let parameters = [word(count), word(width), first_input, first_out];
+            let groups = groups_of(count, kernel.threads);
+            self.launch(kernel, groups, &views, &parameters)?;
+        }
         Ok(out)
+    }
+
+    /// A list of rows of `width` values in runs: views show all rows of one, and all its places in the list.
+    fn runs(&self, width: usize, list: &[u32]) -> Vec<Run> {
+        let fits = |rows: &Range<usize>| self.fits_a_view(&values_of(rows, 4 * width));
+        let mut runs: Vec<Run> = Vec::new();
+        for (place, row) in list.iter().enumerate() {
+            let own = Run::of(place, *row as usize);
+            let longer = runs.last().map(|run| run.and(&own));
+            match (runs.last_mut(), longer) {
+                (Some(last), Some(longer)) if fits(&longer.places) && fits(&longer.rows) => {
+                    *last = longer;
+                }
+                _ => runs.push(own),
+            }
+        }
+        runs
     }
 
     /// `sum[rows[i]] += weights[i] * values[i]`; no row is named twice.
@@ -150,17 +218,18 @@ impl Device {
         );
         assert!(rows.len() == weights.len() && rows.len() * width <= values.len());
         let kernel = &kernels::SCATTER_ADD;
-        let count = rows.len() * width;
-        let rows = self.upload_bytes(bytemuck::cast_slice(rows))?;
-        let weights = self.upload(weights)?;
-        let views = [sum.view(), values.view(), rows.view(), weights.view()];
-        let parameters = [word(count), word(width)];
-        self.launch(
-            kernel,
-            groups_of(count, kernel.threads),
-            &views,
-            &parameters,
-        )
+        for run in self.runs(width, rows) {
+            let (sum, first_sum) = sum.part(values_of(&run.rows, width));
+            let (values, first_value) = values.part(values_of(&run.places, width));
+            let numbers = self.upload_bytes(bytemuck::cast_slice(&run.numbers(rows)))?;
+            let weights = self.upload(&weights[run.places.clone()])?;
+            let views = [sum, values, numbers.view(), weights.view()];
+            let count = run.places.len() * width;
+            let parameters = [word(count), word(width), first_sum, first_value];
+            let groups = groups_of(count, kernel.threads);
+            self.launch(kernel, groups, &views, &parameters)?;
+        }
+        Ok(())
     }
 
     /// Rows of `width` values as a runtime takes them.
@@ -181,10 +250,13 @@ impl Device {
         // Where values are rounded one by one, blocks may reach into the next row.
         assert!(block == SMALL_BLOCK || width.is_multiple_of(block));
         let kernel = &kernels::ROUND_ACTIVATION;
-        let blocks = input.len().div_ceil(block);
-        let groups = groups_of(blocks, kernel.threads);
-        let parameters = [word(input.len()), word(block), mode, scale.to_bits()];
-        self.launch(kernel, groups, &[input.view(), out.view()], &parameters)?;
+        for part in self.parts_of_rows(0..input.len().div_ceil(block), &[4 * block]) {
+            let count = input.len().min(part.rows.end * block) - part.rows.start * block;
+            let views = [part.view(input, block), part.view(&out, block)];
+            let parameters = [word(count), word(block), mode, scale.to_bits()];
+            let groups = groups_of(part.rows.len(), kernel.threads);
+            self.launch(kernel, groups, &views, &parameters)?;
+        }
         Ok(out)
     }
 }

@@ -92,7 +92,7 @@ impl Device {
         let stride = width;
         let rows = LogitRows { logits, stride };
         let mut all = Vec::with_capacity(rows.rows());
-        for part in self.logit_rows_of_views(rows.rows(), width) {
+        for part in self.rows_of_views(0..rows.rows(), [4 * width; 2]) {
             let sums = self.sums_of_parts(rows, part, width)?;
             let sums = self.download_all(&sums)?;
             all.extend(sums.chunks(WORDS * width.div_ceil(PART)).map(put_together));
@@ -115,9 +115,9 @@ impl Device {
         width: usize,
     ) -> Result<Vec<KlDivergence>> {
         assert_eq!(reference.rows(), other.rows());
-        let stride = reference.stride.max(other.stride);
+        let row_bytes = [reference, other].map(|rows| 4 * rows.stride);
         let mut all = Vec::with_capacity(reference.rows());
-        for rows in self.logit_rows_of_views(reference.rows(), stride) {
+        for rows in self.rows_of_views(0..reference.rows(), row_bytes) {
             let x_sums = self.sums_of_parts(reference, rows.clone(), width)?;
             let y_sums = self.sums_of_parts(other, rows.clone(), width)?;
             let differences =
@@ -133,21 +133,6 @@ impl Device {
             all.extend(rows.map(|((x, y), differences)| divergence(x, y, differences)));
         }
         Ok(all)
-    }
-
-    /// Rows of `stride` values, as many at a time as fit one view.
-    pub(super) fn logit_rows_of_views(
-        &self,
-        rows: usize,
-        stride: usize,
-    ) -> impl Iterator<Item = Range<usize>> + use<> {
-        // The values before the first, where that is not aligned, take room as well.
-        let limits = &self.description().limits;
-        let bytes = limits.view_bytes.min(1 << 30) - limits.view_alignment;
-        let step = (bytes as usize / 4 / stride).max(1);
-        (0..rows)
-            .step_by(step)
-            .map(move |first| first..rows.min(first + step))
     }
 
     /// Four words of each part of some rows.

@@ -57,7 +57,7 @@ impl Device {
     /// As `try_split`, where there is room.
     ///
     /// # Errors
-    /// Out of memory, device lost; the values or the parts are more than a view may span.
+    /// Out of memory, device lost; a row is more than a view may span.
     ///
     /// # Panics
     /// Rows are not there.
@@ -74,13 +74,29 @@ impl Device {
         }
         let end = at[0] + (rows - 1) * at[1] + (inner - 1) * at[2] + 1;
         assert!(end <= values.len(), "rows are missing");
-        let (view, first) = values.part(at[0]..end);
-        let part_words = Packing::Parts.row_bytes(inner) / 4 / PARTS;
-        let parameters = [rows, inner, first as usize, at[1], at[2], part_words].map(word);
-        let groups = rows.div_ceil(SPLIT_ROWS) * (2 * part_words).div_ceil(SPLIT_COLUMNS);
-        let views = [view, packed.part(0..rows).0];
-        self.launch(&kernels::SPLIT_FLOATS, word(groups), &views, &parameters)?;
+        for part in self.parts_of_rows(0..rows, &[4 * at[1], packed.row_bytes()]) {
+            self.split_rows(values, at, part.rows, &packed)?;
+        }
         Ok(packed)
+    }
+
+    /// Some rows of them, which begin where a view of parts may.
+    fn split_rows(
+        &self,
+        values: &Array,
+        [first, row, column]: [usize; 3],
+        rows: Range<usize>,
+        packed: &Packed,
+    ) -> Result<()> {
+        let inner = packed.width();
+        let begin = first + rows.start * row;
+        let end = first + (rows.end - 1) * row + (inner - 1) * column + 1;
+        let (view, first) = values.part(begin..end);
+        let part_words = packed.row_bytes() / 4 / PARTS;
+        let sizes = [rows.len(), inner, first as usize, row, column, part_words].map(word);
+        let groups = rows.len().div_ceil(SPLIT_ROWS) * (2 * part_words).div_ceil(SPLIT_COLUMNS);
+        let views = [view, packed.part(rows).0];
+        self.launch(&kernels::SPLIT_FLOATS, word(groups), &views, &sizes)
     }
 
     /// `out = alpha X Y^T + beta out` for rows `rows` of X, both in parts: `out [rows, columns]`, with its first value and
@@ -115,10 +131,9 @@ impl Device {
             y.rows() <= place[1].max(1) && end <= out.len(),
             "the result is too short"
         );
-        let step = self.rows_of_views(x, place[1]);
-        for first in rows.clone().step_by(step) {
-            let part = first..rows.end.min(first + step);
-            let at = [place[0] + (first - rows.start) * place[1], place[1]];
+        let row_bytes = [x.row_bytes(), 4 * place[1]];
+        for part in self.rows_of_views(rows.clone(), row_bytes) {
+            let at = [place[0] + (part.start - rows.start) * place[1], place[1]];
             self.split_part(x, part, y, [alpha, beta], at, out)?;
         }
         Ok(())

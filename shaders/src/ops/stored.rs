@@ -111,9 +111,13 @@ impl Packed {
         self.width
     }
 
+    pub(super) fn row_bytes(&self) -> usize {
+        self.packing.row_bytes(self.width)
+    }
+
     /// Some rows: the view, and their first word in it.
     pub(super) fn part(&self, rows: Range<usize>) -> (View, u32) {
-        let row = self.packing.row_bytes(self.width) as u64;
+        let row = self.row_bytes() as u64;
         let bytes = rows.start as u64 * row..rows.end as u64 * row;
         let (view, first) = self.words.part(bytes);
         (view, word(first as usize / 4))
@@ -152,13 +156,15 @@ impl Device {
     ) -> Result<Packed> {
         let packed = Packed::reserve(self, rows, width, packing)?;
         let kernel = &kernels::PACK_HALVES;
-        let row_words = packing.row_bytes(width) / 4;
-        let count = rows * row_words;
+        let row_bytes = packing.row_bytes(width);
         let mode = u32::from(packing == Packing::F16);
-        let parameters = [word(count), word(width), word(row_words), mode];
-        let views = [input.view(), packed.words.view()];
-        let groups = groups_of(count, kernel.threads);
-        self.launch(kernel, groups, &views, &parameters)?;
+        for part in self.parts_of_rows(0..rows, &[4 * width, row_bytes]) {
+            let count = part.rows.len() * row_bytes / 4;
+            let parameters = [word(count), word(width), word(row_bytes / 4), mode];
+            let views = [part.view(input, width), packed.part(part.rows).0];
+            let groups = groups_of(count, kernel.threads);
+            self.launch(kernel, groups, &views, &parameters)?;
+        }
         Ok(packed)
     }
 
@@ -168,9 +174,13 @@ impl Device {
         let kernel = &kernels::QUANTIZE_Q8_0;
         let blocks = rows * width / DEPTH;
         let scales = self.uninitialized(blocks)?;
-        let views = [input.view(), packed.words.view(), scales.view()];
-        let groups = groups_of(blocks, kernel.threads);
-        self.launch(kernel, groups, &views, &[word(blocks)])?;
+        for part in self.parts_of_rows(0..blocks, &[4 * DEPTH, DEPTH, 4]) {
+            let codes = (part.rows.start * DEPTH) as u64..(part.rows.end * DEPTH) as u64;
+            let codes = packed.words.part(codes).0;
+            let views = [part.view(input, DEPTH), codes, part.view(&scales, 1)];
+            let groups = groups_of(part.rows.len(), kernel.threads);
+            self.launch(kernel, groups, &views, &[word(part.rows.len())])?;
+        }
         Ok(Packed {
             scales: Some(scales),
             ..packed
@@ -210,31 +220,18 @@ impl Device {
             "a row of the result is too short"
         );
         assert!(x.rows * out_row <= out.len(), "the result is too short");
-        let row_step = self.rows_of_views(x, out_row);
+        let row_bytes = [x.row_bytes(), 4 * out_row];
         let column_step = (self.least_view() / stored.max(1)).max(1);
         for first in (0..columns).step_by(column_step) {
             let part = first..columns.min(first + column_step);
             let begin = first_byte + (part.start * stored) as u64;
             let bytes = begin..first_byte + (part.end * stored) as u64;
-            for first in (0..x.rows).step_by(row_step) {
-                let rows = first..x.rows.min(first + row_step);
+            for rows in self.rows_of_views(0..x.rows, row_bytes) {
                 let at = [first_column + part.start, out_row];
                 self.stored_part(x, rows, weights, bytes.clone(), part.len(), at, out)?;
             }
         }
         Ok(())
-    }
-
-    /// Bytes that fit a view wherever they begin: at most an alignment before what it shows.
-    pub(super) fn least_view(&self) -> usize {
-        let limits = self.description().limits;
-        (limits.view_bytes - limits.view_alignment) as usize
-    }
-
-    /// Rows of packed inputs, and of results, that fit views.
-    pub(super) fn rows_of_views(&self, x: &Packed, out_row: usize) -> usize {
-        let row = x.packing.row_bytes(x.width).max(4 * out_row).max(1);
-        (self.least_view() / row).max(1)
     }
 
     #[allow(

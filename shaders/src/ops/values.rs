@@ -8,8 +8,7 @@ use crate::kernels::{self, Kernel};
 impl Device {
     /// Values that one launch may take: a multiple of every alignment.
     pub(super) fn part_values(&self) -> usize {
-        let limit = self.description().limits.view_bytes.min(1 << 30);
-        (limit / 4096 * 1024) as usize
+        self.view_bytes() / 4096 * 1024
     }
 
     /// Runs a kernel over one array, in parts.

@@ -8,6 +8,7 @@ mod feedback;
 mod matmul;
 mod minima;
 mod mixers;
+mod narrow;
 mod oddities;
 mod page;
 pub mod reference;

@@ -623,18 +623,24 @@ fn gather_and_scatter_add() {
     let (width, rows) = (37, [3u32, 0, 5]);
     let x = values(6 * width, 1);
     let count = (rows.len() * width) as u32;
-    let parameters = [count, width as u32];
+    // Values of the views before the first ones.
+    let [before_x, before_y] = [values(5, 4), values(3, 5)].map(|values| bits(&values));
+    let parameters = [count, width as u32, 5, 3];
     let found = run(
         &kernels::GATHER,
         1,
-        &[bits(&x), rows.to_vec(), unknown(count as usize)],
+        &[
+            [&before_x[..], &bits(&x)].concat(),
+            rows.to_vec(),
+            [&before_y[..], &unknown(count as usize)].concat(),
+        ],
         &parameters,
     );
     let expected: Vec<f32> = rows
         .iter()
         .flat_map(|row| x[*row as usize * width..][..width].to_vec())
         .collect();
-    assert!(found[2] == bits(&expected));
+    assert!(found[2] == [&before_y[..], &bits(&expected)].concat());
 
     let y = values(count as usize, 2);
     let weights = values(rows.len(), 3);
@@ -644,9 +650,14 @@ fn gather_and_scatter_add() {
             expected[*row as usize * width + c] += weights[i] * y[i * width + c];
         }
     }
-    let views = [bits(&x), bits(&y), rows.to_vec(), bits(&weights)];
+    let views = [
+        [&before_x[..], &bits(&x)].concat(),
+        [&before_y[..], &bits(&y)].concat(),
+        rows.to_vec(),
+        bits(&weights),
+    ];
     let found = run(&kernels::SCATTER_ADD, 1, &views, &parameters);
-    assert!(found[0] == bits(&expected));
+    assert!(found[0] == [&before_x[..], &bits(&expected)].concat());
 }
 
 /// Halves, every 8-bit mode, blocks of zeros.

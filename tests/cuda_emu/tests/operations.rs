@@ -9,7 +9,6 @@
 #[path = "../../../shaders/tests/decoders/main.rs"]
 mod decoders;
 mod drivers;
-mod narrow;
 #[allow(dead_code, reason = "it comes with the devices of this machine")]
 #[path = "../../../shaders/tests/operations/main.rs"]
 mod operations;
