@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 use nemoconv_device::{
     Array, AttentionLayout, ConvLayout, Description, Device, DeviceError, Driver, Handle, Launch,
-    LogitRows, MatmulLayout, Packing, Result, Rounding, ScanLayout, View,
+    LogitRows, MagnitudeBins, MatmulLayout, Packing, Result, Rounding, ScanLayout, View,
 };
 use nemoconv_formats::GgmlType;
 
@@ -374,5 +374,26 @@ fn rows_that_no_view_spans_are_refused() {
         let inputs = [&query, &keys, &keys];
         device.attention(ATTENTION, 0..1, 300, inputs, &mut out)?;
         Ok(out)
+    });
+}
+
+#[test]
+fn columns_and_magnitudes() {
+    let (rows, n) = (300, 37);
+    check([1, 3], |device| {
+        let x = device.upload(&numbers(rows * n, 1))?;
+        let found = device.column_sums(&x, n)?;
+        // Other parts of rows are other sums of parts: the same but for what f64 shows.
+        let sums = found.sums.iter().chain(&found.squares);
+        let sums: Vec<f32> = sums.map(|sum| *sum as f32).collect();
+        Ok((sums, found.max_abs))
+    });
+    let bins = MagnitudeBins {
+        shift: 19,
+        least: 0,
+    };
+    check([1, 3], |device| {
+        let x = device.upload(&numbers(rows * n, 1))?;
+        device.magnitude_counts(&x, bins)
     });
 }
