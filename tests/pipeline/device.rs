@@ -63,7 +63,7 @@ pub fn machines() -> Vec<(String, Machines)> {
 const IN_PARTS: &str = "emulator, in parts";
 
 /// The emulator with all products of F32 in parts of BF16, however small they are.
-fn in_parts() -> (String, Machines) {
+pub fn in_parts() -> (String, Machines) {
     let device = Device::new(Box::new(Emulator::new(Order::Strided)), None);
     let open = OpenDevice::new(device.with_splitting(Splitting::Always));
     let machines = Machines::Devices([Arc::new(open)].into());

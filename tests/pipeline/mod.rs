@@ -8,6 +8,7 @@ mod device;
 mod mistaken;
 #[cfg(feature = "device")]
 mod mixing;
+mod operations;
 mod packed;
 #[cfg(feature = "device")]
 mod predictions;

@@ -31,17 +31,22 @@ fn choose(logits: &[f32], bias: &[f32], shape: RouteShape) -> Vec<(usize, f32)> 
         .map(|x| 1.0 / (1.0 + exp_f64(-f64::from(*x))))
         .collect();
     let scores: Vec<f32> = exact.iter().map(|s| *s as f32).collect();
+    // A NaN is as low as can be.
+    let or_lowest = |score: f64| {
+        if score.is_nan() {
+            f64::NEG_INFINITY
+        } else {
+            score
+        }
+    };
     let steered: Vec<f64> = exact
         .iter()
         .zip(bias)
-        .map(|(s, b)| s + f64::from(*b))
+        .map(|(s, b)| or_lowest(s + f64::from(*b)))
         .collect();
     let mut candidates = candidates(&steered, shape);
-    // Ties go to the lower index; a NaN is as low as can be.
-    candidates.sort_by(|a, b| {
-        let by_score = steered[*b].partial_cmp(&steered[*a]);
-        by_score.unwrap_or(std::cmp::Ordering::Equal).then(a.cmp(b))
-    });
+    // Ties go to the lower index.
+    candidates.sort_by(|a, b| steered[*b].total_cmp(&steered[*a]).then(a.cmp(b)));
     candidates.truncate(shape.chosen);
     let sum: f32 = candidates.iter().map(|expert| scores[*expert]).sum();
     let divisor = if shape.normalize { sum + TINY } else { 1.0 };
