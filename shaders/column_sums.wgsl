@@ -2,7 +2,7 @@
 //
 // x: [rows, n], from first_value on, cut into parts of `part` rows. out: [parts, 5, n]: sums in two floats, large and small
 // part, sums of squares likewise, each square rounded once, and largest magnitudes, where NaN is passed over. A sum is finite
-// where all its values are. One group per part and 32 columns, eight threads per column.
+// where all its values, or their squares in f32, are. One group per part and 32 columns, eight threads per column.
 // Twins: column_sums.cu, src/backend/cpu/columns.rs.
 
 struct Parameters {

@@ -1,7 +1,8 @@
 // out[i, j] = alpha sum over k of a[i, k] b[k, j] + beta out[i, j], without shared memory.
 //
 // a[i, k] = a[a_first + i a_row + k a_column], likewise b[k, j] and, with rows of out_row values, out. A group computes 32 x 32
-// outputs, a thread 4 x 4 of them. Sums run in order of k, in parts of 256; with `fused` products and sums are rounded once. Groups: tiles of columns, then of rows.
+// outputs, a thread 4 x 4 of them. Sums run in order of k, in parts of 256; with `fused` products and sums are rounded once.
+// Groups: tiles of columns, then of rows.
 // Twins: matmul_direct.cu, matmul_tiled.wgsl, src/backend/cpu/matmul.rs.
 
 struct Parameters {

@@ -1,6 +1,6 @@
 // Rows of `width` values rounded to 16 bits, two in a word of `out`, filled up with zeros to rows of `row_words` words. One
 // thread per word of `count`. mode 0: BF16; 1: F16.
-// Twins: pack_halves.wgsl, src/backend/activation.rs.
+// Twins: pack_halves.wgsl, src/backend/activation/mod.rs.
 
 struct Parameters {
     u32 count;

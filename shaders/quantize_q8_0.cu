@@ -1,6 +1,6 @@
 // Inputs as blocks of Q8_0: codes of 8 bit, four in a word, and a scale per block of 32: an F16, written as F32. One thread
 // per block of `blocks`. Codes and scales are those of round_activation with mode 2.
-// Source: ggml `quantize_row_q8_0` (x86). Twins: quantize_q8_0.wgsl, src/backend/activation.rs.
+// Source: ggml `quantize_row_q8_0` (x86). Twins: quantize_q8_0.wgsl, src/backend/activation/mod.rs.
 
 struct Parameters {
     u32 blocks;

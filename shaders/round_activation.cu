@@ -3,7 +3,7 @@
 // mode 0: rounded to BF16; 1: to F16; 2: 8 bit, scale in F16 (Q8_0); 3: 8 bit, the largest magnitude at -127 (Q8_K);
 // 4: 8 bit with the block's largest magnitude over 127; 5: 8 bit with `scale`; 6: F8_E4M3 with the block's largest magnitude
 // over 448; 7: F8_E4M3 with `scale`; 8: E2M1, the block's largest magnitude over 6 an F8_E4M3 in units of `scale` (NVFP4).
-// Twins: round_activation.wgsl, src/backend/activation.rs.
+// Twins: round_activation.wgsl, src/backend/activation/mod.rs.
 
 struct Parameters {
     u32 count;

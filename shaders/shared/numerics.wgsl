@@ -124,12 +124,13 @@ fn sum_to_odd(x: f32, y: f32, zero: u32) -> f32 {
     return bitcast<f32>(select(bits - 1u, bits + 1u, (sum.y > 0.0) == (sum.x > 0.0)));
 }
 
-// a b + c rounded once, whatever the adapter makes of `fma`; FUSES is set by the driver.
+// a b + c rounded once, also where FUSES says that the adapter's `fma` does not: what the driver takes a processor to be.
 //
 // Source: Boldo and Melquiond, Emulation of FMA and correctly rounded sums, IEEE Transactions on Computers 57 (2008), section 5.
 fn fused(a: f32, b: f32, c: f32, zero: u32) -> f32 {
     let product = as_it_is(a * b, zero);
-    if FUSES || !(abs(product) < 1e30) {
+    // Halves of larger numbers would overflow.
+    if FUSES || !(max(max(abs(a), abs(b)), abs(product)) < 1e30) {
         return fma(a, b, c);
     }
     let a_high = upper_half(a, zero);

@@ -99,7 +99,7 @@ impl Launch<'_> {
     }
 }
 
-/// A device that runs kernels. Calls happen in order, whichever thread makes them.
+/// A device that runs kernels. What names the same memory happens in the order of the calls, whichever thread makes them.
 pub trait Driver: Send + Sync {
     /// What the device is.
     fn description(&self) -> &Description;
@@ -119,11 +119,11 @@ pub trait Driver: Send + Sync {
     /// Device lost.
     fn write(&self, memory: Handle, offset: u64, bytes: &[u8]) -> Result<()>;
 
-    /// Copies from the device, after everything launched before. Others may queue what they like meanwhile, but nothing that
-    /// writes or frees this memory.
+    /// Copies from the device, after what was launched before with this memory. Others may queue what they like meanwhile, but
+    /// nothing that writes or frees it.
     ///
     /// # Errors
-    /// Device lost, or a launch before failed.
+    /// Device lost, or such a launch failed.
     fn read(&self, memory: Handle, offset: u64, bytes: &mut [u8]) -> Result<()>;
 
     /// Copies on the device, between different allocations; offsets and length are multiples of 4.

@@ -97,7 +97,7 @@ macro_rules! kernels {
             };
         )*
 
-        /// Every kernel but those of stored weights.
+        /// Every kernel but those of stored weights and those in f64.
         static PLAIN: &[&Kernel] = &[$(&$constant),*];
     };
 }

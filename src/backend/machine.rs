@@ -21,6 +21,9 @@ use crate::parallel;
 use crate::quantize::feedback::RowProducts;
 use crate::rewrite::Mixer;
 
+/// Parts of the work that go side by side on the CPU: what one of them leaves idle the other takes.
+pub const SIDE_BY_SIDE: usize = 2;
+
 /// Where networks are run.
 #[derive(Clone, Default)]
 pub enum Machines {
@@ -105,12 +108,28 @@ impl Machines {
         }
     }
 
-    /// What kind of machine it is: results of different kinds differ in last bits.
-    pub fn name(&self) -> &'static str {
+    /// What kinds of machines they are: results of different kinds differ in last bits.
+    pub fn name(&self) -> String {
         match self {
-            Self::Cpu => "cpu",
+            Self::Cpu => "cpu".to_owned(),
             #[cfg(feature = "device")]
-            Self::Devices(open) => open[0].device().description().family.name(),
+            Self::Devices(open) => {
+                let names = open.iter();
+                let mut names: Vec<&str> = names
+                    .map(|open| open.device().description().family.name())
+                    .collect();
+                names.dedup();
+                names.join("+")
+            }
+        }
+    }
+
+    /// Parts of the work that go side by side in [`Self::each`].
+    pub fn abreast(&self) -> usize {
+        match self {
+            Self::Cpu => SIDE_BY_SIDE,
+            #[cfg(feature = "device")]
+            Self::Devices(_) => 1,
         }
     }
 
@@ -384,6 +403,14 @@ impl Backend for Machine {
             self,
             cpu => Ok(cpu.kept_zeros(lengths)?.map(|all| all.into_iter().map(MachineBuffer::Host).collect())),
             device => Ok(device.kept_zeros(lengths)?.map(|all| all.into_iter().map(MachineBuffer::Device).collect()))
+        )
+    }
+
+    fn kept_copy(&self, buffer: &MachineBuffer) -> Result<Option<MachineBuffer>> {
+        either!(
+            self,
+            cpu => Ok(cpu.kept_copy(buffer.host())?.map(MachineBuffer::Host)),
+            device => Ok(device.kept_copy(buffer.device())?.map(MachineBuffer::Device))
         )
     }
 

@@ -13,7 +13,7 @@ mod machine;
 pub mod magnitudes;
 pub mod tally;
 
-pub use machine::{Machine, MachineBuffer, MachineWeight, Machines};
+pub use machine::{Machine, MachineBuffer, MachineWeight, Machines, SIDE_BY_SIDE};
 
 use std::ops::Range;
 
@@ -284,6 +284,14 @@ pub trait Backend: Sync {
         Ok(None)
     }
 
+    /// A copy of a buffer that is kept beside what is computed; `None` where the machine has no room for it.
+    ///
+    /// # Errors
+    /// The machine fails.
+    fn kept_copy(&self, buffer: &Self::Buffer) -> Result<Option<Self::Buffer>> {
+        self.duplicate(buffer).map(Some)
+    }
+
     /// A copy of a buffer.
     ///
     /// # Errors
@@ -511,7 +519,7 @@ pub trait Backend: Sync {
         default_bodies::scale_rows(self, rows, width, factors)
     }
 
-    /// What the columns of `rows [_, n]` come to, summed up in order.
+    /// What the columns of `rows [_, n]` come to; on a device squares are rounded to f32 before they are summed up.
     ///
     /// # Errors
     /// The machine fails.

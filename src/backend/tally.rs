@@ -43,7 +43,7 @@ impl Tally {
 }
 
 impl fmt::Display for Tally {
-    /// `8 operations on the device (matmul 120, ...), 1 on the CPU (route 4)`.
+    /// `on the device: matmul 120, rms_norm 12; on the CPU: route 4`.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let counts = self.counts();
         let list = |of: fn(&Count) -> u64| {

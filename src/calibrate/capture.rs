@@ -9,8 +9,7 @@ use crate::forward::observer::Observer;
 
 /// Inputs of one matrix in one pass.
 pub struct Captured {
-    /// `[rows, in_features]`, on the machine that ran the block.
-    pub rows: MachineBuffer,
+    rows: Rows,
     /// How many there are.
     pub count: usize,
     /// Their length.
@@ -19,14 +18,37 @@ pub struct Captured {
     pub weights: Vec<f32>,
 }
 
+/// `[rows, in_features]`.
+enum Rows {
+    /// On the machine that ran the block.
+    There(MachineBuffer),
+    /// Here, where there is no room for them.
+    Here(Vec<f32>),
+}
+
 impl Captured {
     /// Inputs that all count 1.
     pub fn unweighted(machine: &Machine, rows: MachineBuffer, in_features: usize) -> Self {
         Self {
             count: machine.len(&rows) / in_features,
-            rows,
+            rows: Rows::There(rows),
             in_features,
             weights: Vec::new(),
+        }
+    }
+
+    /// Does something with the rows `[_, in_features]` on the machine that ran the block.
+    ///
+    /// # Errors
+    /// The machine fails; whatever `run` returns.
+    pub fn with_rows<T>(
+        &self,
+        machine: &Machine,
+        run: impl FnOnce(&MachineBuffer) -> Result<T>,
+    ) -> Result<T> {
+        match &self.rows {
+            Rows::There(rows) => run(rows),
+            Rows::Here(values) => run(&machine.upload(values.clone())?),
         }
     }
 
@@ -51,7 +73,7 @@ pub fn weights_of(routes: &[ExpertRows], tensor: &str, matrix: usize) -> Vec<f32
     }
 }
 
-/// Keeps what it is asked for, where the machine has it.
+/// Keeps what it is asked for, where the machine has it and room for it.
 #[derive(Default)]
 pub struct Capture<'a> {
     wanted: BTreeMap<&'a str, Range<usize>>,
@@ -113,8 +135,12 @@ impl Observer<Machine> for Capture<'_> {
         // A cell without sequences shows nothing, not even how wide inputs are.
         let wanted = self.wanted.get(tensor);
         if rows > 0 && wanted.is_some_and(|matrices| matrices.contains(&matrix)) {
+            let kept = match machine.kept_copy(input)? {
+                Some(rows) => Rows::There(rows),
+                None => Rows::Here(machine.download(input, 0..machine.len(input))?),
+            };
             let captured = Captured {
-                rows: machine.duplicate(input)?,
+                rows: kept,
                 count: rows,
                 in_features: machine.len(input) / rows,
                 weights: weights_of(&self.routes, tensor, matrix),

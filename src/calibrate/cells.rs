@@ -10,13 +10,10 @@ pub fn cells(sequences: usize) -> impl Iterator<Item = Range<usize>> {
     (0..CELLS).map(move |cell| cell * sequences / CELLS..(cell + 1) * sequences / CELLS)
 }
 
-/// Cells that go through a block side by side on the CPU: what one of them leaves idle the other takes.
-pub const SIDE_BY_SIDE: usize = 2;
-
-/// Numbers of cells that go side by side, in order.
-pub fn side_by_side(cells: usize) -> impl Iterator<Item = Range<usize>> {
-    let firsts = (0..cells).step_by(SIDE_BY_SIDE);
-    firsts.map(move |first| first..(first + SIDE_BY_SIDE).min(cells))
+/// Numbers of cells of which so many go side by side, in order.
+pub fn side_by_side(cells: usize, abreast: usize) -> impl Iterator<Item = Range<usize>> {
+    let firsts = (0..cells).step_by(abreast);
+    firsts.map(move |first| first..(first + abreast).min(cells))
 }
 
 /// Something that is summed over cells.

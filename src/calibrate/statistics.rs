@@ -7,13 +7,13 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use super::capture::weights_of;
-use super::cells::{CELLS, Merge, SIDE_BY_SIDE, Tree, side_by_side};
+use super::cells::{CELLS, Merge, Tree, side_by_side};
 use super::layer::Layer;
 use super::samples::Samples;
 use super::second_moments::{MomentsOfCells, SecondMoments};
 use super::stream::MachineStreams;
 use crate::artifact::StoredModel;
-use crate::backend::{Backend, ExpertRows, Machine, MachineBuffer, Machines};
+use crate::backend::{Backend, ExpertRows, Machine, MachineBuffer, Machines, SIDE_BY_SIDE};
 use crate::error::{Error, Fault, Result};
 use crate::forward::observer::Observer;
 use crate::rewrite::{ChannelStatistics, Kept, RewriteStatistics, RewrittenModel};
@@ -358,7 +358,7 @@ impl<'a> Walk<'a> {
         let mut residual = MomentsOfCells::new(&self.machine, self.hidden())?;
         let ones = self.machine.upload(vec![1.0; self.hidden()])?;
         let mut inputs: BTreeMap<(String, usize), Tree<InputSums>> = BTreeMap::new();
-        for cells in side_by_side(self.cells.len()) {
+        for cells in side_by_side(self.cells.len(), self.machines.abreast()) {
             watch()?;
             let first = cells.start;
             let shown = self.machines.each(cells, |cell| {

@@ -177,6 +177,10 @@ pub fn mean_kl(output: &Output) -> f64 {
     kl.unwrap_or_else(|| panic!("{report:#}"))
 }
 
+/// How far the mean KL divergence of a calibrated file may be from that of the CPU's, as a share of it: second moments of few
+/// tokens that differ in last bits choose other scales and codes, no worse ones.
+pub const CALIBRATED: f64 = 0.2;
+
 #[test]
 fn calibrated_files_of_devices_are_as_good_as_those_of_the_cpu() {
     let place = place();
@@ -209,8 +213,7 @@ fn calibrated_files_of_devices_are_as_good_as_those_of_the_cpu() {
         println!("{name}: {differing} of {} bytes differ", ours.len());
         let (kl, said) = drift(&file, &place, &name);
         println!("{name}: mean KL {kl:.2e}, of the CPU's file {cpu:.2e}");
-        // Second moments that differ in last bits choose other scales and codes, no worse ones.
-        assert!((kl - cpu).abs() < 0.2 * cpu, "{name}: {kl}, {cpu}");
+        assert!((kl - cpu).abs() < CALIBRATED * cpu, "{name}: {kl}, {cpu}");
         assert!(
             said.contains("on the device: ") && said.contains("matmul"),
             "{said}"

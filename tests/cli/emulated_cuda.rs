@@ -1,6 +1,6 @@
 //! `--device cuda` where the driver is the emulator's library: whole commands, and what is said of each thing that fails.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 
 use nemoconv_fixtures::checkpoint::cases;
@@ -8,7 +8,7 @@ use nemoconv_fixtures::nano;
 use serde_json::Value;
 use tempfile::TempDir;
 
-use super::device::{DIVERGENCE, mean_kl, place};
+use super::device::{CALIBRATED, DIVERGENCE, mean_kl, place};
 use crate::support::{Place, stderr, to_gguf};
 
 /// A folder with a `libcuda` and a `libnvrtc` that are the emulator's.
@@ -19,7 +19,9 @@ impl EmulatedCuda {
     pub fn found() -> Option<Self> {
         let binary = Path::new(env!("CARGO_BIN_EXE_nemoconv"));
         let library = binary.parent()?.join("examples").join("libcuda.so");
+        let is_required = std::env::var_os("NEMOCONV_REQUIRE_GPU").is_some();
         if !library.exists() {
+            assert!(!is_required, "{} is not there", library.display());
             println!(
                 "skipped: `cargo build -p nemoconv-cuda-emu --examples` makes {}",
                 library.display()
@@ -91,26 +93,29 @@ fn files_are_validated_as_on_the_cpu() {
     assert!(!here.contains("matmul"), "{said}");
 }
 
+/// A calibrated conversion of nano: the file, and what was said.
+fn calibrated(cuda: &EmulatedCuda, place: &Place, flags: &[&str]) -> (PathBuf, String) {
+    let file = place.file(&format!("{}.gguf", flags.join("")));
+    let model = nano();
+    let mut args = vec!["to-gguf", model.to_str().unwrap(), "-o"];
+    args.extend([file.to_str().unwrap(), "-t", "q4_k_m", "--calibration"]);
+    args.extend([place.text.to_str().unwrap(), "--calibration-context", "64"]);
+    args.extend(["--calibration-sequences", "2", "--passes", "1"]);
+    args.extend(["--rotate", "none", "--device"]);
+    args.extend(flags);
+    let output = cuda.run(&[], &args);
+    assert!(output.status.success(), "{}", stderr(&output));
+    (file, stderr(&output))
+}
+
 #[test]
 fn calibrated_files_are_as_good_as_those_of_the_cpu() {
     let Some(cuda) = EmulatedCuda::found() else {
         return;
     };
     let (place, model) = (place(), nano());
-    let convert = |device: &str| {
-        let file = place.file(&format!("{device}.gguf"));
-        let flags = ["-t", "q4_k_m", "--calibration-context", "64"];
-        let mut args = vec!["to-gguf", model.to_str().unwrap(), "-o"];
-        args.extend([file.to_str().unwrap(), "--calibration"]);
-        args.push(place.text.to_str().unwrap());
-        args.extend(flags);
-        args.extend(["--calibration-sequences", "2", "--passes", "1"]);
-        args.extend(["--rotate", "none", "--device", device]);
-        let output = cuda.run(&[], &args);
-        assert!(output.status.success(), "{}", stderr(&output));
-        (file, stderr(&output))
-    };
-    let ((expected, _), (found, said)) = (convert("cpu"), convert("cuda"));
+    let convert = |flags: &[&str]| calibrated(&cuda, &place, flags);
+    let ((expected, _), (found, said)) = (convert(&["cpu"]), convert(&["cuda"]));
     let (there, here) = said.split_once("; on the CPU: ").expect("a tally is said");
     for operation in [
         "gram",
@@ -123,13 +128,59 @@ fn calibrated_files_are_as_good_as_those_of_the_cpu() {
         assert!(there.contains(operation), "{operation}: {said}");
         assert!(!here.contains(operation), "{operation}: {said}");
     }
-    let bytes = [&found, &expected].map(|file| std::fs::read(file).unwrap());
-    assert_eq!(bytes[0].len(), bytes[1].len());
-    let [found, expected] = [found, expected]
-        .map(|file| mean_kl(&cuda.run(&[], &validation(&file, &model, &place, "cpu"))));
-    println!("mean KL {found:e}, of the CPU's file {expected:e}");
-    // Second moments of few tokens that differ in last bits choose other scales and codes, no worse ones.
-    assert!((found - expected).abs() <= 0.2 * expected);
+    let (within, said) = convert(&["cuda", "--device-mem", "4M"]);
+    assert!(!said.contains("going on on the CPU"), "{said}");
+    let files = [&expected, &found, &within];
+    let bytes = files.map(|file| std::fs::read(file).unwrap().len());
+    assert_eq!(bytes, [bytes[0]; 3]);
+    let [expected, found, within] =
+        files.map(|file| mean_kl(&cuda.run(&[], &validation(file, &model, &place, "cpu"))));
+    println!("mean KL {found:e}, within 4 MB {within:e}, of the CPU's file {expected:e}");
+    for found in [found, within] {
+        assert!((found - expected).abs() <= CALIBRATED * expected);
+    }
+}
+
+#[test]
+fn other_commands_calibrate_on_devices_too() {
+    let Some(cuda) = EmulatedCuda::found() else {
+        return;
+    };
+    let (place, model) = (place(), nano());
+    for (command, read, out, flags) in [
+        ("calibrate", "--text", "statistics.safetensors", &[][..]),
+        (
+            "to-safetensors",
+            "--calibration",
+            "packed",
+            &["-s", "w8a16", "--rotate", "none"],
+        ),
+    ] {
+        let out = place.file(out);
+        let mut args = vec![
+            command,
+            model.to_str().unwrap(),
+            "-o",
+            out.to_str().unwrap(),
+        ];
+        args.extend([read, place.text.to_str().unwrap()]);
+        args.extend([
+            "--calibration-context",
+            "64",
+            "--calibration-sequences",
+            "2",
+        ]);
+        args.extend(["--device", "cuda"]);
+        args.extend(flags);
+        let output = cuda.run(&[], &args);
+        let said = stderr(&output);
+        assert!(output.status.success(), "{command}: {said}");
+        let (there, _) = said.split_once("; on the CPU: ").expect("a tally is said");
+        for operation in ["matmul", "gram", "column_sums"] {
+            assert!(there.contains(operation), "{command}, {operation}: {said}");
+        }
+        assert!(out.exists(), "{command}");
+    }
 }
 
 /// Two devices round experts side by side; what comes of it is kept in order.
@@ -173,18 +224,26 @@ fn benchmarks_have_the_scores_of_the_cpu() {
     let folder = tempfile::tempdir().unwrap();
     super::eval::write_data(folder.path());
     let model = nano();
-    let results = |device: &str| -> Value {
+    let results = |device: &str| -> (Value, String) {
         let mut args = vec!["eval", model.to_str().unwrap(), "--data"];
         args.extend([folder.path().to_str().unwrap(), "--tasks", "piqa", "--json"]);
         args.extend(["--device", device]);
-        let output = cuda.run(&[], &args);
+        let output = cuda.run(&[("DEVICES", 2)], &args);
         assert!(output.status.success(), "{}", stderr(&output));
         let document: Value = serde_json::from_slice(&output.stdout).unwrap();
-        document["results"]["results"].clone()
+        (document["results"]["results"].clone(), stderr(&output))
     };
-    let expected = results("cpu");
+    let (expected, _) = results("cpu");
     assert!(expected.is_object(), "{expected}");
-    assert_eq!(results("cuda"), expected);
+    assert_eq!(results("cuda").0, expected);
+    // Each device has half of the blocks.
+    let (found, said) = results("cuda:0,cuda:1");
+    assert_eq!(found, expected);
+    for device in ["device 0: ", "device 1: "] {
+        let mut tallies = said.lines().filter(|line| line.contains(device));
+        let tally = tallies.next().unwrap_or_else(|| panic!("{said}"));
+        assert!(tally.contains("matmul"), "{tally}");
+    }
 }
 
 #[test]

@@ -76,7 +76,7 @@ fn rewritten_weights_are_those_of_the_cpu_to_the_bit() {
             assert!(rewritten(&machines, &model) == expected, "{name}, {path:?}");
             let is_rotated = expected.0.rotation().is_some();
             for Count { device, host } in counts(&machines) {
-                match machines.name() {
+                match machines.name().as_str() {
                     "cuda" => assert!(host == 0 && (device > 0 || !is_rotated), "{name}, {path:?}"),
                     _ => assert!(device == 0 && (host > 0 || !is_rotated), "{name}, {path:?}"),
                 }

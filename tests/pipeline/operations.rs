@@ -6,6 +6,7 @@ mod products;
 #[path = "../../shaders/tests/operations/reference.rs"]
 mod reference;
 mod rows;
+mod sums;
 mod values;
 
 use std::path::Path;
@@ -17,10 +18,12 @@ use nemoconv::backend::{Backend, Machine, MachineBuffer, Machines};
 
 /// The processor, whatever devices there are, and the emulator.
 fn machines() -> Vec<(String, Machines)> {
-    let mut machines = vec![("cpu".to_owned(), Machines::Cpu)];
+    let cpu = ("cpu".to_owned(), Machines::Cpu);
     #[cfg(feature = "device")]
-    machines.extend(super::device::machines());
-    machines
+    let devices = super::device::machines();
+    #[cfg(not(feature = "device"))]
+    let devices = Vec::new();
+    std::iter::once(cpu).chain(devices).collect()
 }
 
 /// Tries something on every machine.

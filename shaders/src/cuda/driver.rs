@@ -1,7 +1,8 @@
 //! An open CUDA device.
 //!
-//! Enters: launches and copies, from any thread. Leaves: results, in the order of the calls. One lock orders what is queued;
-//! on the device kernels, uploads and downloads overlap: each waits for what was queued before with the memory that it names.
+//! Enters: launches and copies, from any thread. Leaves: results, for each memory in the order of the calls. One lock orders what
+//! is queued; on the device kernels, uploads and downloads overlap: each waits for what was queued before with the memory that it
+//! names, and where that is new for the uploads before it.
 
 use std::collections::HashMap;
 use std::ffi::{CString, c_void};

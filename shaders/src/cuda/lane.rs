@@ -74,11 +74,11 @@ impl Lane {
 
     /// Makes a stream wait for an operation of this lane; number 0 is done.
     pub fn hold(&self, stream: CUstream, operation: u64) -> Result<()> {
-        let first_marked = self.next().saturating_sub(MARKS as u64);
-        let operation = operation.max(first_marked).min(self.queued);
         if operation == 0 {
             return Ok(());
         }
+        let first_marked = self.next().saturating_sub(MARKS as u64);
+        let operation = operation.max(first_marked).min(self.queued);
         let flags = CUevent_wait_flags::CU_EVENT_WAIT_DEFAULT;
         // SAFETY: stream and event are alive.
         guarded("cuStreamWaitEvent", || unsafe {

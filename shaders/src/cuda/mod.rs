@@ -26,8 +26,8 @@ pub use compiler::{Compiled, architectures, compile, compile_to_ptx, version};
 /// Of the oldest devices that the kernels are tested for.
 const OLDEST_ARCHITECTURE: u32 = 80;
 
-/// Devices whose peak for BF16 is some 15 times that for F32 and more: A100 (312 and 19.5 TFLOP/s), H100 (990 and 67), B200 and B300 (2250
-/// and 80). Those for graphics and workstations have two to four times (RTX 4090: 165 and 82).
+/// Devices whose peak for BF16 is some 15 times that for F32 and more: A100 (312 and 19.5 TFLOP/s), H100 (990 and 67), B200
+/// and B300 (2250 and 80). Those for graphics and workstations have two to four times (RTX 4090: 165 and 82).
 const SPLITS_FLOATS: [u32; 4] = [80, 90, 100, 103];
 
 /// Kernels count bytes of a view in 32 bits.

@@ -190,8 +190,8 @@ impl Device {
     /// `x W^T`: `x` packed, `W [columns, width]` as stored from `first_byte` on, written to columns `first_column..` of
     /// rows of `out_row` values.
     ///
-    /// BF16 and F16: exact products, summed 32 at a time and in order. Parts: as F32 rounds, summed 16 at a time. Q8_0: for each block the dot of its codes in integers,
-    /// times both scales, summed in order.
+    /// BF16 and F16: exact products, summed 32 at a time and in order. Parts: as F32 rounds, summed 16 at a time. Q8_0: for
+    /// each block the dot of its codes in integers, times both scales, summed in order.
     ///
     /// # Errors
     /// Device lost.

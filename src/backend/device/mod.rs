@@ -171,6 +171,10 @@ impl Backend for OnDevice {
         )
     }
 
+    fn kept_copy(&self, buffer: &Array) -> Result<Option<Array>> {
+        or_no_room(self.duplicate(buffer))
+    }
+
     fn duplicate(&self, buffer: &Array) -> Result<Array> {
         Ok(self.device().duplicate(buffer)?)
     }
@@ -419,7 +423,7 @@ impl Backend for OnDevice {
     }
 
     fn cross_gram_sums(&self, width: usize, n: usize) -> Result<Option<SumsOnDevice<'_>>> {
-        if !self.has_room(4 * (width * n) as u64) {
+        if !self.has_room(8 * (width * n) as u64) {
             return Ok(None);
         }
         let sums = or_no_room(CrossGramOnDevice::new(self, width, n))?;

@@ -18,6 +18,9 @@ use crate::backend::activation::Activation;
 use crate::backend::{Backend, default_bodies};
 use crate::error::Result;
 
+/// The part of all memory that decoded weights take, however full it is.
+const LEAST_TILES: u64 = 32;
+
 /// How the device rounds inputs; `None` where they stay as they are.
 fn rounding(activation: Activation) -> Option<Rounding> {
     match activation {
@@ -220,8 +223,10 @@ impl OnDevice {
     /// Rows of a weight that are decoded together.
     fn tile_rows(&self, tensor: &StoredTensor) -> usize {
         let limit = self.device().description().limits.view_bytes / 2;
-        let free = self.device().free_bytes() / TILES;
-        let bytes = (TILE_BYTES as u64).min(limit).min(free) as usize;
+        // Where memory is full weights give way: not to tiles of a row.
+        let least = self.device().total_bytes() / LEAST_TILES;
+        let room = (self.device().free_bytes() / TILES).max(least);
+        let bytes = (TILE_BYTES as u64).min(limit).min(room) as usize;
         (bytes / (4 * tensor.columns)).clamp(1, tensor.rows.max(1))
     }
 }

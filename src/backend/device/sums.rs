@@ -4,7 +4,7 @@
 
 use std::ops::Range;
 
-use nemoconv_device::{Array, FEEDBACK_CHUNK, MatmulLayout, Packed};
+use nemoconv_device::{Array, Device, FEEDBACK_CHUNK, MatmulLayout, Packed};
 
 use super::rounding::RoundingOnDevice;
 use super::{OnDevice, TILE_BYTES, or_no_room};
@@ -15,6 +15,8 @@ use crate::quantize::feedback::{
     GridDescription, HeldRows, RoundingRows, RowProducts, SUMMED_COLUMNS,
 };
 
+/// Rows whose products are summed in f32 before the sums are added without loss.
+const CROSS_ROWS: usize = 4096;
 /// Sums that a thread of this computer takes at a time.
 const SUMMED: usize = 1 << 16;
 
@@ -45,21 +47,31 @@ impl ProductSums<Array> for GramOnDevice<'_> {
     }
 
     fn finish(&self, sums: &mut [f64]) -> Result<()> {
-        for (strip, found) in &self.strips {
-            let found = self.on.device().download_all(found)?;
-            let sums = sums[strip.start * self.n..strip.end * self.n].chunks_mut(SUMMED);
-            let found = found.chunks(2 * SUMMED);
-            parallel::for_each(sums.zip(found), |(sums, found)| {
-                for (sum, parts) in sums.iter_mut().zip(found.chunks_exact(2)) {
-                    *sum += f64::from(parts[0]) + f64::from(parts[1]);
-                }
-            });
-        }
-        Ok(())
+        add_strips(self.on.device(), &self.strips, self.n, sums)
     }
 }
 
-/// Products of two kinds of rows, in strips of columns of the first.
+/// Adds sums in pairs of floats, strip by strip of rows of `n`.
+fn add_strips(
+    device: &Device,
+    strips: &[(Range<usize>, Array)],
+    n: usize,
+    sums: &mut [f64],
+) -> Result<()> {
+    for (strip, found) in strips {
+        let found = device.download_all(found)?;
+        let sums = sums[strip.start * n..strip.end * n].chunks_mut(SUMMED);
+        let found = found.chunks(2 * SUMMED);
+        parallel::for_each(sums.zip(found), |(sums, found)| {
+            for (sum, parts) in sums.iter_mut().zip(found.chunks_exact(2)) {
+                *sum += f64::from(parts[0]) + f64::from(parts[1]);
+            }
+        });
+    }
+    Ok(())
+}
+
+/// Products of two kinds of rows, in strips of columns of the first: pairs of floats, as of second moments.
 pub struct CrossGramOnDevice<'a> {
     on: &'a OnDevice,
     width: usize,
@@ -70,10 +82,10 @@ pub struct CrossGramOnDevice<'a> {
 impl<'a> CrossGramOnDevice<'a> {
     /// Zeros, `[width, n]`.
     pub fn new(on: &'a OnDevice, width: usize, n: usize) -> Result<Self> {
-        let step = (TILE_BYTES / (4 * n)).max(1);
+        let step = (TILE_BYTES / (8 * n)).max(1);
         let strips = (0..width).step_by(step).map(|first| {
             let strip = first..width.min(first + step);
-            let sums = on.device().zeros(strip.len() * n)?;
+            let sums = on.device().zeros(2 * strip.len() * n)?;
             Ok((strip, sums))
         });
         Ok(Self {
@@ -84,50 +96,59 @@ impl<'a> CrossGramOnDevice<'a> {
         })
     }
 
-    /// Columns of both kinds of rows in parts, if their products are those of parts.
-    fn in_parts(&self, v: &Array, u: &Array, rows: usize) -> Result<Option<[Packed; 2]>> {
+    /// Rows that one product takes: as many as views show of both kinds, and few enough for sums in f32.
+    fn rows_at_once(&self) -> usize {
+        let limits = self.on.device().description().limits;
+        let values = (limits.view_bytes - limits.view_alignment) / 4;
+        (values as usize / self.width.max(self.n)).clamp(1, CROSS_ROWS)
+    }
+
+    /// Columns of some rows of both kinds in parts, if their products are those of parts.
+    fn in_parts(&self, v: &Array, u: &Array, rows: &Range<usize>) -> Result<Option<[Packed; 2]>> {
         let device = self.on.device();
-        if !device.splits(self.width, self.n, rows) {
+        if !device.splits(self.width, self.n, rows.len()) {
             return Ok(None);
         }
-        let v = device.try_split(v, [0, 1, self.width], self.width, rows)?;
-        let u = device.try_split(u, [0, 1, self.n], self.n, rows)?;
+        let columns =
+            |x: &Array, n: usize| device.try_split(x, [rows.start * n, 1, n], n, rows.len());
+        let (v, u) = (columns(v, self.width)?, columns(u, self.n)?);
         Ok(v.zip(u).map(|(v, u)| [v, u]))
+    }
+
+    fn add_rows(&mut self, v: &Array, u: &Array, rows: Range<usize>) -> Result<()> {
+        let device = self.on.device();
+        let parts = self.in_parts(v, u, &rows)?;
+        for (strip, sums) in &mut self.strips {
+            let mut product = device.uninitialized(strip.len() * self.n)?;
+            if let Some([v, u]) = &parts {
+                let (factors, place) = ([1.0, 0.0], [0, self.n]);
+                device.matmul_split(v, strip.clone(), u, factors, place, &mut product)?;
+            } else {
+                let layout = MatmulLayout {
+                    a: [rows.start * self.width + strip.start, 1, self.width],
+                    b: [rows.start * self.n, self.n, 1],
+                    ..MatmulLayout::linear(strip.len(), rows.len(), self.n, 0, self.n)
+                };
+                device.matmul(&layout, v, u, &mut product)?;
+            }
+            device.accumulate(sums, &product)?;
+        }
+        Ok(())
     }
 }
 
 impl ProductSums<Array> for CrossGramOnDevice<'_> {
     fn add(&mut self, v: &Array, u: &Array) -> Result<()> {
-        let device = self.on.counted("cross_gram");
-        let rows = u.len() / self.n;
-        let parts = self.in_parts(v, u, rows)?;
-        for (strip, sums) in &mut self.strips {
-            if let Some([v, u]) = &parts {
-                device.matmul_split(v, strip.clone(), u, [1.0, 1.0], [0, self.n], sums)?;
-                continue;
-            }
-            let layout = MatmulLayout {
-                a: [strip.start, 1, self.width],
-                b: [0, self.n, 1],
-                beta: 1.0,
-                ..MatmulLayout::linear(strip.len(), rows, self.n, 0, self.n)
-            };
-            device.matmul(&layout, v, u, sums)?;
+        self.on.counted("cross_gram");
+        let (rows, step) = (u.len() / self.n, self.rows_at_once());
+        for first in (0..rows).step_by(step) {
+            self.add_rows(v, u, first..rows.min(first + step))?;
         }
         Ok(())
     }
 
     fn finish(&self, sums: &mut [f64]) -> Result<()> {
-        for (strip, found) in &self.strips {
-            let found = self.on.device().download_all(found)?;
-            let sums = sums[strip.start * self.n..strip.end * self.n].chunks_mut(SUMMED);
-            let found = found.chunks(SUMMED);
-            parallel::for_each(sums.zip(found), |(sums, found)| {
-                let pairs = sums.iter_mut().zip(found);
-                pairs.for_each(|(sum, found)| *sum += f64::from(*found));
-            });
-        }
-        Ok(())
+        add_strips(self.on.device(), &self.strips, self.n, sums)
     }
 }
 

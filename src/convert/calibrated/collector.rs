@@ -137,12 +137,14 @@ impl Kept<'_> {
         captured: &Captured,
         original: Option<&Captured>,
     ) -> Result<Seen> {
-        let (n, rows, weights) = (captured.in_features, &captured.rows, captured.weights());
-        let scaled = weighted(machine, rows, n, weights)?;
-        let scaled = scaled.as_ref().unwrap_or(rows);
-        self.moments.add(scaled, scaled)?;
+        let (n, weights) = (captured.in_features, captured.weights());
+        captured.with_rows(machine, |rows| {
+            let scaled = weighted(machine, rows, n, weights)?;
+            let scaled = scaled.as_ref().unwrap_or(rows);
+            self.moments.add(scaled, scaled)
+        })?;
         if let (Some(cross), Some(original)) = (&mut self.cross, original) {
-            cross.add(&original.rows, rows)?;
+            with_both(machine, [original, captured], |v, u| cross.add(v, u))?;
         }
         let moments = SecondMoments::without_sums(n, captured.count, weights);
         let cross = original.map(|_| CrossMoments::without_sums(n, captured.count));
@@ -166,12 +168,26 @@ impl Kept<'_> {
 /// # Errors
 /// The machine fails.
 pub fn seen(machine: &Machine, captured: &Captured, original: Option<&Captured>) -> Result<Seen> {
-    let (n, rows) = (captured.in_features, &captured.rows);
+    let n = captured.in_features;
     let mut moments = SecondMoments::empty(n);
-    moments.add_on(machine, rows, captured.weights())?;
-    let cross =
-        original.map(|original| CrossMoments::of_on(machine, (&original.rows, n), (rows, n)));
+    captured.with_rows(machine, |rows| {
+        moments.add_on(machine, rows, captured.weights())
+    })?;
+    let cross = original.map(|original| {
+        with_both(machine, [original, captured], |v, u| {
+            CrossMoments::of_on(machine, (v, n), (u, n))
+        })
+    });
     seen_beside(machine, captured, original, moments, cross.transpose()?)
+}
+
+/// Does something with the rows of two.
+fn with_both<T>(
+    machine: &Machine,
+    [v, u]: [&Captured; 2],
+    run: impl FnOnce(&MachineBuffer, &MachineBuffer) -> Result<T>,
+) -> Result<T> {
+    v.with_rows(machine, |v| u.with_rows(machine, |u| run(v, u)))
 }
 
 /// Products with all that is summed up beside them.
@@ -182,14 +198,15 @@ fn seen_beside(
     moments: SecondMoments,
     cross: Option<CrossMoments>,
 ) -> Result<Seen> {
-    let columns = |of: &Captured| machine.column_sums(&of.rows, of.in_features);
+    let columns =
+        |of: &Captured| of.with_rows(machine, |rows| machine.column_sums(rows, of.in_features));
     let present = columns(captured)?;
     let original = original.map(columns).transpose()?;
     Ok(Seen {
         moments,
         cross,
         largest: present.max_abs.into_iter().fold(0.0, f32::max),
-        magnitudes: machine.magnitudes(&captured.rows)?,
+        magnitudes: captured.with_rows(machine, |rows| machine.magnitudes(rows))?,
         sums: present.sums,
         original_sums: original.map(|columns| columns.sums),
     })

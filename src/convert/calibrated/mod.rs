@@ -366,7 +366,7 @@ impl<'a> Calibrated<'a> {
         routes: &[Vec<ExpertRows>],
     ) -> Result<()> {
         let with_original = self.needs_original() && !streams.original_is_behind;
-        for cells in side_by_side(streams.cells.len()) {
+        for cells in side_by_side(streams.cells.len(), self.machines.abreast()) {
             self.check_stop()?;
             let first = cells.start;
             let before = &*streams;

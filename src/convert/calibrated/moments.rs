@@ -131,7 +131,7 @@ impl<'a> StageMoments<'a> {
         }
         let machine = self.job.machine(0);
         let mut collector = Collector::new(&machine);
-        for cells in side_by_side(self.streams.cells.len()) {
+        for cells in side_by_side(self.streams.cells.len(), self.job.machines.abreast()) {
             self.job.check_stop()?;
             let first = cells.start;
             let look = |cell| self.look(cell, &wanted, advances);

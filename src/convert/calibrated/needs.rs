@@ -8,9 +8,10 @@ use std::ops::Range;
 use std::time::{Duration, Instant};
 
 use super::{Rounding, stages};
+use crate::backend::SIDE_BY_SIDE;
 use crate::backend::cpu::gram::{CHUNK_ROWS, Columns, products};
 use crate::backend::cpu::kernels::Isa;
-use crate::calibrate::cells::{CELLS, SIDE_BY_SIDE};
+use crate::calibrate::cells::CELLS;
 use crate::calibrate::samples::{SampleSettings, Samples};
 use crate::error::{Error, Fault, Result};
 use crate::model::hybrid_pattern::BlockKind;

@@ -3,7 +3,7 @@
 use half::f16;
 use nemoconv::artifact::MemoryTensor;
 use nemoconv::backend::activation::{Activation, block_q8_1_sum, quantize_q8_0};
-use nemoconv::backend::{Backend, Machine, MachineWeight, Machines};
+use nemoconv::backend::{Backend, Machine, MachineWeight};
 use nemoconv::formats::{GgmlType, block};
 use nemoconv::quantize::{can_quantize, quantize_rows};
 use nemoconv_device::{MatmulLayout, kernels};
@@ -142,10 +142,11 @@ fn check_product(
 
 /// Tries a weight on every machine there is, products of values in parts among them.
 fn on_each(tensor: &MemoryTensor, check: impl Fn((&str, &Machine), &MachineWeight)) {
-    let mut all: Vec<(String, Machines)> = machines();
     #[cfg(feature = "device")]
-    all.push(crate::pipeline::device::in_parts());
-    for (name, machines) in all {
+    let in_parts = Some(crate::pipeline::device::in_parts());
+    #[cfg(not(feature = "device"))]
+    let in_parts = None;
+    for (name, machines) in machines().into_iter().chain(in_parts) {
         let (model, machine) = with_tensors(&machines, vec![tensor.clone()]);
         let weight = machine.weight(model.tensor("table").unwrap()).unwrap();
         check((&name, &machine), &weight);

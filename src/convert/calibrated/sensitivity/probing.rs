@@ -262,7 +262,9 @@ impl<'a> Probing<'a> {
             layer.run_values(&mut batch.residual, &batch.lengths, &mut capture)?;
             for (key, captured) in capture.inputs {
                 let mut moments = SecondMoments::empty(captured.in_features);
-                moments.add_on(&self.machine, &captured.rows, captured.weights())?;
+                captured.with_rows(&self.machine, |rows| {
+                    moments.add_on(&self.machine, rows, captured.weights())
+                })?;
                 match seen.get_mut(&key) {
                     Some(sum) => sum.merge(moments),
                     None => drop(seen.insert(key, moments)),
