@@ -128,14 +128,14 @@ fn calibrated_files_are_as_good_as_those_of_the_cpu() {
         assert!(there.contains(operation), "{operation}: {said}");
         assert!(!here.contains(operation), "{operation}: {said}");
     }
-    let (within, said) = convert(&["cuda", "--device-mem", "4M"]);
+    let (within, said) = convert(&["cuda", "--device-mem", "5M"]);
     assert!(!said.contains("going on on the CPU"), "{said}");
     let files = [&expected, &found, &within];
     let bytes = files.map(|file| std::fs::read(file).unwrap().len());
     assert_eq!(bytes, [bytes[0]; 3]);
     let [expected, found, within] =
         files.map(|file| mean_kl(&cuda.run(&[], &validation(file, &model, &place, "cpu"))));
-    println!("mean KL {found:e}, within 4 MB {within:e}, of the CPU's file {expected:e}");
+    println!("mean KL {found:e}, within 5 MB {within:e}, of the CPU's file {expected:e}");
     for found in [found, within] {
         assert!((found - expected).abs() <= CALIBRATED * expected);
     }
