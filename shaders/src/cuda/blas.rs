@@ -46,6 +46,8 @@ type Sgemm = unsafe extern "C" fn(
 
 /// F32 throughout: no TF32, whose 10 bits are too few for what is promised of a device.
 const DEFAULT_MATH: c_int = 0;
+/// A kernel could not run: no later one will.
+const EXECUTION_FAILED: c_int = 13;
 
 /// An operand as the library takes it: columns of values that are neighbours, perhaps those of its transpose.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -146,7 +148,7 @@ impl Blas {
     /// Queues a product; addresses are those of the first values.
     ///
     /// # Errors
-    /// The library refuses.
+    /// The library refuses, device lost.
     ///
     /// # Safety
     /// The values of the layout are there, and stay until what is queued is done; the layout [`fits`].
@@ -185,7 +187,11 @@ impl Blas {
         }
         // SAFETY: the library answers every status with a text of its own.
         let text = unsafe { CStr::from_ptr((self.status_text)(status)) };
-        Err(refused(text.to_string_lossy().into_owned()))
+        let reason = text.to_string_lossy().into_owned();
+        Err(match status {
+            EXECUTION_FAILED => DeviceError::Lost { reason },
+            _ => refused(reason),
+        })
     }
 }
 
