@@ -454,3 +454,78 @@ impl Driver for Wgpu {
         Ok(())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::kernels;
+
+    /// The first adapter, where there is one.
+    fn opened() -> Option<Wgpu> {
+        let adapter = adapters().ok()?.into_iter().next()?;
+        Some(Wgpu::open(&adapter, describe(&adapter)).unwrap())
+    }
+
+    #[test]
+    fn adapters_that_allow_too_little_are_refused() {
+        let Some(driver) = opened() else {
+            return;
+        };
+        let check = |limits: wgpu::Limits, expected: Option<&str>| {
+            let refused = match check_limits(&driver.description, &limits) {
+                Err(DeviceError::LimitTooSmall { what, .. }) => Some(what),
+                other => other.err().map(|_| "another error"),
+            };
+            assert_eq!(refused, expected);
+        };
+        let least = wgpu::Limits {
+            max_storage_buffers_per_shader_stage: STORAGE_BUFFERS,
+            ..wgpu::Limits::default()
+        };
+        check(least.clone(), None);
+        let bindings = wgpu::Limits {
+            max_storage_buffer_binding_size: LEAST_VIEW_BYTES - 1,
+            ..least.clone()
+        };
+        check(bindings, Some("buffer bindings"));
+        let buffers = wgpu::Limits {
+            max_storage_buffers_per_shader_stage: STORAGE_BUFFERS - 1,
+            ..least.clone()
+        };
+        check(buffers, Some("storage buffers"));
+        let threads = wgpu::Limits {
+            max_compute_invocations_per_workgroup: 255,
+            ..least
+        };
+        check(threads, Some("threads of a group"));
+    }
+
+    /// Whatever is asked of it: an error and no panic, and sooner or later the one that says so.
+    #[test]
+    fn a_device_that_is_lost_says_so() {
+        let Some(driver) = opened() else {
+            return;
+        };
+        let memory = driver.allocate(1024).unwrap();
+        driver.write(memory, 0, &[1; 1024]).unwrap();
+        driver.device.destroy();
+        let view = View {
+            memory,
+            offset: 0,
+            bytes: 1024,
+        };
+        let launch = Launch {
+            kernel: &kernels::RELU_SQUARED,
+            groups: 1,
+            views: &[view],
+            parameters: &[256],
+        };
+        let launched = driver.launch(&launch);
+        let written = driver.write(memory, 0, &[2; 1024]);
+        let cleared = driver.clear(memory, 0, 1024);
+        let read = driver.read(memory, 0, &mut [0; 1024]);
+        let all = [launched, written, cleared, read];
+        let last = all.last().unwrap();
+        assert!(matches!(last, Err(DeviceError::Lost { .. })), "{all:?}");
+    }
+}

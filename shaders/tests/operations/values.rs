@@ -53,6 +53,28 @@ fn value_by_value() {
     }
 }
 
+/// Values of more memory than any device has.
+const TOO_MANY: usize = 1 << 44;
+
+#[test]
+fn memory_that_is_not_there_is_refused() {
+    for (name, _) in all() {
+        let Ok(chosen) = name.parse::<DeviceName>() else {
+            continue;
+        };
+        let device = Device::new(open(chosen).unwrap(), None);
+        let refused = device.uninitialized(TOO_MANY).map(|array| array.len());
+        let is_refused = matches!(refused, Err(DeviceError::OutOfMemory { .. }));
+        assert!(is_refused, "{name}: {refused:?}");
+        check(
+            &name,
+            &device.download_all(&device.zeros(1).unwrap()).unwrap(),
+            &[0.0],
+            0.0,
+        );
+    }
+}
+
 #[test]
 fn spare_values_give_way_unless_they_are_used() {
     for (name, _) in all() {
