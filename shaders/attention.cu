@@ -74,7 +74,10 @@ extern "C" __global__ void __launch_bounds__(64) attention(
             const float power = exp_of(is_larger ? peak - scores[lane] : scores[lane] - peak);
             peaks[lane] = is_larger ? scores[lane] : peak;
             shrinks[lane] = is_larger ? power : 1.0f;
-            weights[lane] = is_larger ? 1.0f : power;
+            // An infinite score has no share; in F16, as runtimes have it, the first one has all.
+            const bool has_share = p.is_f16 || __float_as_uint(scores[lane]) != NOT_FINITE;
+            const float first_weight = has_share ? 1.0f : __uint_as_float(0x7fc00000u);
+            weights[lane] = is_larger ? first_weight : power;
         }
         __syncthreads();
         for (u32 other = 0u; other < count; other++) {

@@ -64,6 +64,10 @@ fn attention(
             let score = scores[other];
             var weight = 1.0;
             if score > largest {
+                // An infinite score has no share; in F16, as runtimes have it, the first one has all.
+                if p.is_f16 == 0u && bitcast<u32>(score) == NOT_FINITE {
+                    weight = bitcast<f32>(bitcast<u32>(score) | 0x400000u);
+                }
                 let shrink = exp_of(largest - score);
                 largest = score;
                 total *= shrink;
