@@ -291,7 +291,8 @@ fn products_of_runtimes_with_minima_are_those_of_the_cpu() {
 
 #[test]
 fn second_moments_are_those_of_the_cpu() {
-    let (n, width, rows) = (70, 33, 600);
+    // More rows than a narrow view shows.
+    let (n, width, rows) = (70, 33, 2000);
     let values = |count: usize, seed: usize| -> Vec<f32> {
         let value = |i: usize| ((i * 7919 + seed) % 1009) as f32 / 500.0 - 1.0;
         (0..count).map(value).collect()
@@ -311,7 +312,11 @@ fn second_moments_are_those_of_the_cpu() {
         upper.chain(cross).collect::<Vec<f64>>()
     };
     let expected = sums(&Machines::Cpu);
-    for (name, machines) in machines().into_iter().chain([in_parts()]) {
+    let emulator = Emulator::new(Order::Strided).with_view_bytes(NARROW);
+    let open = OpenDevice::new(Device::new(Box::new(emulator), None));
+    let narrow = Machines::Devices([Arc::new(open)].into());
+    let others = [in_parts(), ("emulator, narrow".to_string(), narrow)];
+    for (name, machines) in machines().into_iter().chain(others) {
         for (found, expected) in sums(&machines).iter().zip(&expected) {
             assert!(
                 (found - expected).abs() < 1e-6 * rows as f64,
