@@ -1,9 +1,8 @@
 //! Sums of outer products of inputs: what rounding with error feedback minimizes against.
 
 use super::cells::{Merge, Tree};
-use crate::backend::cpu::gram::{cross_moments, second_moments};
+use crate::backend::cpu::gram::second_moments;
 use crate::backend::cpu::kernels::Isa;
-use crate::backend::cpu::scale_rows;
 use crate::backend::{Backend, Machine, MachineBuffer, ProductSums};
 use crate::error::Result;
 use crate::parallel;
@@ -32,15 +31,13 @@ impl SecondMoments {
         }
     }
 
-    /// Sees `rows [_, n]`, each with its weight; without weights each counts 1.
-    pub fn add(&mut self, isa: Isa, rows: &[f32], weights: Option<&[f32]>) {
-        let scaled = weights.map(|weights| scale_rows(rows, self.n, &roots(weights)));
-        let scaled = scaled.as_deref().unwrap_or(rows);
-        second_moments(isa, scaled, self.n, &mut self.sums);
-        self.count(rows.len() / self.n, weights);
+    /// Sees `rows [_, n]` of this computer, each of which counts 1.
+    pub fn add(&mut self, isa: Isa, rows: &[f32]) {
+        second_moments(isa, rows, self.n, &mut self.sums);
+        self.count(rows.len() / self.n, None);
     }
 
-    /// The same of rows that lie on a machine.
+    /// Sees `rows [_, n]` that lie on a machine, each with its weight; without weights each counts 1.
     ///
     /// # Errors
     /// The machine fails.
@@ -229,14 +226,7 @@ pub struct CrossMoments {
 }
 
 impl CrossMoments {
-    /// Sees pairs of rows `[_, width]` and `[_, n]`.
-    pub fn of(isa: Isa, v: (&[f32], usize), u: (&[f32], usize)) -> Self {
-        let mut cross = Self::empty(v.1, u.1, u.0.len() / u.1);
-        cross_moments(isa, v, u, &mut cross.sums);
-        cross
-    }
-
-    /// The same of rows that lie on a machine.
+    /// Sees pairs of rows `[_, width]` and `[_, n]` that lie on a machine.
     ///
     /// # Errors
     /// The machine fails.
@@ -273,13 +263,23 @@ impl Merge for CrossMoments {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::Arc;
+
     use super::*;
+    use crate::artifact::StoredModel;
+    use crate::backend::cpu::{Cpu, Residence};
+
+    fn cpu() -> Cpu {
+        let model = StoredModel::open(nemoconv_fixtures::nano().to_str().unwrap());
+        Cpu::new(Arc::new(model.unwrap()), Residence::Mapped)
+    }
 
     #[test]
     fn weights_count_and_unseen_rows_do_not() {
         let rows = [1.0, 2.0, 3.0, 5.0, 7.0, 11.0];
         let mut moments = SecondMoments::empty(2);
-        moments.add(Isa::detect(), &rows, Some(&[1.0, 0.0, 4.0]));
+        let weights = Some(&[1.0, 0.0, 4.0][..]);
+        moments.add_on(&cpu(), &rows.to_vec(), weights).unwrap();
         assert_eq!((moments.weight, moments.tokens), (5.0, 2));
         assert_eq!(moments.sums[..2], [1.0 + 4.0 * 49.0, 2.0 + 4.0 * 77.0]);
         assert_eq!(
@@ -290,7 +290,8 @@ mod tests {
 
     #[test]
     fn pairs_are_ordered() {
-        let cross = CrossMoments::of(Isa::detect(), (&[1.0, 2.0], 2), (&[10.0, 100.0], 2));
+        let (v, u) = (vec![1.0, 2.0], vec![10.0, 100.0]);
+        let cross = CrossMoments::of_on(&cpu(), (&v, 2), (&u, 2)).unwrap();
         assert_eq!(cross.sums, [10.0, 100.0, 20.0, 200.0]);
     }
 }

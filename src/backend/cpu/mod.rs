@@ -10,7 +10,7 @@ mod elementwise;
 pub mod gram;
 mod input;
 pub mod kernels;
-pub(crate) use elementwise::{dot, scale_rows, softplus, sum_of_squares};
+pub(crate) use elementwise::{dot, softplus, sum_of_squares};
 pub use elementwise::{exp, exp_f64, largest};
 pub use softmax::{exact_kl_divergence, exact_softmax_sums, softmax_sums};
 mod matmul;

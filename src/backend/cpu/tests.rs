@@ -126,10 +126,14 @@ fn second_moments_are_the_same_bits_on_every_instruction_set() {
         .map(|i| (i.wrapping_mul(2_654_435_761) >> 8) as f32 / 1e6 - 8.0)
         .collect();
     let weights: Vec<f32> = (0..700).map(|i| (i % 11) as f32 / 7.0).collect();
+    let model = StoredModel::open(nemoconv_fixtures::nano().to_str().unwrap());
+    let model = Arc::new(model.unwrap());
+    let later = rows[n..].to_vec();
     let found = |isa: Isa| {
+        let cpu = Cpu::new(Arc::clone(&model), Residence::Mapped).with_isa(isa);
         let mut moments = SecondMoments::empty(n);
-        moments.add(isa, &rows, Some(&weights));
-        let cross = CrossMoments::of(isa, (&rows, n), (&rows[n..], n));
+        moments.add_on(&cpu, &rows, Some(&weights)).unwrap();
+        let cross = CrossMoments::of_on(&cpu, (&rows, n), (&later, n)).unwrap();
         let sums = moments.sums.into_iter().chain(cross.sums);
         sums.map(f64::to_bits).collect::<Vec<_>>()
     };

@@ -42,7 +42,6 @@ const TILE_BYTES: usize = 64 << 20;
 const SENT_BYTES: usize = 32 << 20;
 /// The part of free memory that decoded weights may take.
 const TILES: u64 = 8;
-
 /// The part of free memory that streams which stay on the device may take.
 const KEPT: u64 = 4;
 

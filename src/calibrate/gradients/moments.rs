@@ -32,7 +32,7 @@ impl RowBlocks {
         let block = |rows: Range<usize>| {
             let mut moments = SecondMoments::empty(rows.len());
             let columns = columns(gradient, out_features, rows.clone());
-            moments.add(Isa::detect(), &columns, None);
+            moments.add(Isa::detect(), &columns);
             RowBlock { rows, moments }
         };
         Self(cut(out_features).map(block).collect())
